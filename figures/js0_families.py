@@ -1,0 +1,47 @@
+"""Draws results/js0_families: a panel a reading, a bar a network, CNNs against Transformers. Reads results only."""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+import hessian_tools as ht
+from hessian_tools import zoo
+
+COLOURS = {"CNN": "#2a7f62", "MLP": "#8a8a8a", "Mixer": "#d08c2e", "Transformer": "#1f4e79"}
+TITLES = {
+    "unnormalised": "literature's JS0 (unnormalised)",
+    "bounded": "bounded JS",
+    "log": "JS on a log axis",
+    "wasserstein": "Wasserstein on a log axis",
+    "scale": "spread of block scales",
+}
+
+
+def main(source: Path = Path("results/js0_families/result"), target: Path = Path(__file__).with_suffix(".png")) -> None:
+    found: dict[str, ht.JSHeterogeneity] = ht.load(source)
+    names = list(found)
+    figure, axes = plt.subplots(1, len(TITLES), figsize=(13, 0.34 * len(names) + 1.6), sharey=True, layout="constrained")
+    for panel, (key, title) in zip(axes, TITLES.items(), strict=True):
+        readings = [js.scale_spread if key == "scale" else js.readings[key] for js in found.values()]
+        colours = [COLOURS[zoo.SPECS[name].family] for name in names]
+        panel.barh(names, [r.mean for r in readings], xerr=[2 * r.standard_error for r in readings], color=colours, height=0.7,
+                   error_kw={"elinewidth": 1, "capsize": 2})  # fmt: skip
+        if key in ("unnormalised", "bounded"):
+            panel.set_xscale("log")
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel(readings[0].unit, fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    figure.legend(handles, COLOURS, ncols=4, loc="outside lower center", fontsize=8, frameon=False)
+    figure.suptitle("Heterogeneity of block spectra at initialisation (mean over pairs, bars of two standard errors)", fontsize=10)
+    figure.savefig(target, dpi=150)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""Random probe vectors that depend on (seed, block name, probe index) and on nothing else.
+
+Every probe has its own counter-based stream (Philox 4x64, Salmon et al., SC 2011), keyed by a BLAKE2 digest of the
+three. So a seed gives the same probes on every device, in every dtype and for every grouping of blocks, and asking for
+more probes keeps the first ones.
+
+Shapes: n entries of the block, k probes.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PROBE_KINDS = ("rademacher", "gaussian")
+
+
+def draw_probes(
+    kind: str,
+    seed: int,
+    name: str,
+    num_probes: int,
+    size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The first ``num_probes`` probes of block ``name``, (k, n), entries of variance 1, not normalised.
+
+    "rademacher" entries are +-1 (Hutchinson 1990: the least variance of v'Av among independent entries), "gaussian"
+    ones N(0, 1). Both are drawn in at most float32 and are exact in wider types, so float32 and float64 runs see the
+    same vectors; one probe at a time is held on the host (1 byte an entry for Rademacher, 4 for Gaussian).
+
+    Raises:
+        ValueError: for an unknown ``kind`` or counts below 1.
+    """
+    if kind not in PROBE_KINDS:
+        raise ValueError(f"probes is {kind!r}; allowed are {' and '.join(map(repr, PROBE_KINDS))}")
+    if num_probes < 1 or size < 1:
+        raise ValueError(f"num_probes is {num_probes} and size {size}; both must be at least 1")
+    probes = torch.empty(num_probes, size, dtype=dtype, device=device)
+    for index in range(num_probes):
+        digest = hashlib.blake2b(f"{seed}\0{name}\0{index}".encode(), digest_size=16).digest()
+        stream = np.random.Philox(key=int.from_bytes(digest, "little"))
+        entries = (
+            _signs(stream, size)
+            if kind == "rademacher"
+            else np.random.Generator(stream).standard_normal(size, np.float32)
+        )
+        probes[index] = torch.from_numpy(entries).to(device)
+    return probes
+
+
+def _signs(stream: np.random.Philox, size: int) -> np.ndarray:
+    """(n,) int8 entries +-1, one raw bit each."""
+    raw = stream.random_raw(-(-size // 64)).astype("<u8", copy=False).view(np.uint8)
+    bits = np.unpackbits(raw, count=size).view(np.int8)
+    bits *= 2
+    bits -= 1
+    return bits

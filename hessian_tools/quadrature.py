@@ -1,0 +1,408 @@
+"""Stochastic Lanczos quadrature: spectra of operators and of all blocks of a Hessian, as nodes and weights.
+
+For a unit vector u the Ritz values x_i of its T and the squared first components w_i of T's eigenvectors are the Gauss
+quadrature of u's spectral measure: u' f(A) u ~ sum_i w_i f(x_i), exact for polynomials up to degree 2m - 1 (Golub &
+Meurant 2010). The mean over probes estimates (1/n) tr f(A) (Bai, Fahey & Golub 1996; Ubaru, Chen & Saad 2017).
+
+Normalisation: the weights of every probe sum to 1, for the probe is divided by its length. Both kinds of probe then are
+unbiased: a Rademacher vector has |v|^2 = n, and a Gaussian one divided by its length is uniform on the sphere, with
+E[u' M u] = tr(M) / n exactly (it is a ratio of v'Mv and v'v, but not a biased one, as direction and length are
+independent).
+
+Shapes: k probes, m nodes (Lanczos steps), n size of the operator, B blocks.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hessian_tools.errors import NumericalError
+from hessian_tools.hessian import HessianOperator
+from hessian_tools.lanczos import REORTHOGONALIZE, lanczos, ritz
+from hessian_tools.probes import PROBE_KINDS, draw_probes
+
+ASYMMETRY_NOTED = 1e-3  # a dense block whose |A - A'|_F / |A|_F is above is noted: rounding noise or not a Hessian
+_EXACT_BYTES = 1 << 28  # dense blocks held at a time
+_EXACT_ROWS = 64  # unit vectors in one product, over all blocks
+_WORK_VECTORS = 5  # vectors of a row besides its basis: start, current, previous, product, residual
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over probes; ``standard_error`` is sd / sqrt(k) (sd with k - 1), 0 when exact, nan with a single probe."""
+
+    value: float
+    standard_error: float
+
+    def times(self, factor: float) -> "Estimate":
+        """The estimate of ``factor`` (> 0) times the quantity."""
+        return Estimate(factor * self.value, factor * self.standard_error)
+
+
+@dataclass(frozen=True)
+class RitzValue:
+    """An extreme Ritz value: an eigenvalue lies within ``residual_bound`` of ``value`` (Parlett 1998, theorem 4.5.1).
+
+    ``value`` is the most extreme over all probes, which lies inside the spectrum up to rounding; ``standard_error`` is
+    that of the probes' own extremes, a measure of how far they agree (0 when exact, nan with a single probe).
+    """
+
+    value: float
+    residual_bound: float
+    standard_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Quadrature:
+    """The spectrum of one operator as nodes and weights, from k probes or, with ``status`` "exact", all of it.
+
+    A probe that ended early has ``steps`` < m; its remaining nodes repeat its last one with weight exactly 0.
+    "breakdown": at least one probe met an invariant subspace, so that its nodes are eigenvalues. "exact": one row holds
+    all n eigenvalues of the dense matrix.
+    """
+
+    nodes: np.ndarray  # (k, m) float64 Ritz values, ascending; (1, n) when exact
+    weights: np.ndarray  # (k, m) float64, each row sums to 1
+    residuals: np.ndarray  # (k, m) float64 bounds beta_m |s_mi| on a node's distance from an eigenvalue; 0 when exact
+    steps: np.ndarray  # (k,) int, nodes of each probe that carry weight
+    size: int  # n
+    num_matvecs: int  # products spent
+    status: str  # "complete" | "breakdown" | "exact"
+    probes: str  # "rademacher" | "gaussian" | "none" (exact)
+    reorthogonalize: str  # "full" | "local" | "none" (also when exact)
+    asymmetry: float = float("nan")  # |A - A'|_F / |A|_F of the dense matrix before symmetrising; nan if none formed
+
+    @property
+    def num_probes(self) -> int:
+        """k; 1 when exact."""
+        return self.nodes.shape[0]
+
+    @property
+    def pooled(self) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes and weights of the mean over probes, each (at most k m,), without nodes of weight 0."""
+        carries = self.weights > 0
+        return self.nodes[carries], self.weights[carries] / self.num_probes
+
+    def without_probe(self, index: int) -> "Quadrature":
+        """This quadrature from the other k - 1 probes; itself when exact."""
+        if self.status == "exact":
+            return self
+        kept = np.arange(self.num_probes) != index
+        return replace(self, **{name: getattr(self, name)[kept] for name in ("nodes", "weights", "residuals", "steps")})
+
+    def per_probe(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """u' f(A) u for every probe, (k,); ``function`` maps an array of eigenvalues elementwise."""
+        return np.sum(self.weights * function(self.nodes), axis=1)
+
+    def moment(self, power: int) -> Estimate:
+        """(1/n) tr(A^p), the mean p-th power of the eigenvalues; the quadrature itself is exact up to p = 2m - 1."""
+        return self._estimate(self.per_probe(lambda x: x**power))
+
+    @property
+    def trace(self) -> Estimate:
+        """tr(A)."""
+        return self.moment(1).times(self.size)
+
+    @property
+    def rms(self) -> Estimate:
+        """Root mean square eigenvalue, sqrt(tr(A^2) / n); standard error by the delta method. Needs m >= 2."""
+        square = self.moment(2)
+        value = float(np.sqrt(square.value))
+        return Estimate(value, square.standard_error / (2 * value or 1))
+
+    @property
+    def frobenius(self) -> Estimate:
+        """|A|_F = sqrt(n) times ``rms``."""
+        return self.rms.times(float(np.sqrt(self.size)))
+
+    @property
+    def smallest(self) -> RitzValue:
+        """The lowest Ritz value."""
+        return self._extreme(np.argmin)
+
+    @property
+    def largest(self) -> RitzValue:
+        """The highest Ritz value."""
+        return self._extreme(np.argmax)
+
+    def _estimate(self, values: np.ndarray) -> Estimate:
+        return Estimate(float(values.mean()), self._standard_error(values))
+
+    def _extreme(self, pick: Callable[..., Any]) -> RitzValue:
+        rows = np.arange(self.num_probes)
+        columns = pick(self.nodes, axis=1)
+        values = self.nodes[rows, columns]
+        best = pick(values)
+        return RitzValue(float(values[best]), float(self.residuals[best, columns[best]]), self._standard_error(values))
+
+    def _standard_error(self, values: np.ndarray) -> float:
+        if self.status == "exact":
+            return 0.0
+        return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSpectra(Mapping[str, Quadrature]):
+    """Quadratures of the diagonal blocks of one Hessian, by name, in the partition's order."""
+
+    quadratures: dict[str, Quadrature] = field(repr=False)  # B of them
+    num_probes: int  # k asked for
+    num_steps: int  # m asked for
+    seed: int
+    probes: str  # kind asked for
+    reorthogonalize: str  # asked for; a block that had to deviate says so itself and in ``notes``
+    route: str  # how the engine computed the products
+    notes: tuple[str, ...] = ()  # whatever a reader should know about single blocks
+
+    def __getitem__(self, name: str) -> Quadrature:
+        return self.quadratures[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.quadratures)
+
+    def __len__(self) -> int:
+        return len(self.quadratures)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """(B,) names of the blocks."""
+        return tuple(self.quadratures)
+
+    @property
+    def num_matvecs(self) -> int:
+        """Products spent on all blocks together."""
+        return sum(quadrature.num_matvecs for quadrature in self.quadratures.values())
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Arguments of SLQ, validated once."""
+
+    num_probes: int
+    num_steps: int
+    seed: int
+    probes: str
+    reorthogonalize: str
+    exact: bool | str
+
+    def __post_init__(self) -> None:
+        for name in ("num_probes", "num_steps", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or (value < 1 and name != "seed"):
+                need = "any integer" if name == "seed" else "an integer of at least 1"
+                raise ValueError(f"{name} is {value!r}; it must be {need}")
+        allowed = {"probes": PROBE_KINDS, "reorthogonalize": REORTHOGONALIZE, "exact": ("auto", True, False)}
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(repr, choices))}")
+
+    def is_exact(self, size: int) -> bool:
+        return bool(self.exact) if self.exact != "auto" else size <= self.num_probes * self.num_steps
+
+    def matvecs(self, size: int) -> int:
+        return size if self.is_exact(size) else self.num_probes * min(self.num_steps, size)
+
+
+def slq(
+    operator: Any, *, num_probes: int, num_steps: int, seed: int = 0, probes: str = "rademacher",
+    reorthogonalize: str = "full", name: str = "", exact: bool | str = "auto",
+) -> Quadrature:  # fmt: skip
+    """Stochastic Lanczos quadrature of one symmetric operator (size n; ``matmat``, ``dtype``, ``device``).
+
+    Args:
+        num_probes: k random vectors. num_steps: m Lanczos steps for each, at most n are made.
+        seed: with ``name`` the only source of randomness (see :mod:`hessian_tools.probes`).
+        probes: "rademacher" | "gaussian". reorthogonalize: see :mod:`hessian_tools.lanczos`.
+        exact: "auto" forms the dense matrix and takes its eigenvalues, in float64, where n <= k m, since that costs no
+            more products and leaves no error; True always, False never. It is symmetrised first; how far from symmetric
+            it was is told in ``asymmetry`` and not judged, for a block that vanishes up to rounding (a key bias under
+            softmax) has no symmetric digits at all.
+    Raises:
+        ValueError: for an argument out of range.
+        NumericalError: for a product with NaN or inf, naming the Lanczos step (or column) where it appeared first.
+    """
+    settings = _Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
+    outcome = _solve(operator, (name,), operator.size, settings, num_probes)[name]
+    if isinstance(outcome, NumericalError):
+        raise outcome
+    return outcome
+
+
+def blockwise_slq(
+    problem_or_hessian: Any, partition: Any, *, num_probes: int = 4, num_steps: int = 40, seed: int = 0,
+    probes: str = "rademacher", reorthogonalize: str = "full", exact: bool | str = "auto",
+    finished: Mapping[str, Quadrature] | None = None, on_block: Callable[[str, Quadrature], None] | None = None,
+    progress: bool = True,
+) -> BlockSpectra:  # fmt: skip
+    """:func:`slq` of every diagonal block of a Hessian, blocks of one shape going through the engine together.
+
+    A seed gives a block the same probes alone and in company. Where the Lanczos basis does not fit
+    ``hessian.krylov_bytes``, fewer blocks, then fewer probes go together; where not one basis fits, that block runs
+    with "local" re-orthogonalisation, says so in its ``reorthogonalize`` and in ``notes``, and warns.
+
+    Args:
+        problem_or_hessian: a Problem, or an operator with ``stacked(cut)`` such as HessianOperator.
+        partition: a Partition or a list of its Blocks.
+        finished: results of an earlier run with the same arguments, by name: these blocks are not computed again.
+        on_block: called with name and Quadrature as each block is done, also before an error is raised for another.
+        progress: a bar on stderr, products done and left, when that is a terminal.
+        The others: see :func:`slq`.
+    Raises:
+        ValueError: for an argument out of range, no block, or a name that occurs twice.
+        TypeError: for a ``partition`` that holds no Blocks.
+        NumericalError: for a product with NaN or inf, naming the block and the Lanczos step where it appeared first.
+    """
+    settings = _Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
+    hessian = problem_or_hessian if hasattr(problem_or_hessian, "stacked") else HessianOperator(problem_or_hessian)
+    names, cuts = _names_and_cuts(partition)
+    done = {name: quadrature for name, quadrature in (finished or {}).items() if name in set(names)}
+    todo = [piece for cut in cuts for piece in _unfinished(cut, done)]
+    total = sum(cut.num_blocks * settings.matvecs(cut.block_size) for cut in todo)
+    with tqdm(total=total, unit="HVP", disable=None if progress else True, dynamic_ncols=True) as bar:
+        for chunk, chosen, per_call in (c for cut in todo for c in _chunks(cut, settings, hessian)):
+            bar.set_postfix_str(chunk.names[0])
+            operator = _Watched(hessian.stacked(chunk), bar)
+            failure = None
+            for name, outcome in _solve(operator, chunk.names, chunk.block_size, chosen, per_call).items():
+                if isinstance(outcome, NumericalError):
+                    failure = failure or outcome
+                    continue
+                done[name] = outcome
+                if on_block is not None:
+                    on_block(name, outcome)
+            if failure is not None:
+                raise failure
+    notes = tuple(note for name in names for note in _notes(name, done[name], settings))
+    ordered = {name: done[name] for name in names}
+    return BlockSpectra(ordered, num_probes, num_steps, seed, probes, reorthogonalize, hessian.route, notes)
+
+
+class _Watched:
+    """An operator that reports its products to a progress bar."""
+
+    def __init__(self, operator: Any, bar: Any) -> None:
+        self.operator, self.bar = operator, bar
+        self.dtype, self.device = operator.dtype, operator.device
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        product = self.operator.matmat(vectors)
+        self.bar.update(len(vectors))
+        return product
+
+
+def _names_and_cuts(partition: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    blocks = list(partition) if isinstance(partition, Iterable) else [partition]
+    if not all(hasattr(block, "as_cut") for block in blocks):
+        raise TypeError(f"partition is {partition!r:.80}; pass ht.partition(model, ...) or a list of its Blocks")
+    cuts = tuple(partition.cuts) if hasattr(partition, "cuts") else tuple(block.as_cut() for block in blocks)
+    names = tuple(block.name for block in blocks)
+    if not names:
+        raise ValueError("partition holds no block; choose at least one")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"partition names {twice!r} twice; pass each block once")
+    return names, cuts
+
+
+def _unfinished(cut: Any, done: Mapping[str, Quadrature]) -> Iterator[Any]:
+    """The runs of ``cut`` without a finished block."""
+    missing = np.array([name not in done for name in cut.names])
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], missing, [False]])))
+    for first, last in edges.reshape(-1, 2).tolist():
+        yield cut if last - first == cut.num_blocks else cut.chunk(first, last)
+
+
+def _chunks(cut: Any, settings: _Settings, hessian: Any) -> Iterator[tuple[Any, _Settings, int]]:
+    """Cuts small enough for the memory budget, each with its settings and the probes that go through at a time."""
+    size, k, budget = cut.block_size, settings.num_probes, hessian.krylov_bytes
+    if settings.is_exact(size):
+        together, per_call = min(budget, _EXACT_BYTES) // (2 * 8 * size * size), k
+    else:
+        vector = size * hessian.dtype.itemsize
+        row = vector * (_WORK_VECTORS + (min(settings.num_steps, size) if settings.reorthogonalize == "full" else 0))
+        if row > budget and settings.reorthogonalize == "full":
+            like = f" and {cut.num_blocks - 1} like it" if cut.num_blocks > 1 else ""
+            warnings.warn(f"{cut.names[0]}{like}: {_local_note(size, settings)}", RuntimeWarning, stacklevel=3)
+            settings, row = replace(settings, reorthogonalize="local"), vector * _WORK_VECTORS
+        together, per_call = budget // (k * row), budget // row
+    together, per_call = max(1, together), min(k, max(1, per_call))
+    for first in range(0, cut.num_blocks, together):
+        last = min(first + together, cut.num_blocks)
+        yield cut if last - first == cut.num_blocks else cut.chunk(first, last), settings, per_call
+
+
+def _local_note(size: int, settings: _Settings) -> str:
+    return (
+        f"the Lanczos basis ({settings.num_steps} vectors of {size}) does not fit the memory budget, so it runs with "
+        "reorthogonalize='local' (densities hold, counts of nodes do not); allow more memory or take fewer steps"
+    )
+
+
+def _notes(name: str, quadrature: Quadrature, settings: _Settings) -> Iterator[str]:
+    if quadrature.status != "exact" and quadrature.reorthogonalize != settings.reorthogonalize:
+        yield f"{name}: {_local_note(quadrature.size, settings)}"
+    if quadrature.asymmetry > ASYMMETRY_NOTED:
+        yield f"{name}: dense block asymmetric by {quadrature.asymmetry:.2g} of its norm: rounding noise, or no Hessian"
+
+
+def _solve(
+    operator: Any, names: tuple[str, ...], size: int, settings: _Settings, per_call: int
+) -> dict[str, Quadrature | NumericalError]:
+    """An outcome for each of the B blocks that ``operator`` stacks, ``per_call`` probes at a time."""
+    if settings.is_exact(size):
+        dense = _dense(operator, len(names), size)
+        return {name: _exact(name, matrix) for name, matrix in zip(names, dense, strict=True)}
+    k, runs = settings.num_probes, []
+    draw = partial(draw_probes, settings.probes, settings.seed, dtype=operator.dtype, device=operator.device)
+    start = torch.cat([draw(name, k, size) for name in names])
+    for rows in [start] if per_call == k else start.split(per_call):  # several blocks always go with all their probes
+        runs.append(lanczos(operator, rows, settings.num_steps, reorthogonalize=settings.reorthogonalize))
+    parts = [np.concatenate([getattr(run, part) for run in runs]) for part in ("alphas", "betas", "steps", "status")]
+    found: dict[str, Quadrature | NumericalError] = {}
+    for index, name in enumerate(names):
+        alphas, betas, steps, status = (part[index * k : (index + 1) * k] for part in parts)
+        if "nonfinite" in status:
+            step = int(steps[status == "nonfinite"].min()) + 1
+            found[name] = _not_finite(name, f"at Lanczos step {step} of {alphas.shape[1]}")
+            continue
+        ended = "breakdown" if "breakdown" in status else "complete"
+        found[name] = Quadrature(
+            *ritz(alphas, betas, steps), steps, size, alphas.size, ended, settings.probes, settings.reorthogonalize
+        )
+    return found
+
+
+def _dense(operator: Any, num_blocks: int, size: int) -> np.ndarray:
+    """(B, n, n) float64: every stacked block from products with unit vectors."""
+    dense = torch.empty(num_blocks, size, size, dtype=torch.float64, device=operator.device)
+    together = max(1, _EXACT_ROWS // num_blocks)
+    for first in range(0, size, together):
+        count = min(together, size - first)
+        units = torch.zeros(num_blocks, count, size, dtype=operator.dtype, device=operator.device)
+        units[:, torch.arange(count), torch.arange(first, first + count)] = 1
+        dense[:, first : first + count] = operator.matmat(units.reshape(-1, size)).reshape(num_blocks, count, size)
+    return dense.cpu().numpy()
+
+
+def _exact(name: str, matrix: np.ndarray) -> Quadrature | NumericalError:
+    size = len(matrix)
+    if not np.isfinite(matrix).all():
+        column = np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0]
+        return _not_finite(name, f"for unit vector {column} of {size}")
+    norm = np.linalg.norm(matrix)
+    asymmetry = float(np.linalg.norm(matrix - matrix.T) / norm) if norm > 0 else 0.0
+    values = np.linalg.eigvalsh((matrix + matrix.T) / 2)[None]
+    weights, zeros = np.full((1, size), 1 / size), np.zeros((1, size))
+    return Quadrature(values, weights, zeros, np.array([size]), size, size, "exact", "none", "none", asymmetry)
+
+
+def _not_finite(name: str, where: str) -> NumericalError:
+    block = f"the Hessian of block {name}" if name else "the operator"
+    return NumericalError(f"a product with {block} is NaN or inf, first {where}; check the loss and the dtype's range")

@@ -1,0 +1,287 @@
+"""The engine against dense float64 Hessians, closed forms, finite differences, and its counted cost."""
+
+import pytest
+import torch
+from problems import NETWORKS, dense_hessian, gpt, network, relative_error
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import hessian_tools as ht
+
+
+@pytest.fixture(params=list(NETWORKS))
+def name(request):
+    return request.param
+
+
+def test_full_hessian_is_the_dense_one(name):
+    problem = network(name)
+    dense = dense_hessian(problem)
+    assert relative_error(ht.HessianOperator(problem).to_dense(), dense) < NETWORKS[name][3]
+
+
+@pytest.mark.parametrize("preset", ["tensor", "semantic", "layer", "head", "neuron"])
+@pytest.mark.parametrize("network_name", ["hf-gpt2", "batchnorm-batch", "gpt"])
+def test_every_block_is_a_slice_of_the_dense_hessian(network_name, preset):
+    problem = network(network_name)
+    dense = dense_hessian(problem)
+    hessian = ht.HessianOperator(problem)
+    sizes = [p.numel() for p in problem.parameters.values()]
+    numbered = dict(zip(problem.parameters, torch.arange(sum(sizes)).split(sizes)))
+    for cut in ht.partition(problem.model, preset).cuts:
+        entries = cut.rows({n: numbered[n].view(p.shape) for n, p in problem.parameters.items()})
+        stacked = hessian.stacked(cut)
+        vectors = torch.randn(cut.num_blocks * 2, cut.block_size, dtype=torch.float64)
+        products = stacked.matmat(vectors)
+        for row in range(len(vectors)):
+            index = entries[row // 2]
+            expected = dense[index][:, index] @ vectors[row]
+            assert torch.allclose(products[row], expected, atol=1e-10), cut.names[row // 2]
+
+
+@pytest.mark.parametrize("options", [{"record": False}, {"microbatch": 2}, {"microbatch": 1, "record": False}])
+def test_no_route_changes_the_product(options):
+    problem = network("gpt")
+    vectors = torch.randn(3, problem.num_parameters, dtype=torch.float64)
+    expected = ht.HessianOperator(problem, record=True).matmat(vectors)
+    assert relative_error(ht.HessianOperator(problem, **options).matmat(vectors), expected) < 1e-12
+
+
+def test_a_small_budget_cuts_the_batches_and_changes_nothing():
+    model, inputs = gpt(d=16), torch.randint(11, (24, 7))
+    problem = ht.Problem(model, ht.cross_entropy, [(inputs[:, :-1], inputs[:, 1:])])
+    free = ht.HessianOperator(problem)
+    tight = ht.HessianOperator(problem, memory=free._engine.plan.graph_bytes)
+    assert free._engine.plan.recorded and not tight._engine.plan.recorded
+    assert len(tight._engine.plan.pieces) > 2
+    vectors = torch.randn(2, problem.num_parameters)
+    assert relative_error(tight.matmat(vectors), free.matmat(vectors)) < 1e-4
+    with pytest.raises(ValueError, match=r"memory=.*too little.*allow at least"):
+        ht.HessianOperator(problem, memory="10KiB")
+
+
+def test_linear_regression_has_its_closed_form():
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 1, dtype=torch.float64)
+    model = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+    problem = ht.Problem(model, ht.mse, [(x[:2], y[:2]), (x[2:], y[2:])])  # uneven
+    assert torch.allclose(ht.HessianOperator(problem).to_dense(), 2 * x.T @ x / 9)
+
+
+def test_softmax_regression_has_its_closed_form():
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randint(3, (9,))
+    model = nn.Linear(4, 3, bias=False, dtype=torch.float64)
+    p = torch.softmax(model(x), 1)
+    s = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    expected = torch.einsum("nab,ni,nj->aibj", s, x, x).reshape(12, 12) / 9
+    problem = ht.Problem(model, ht.cross_entropy, [(x[:8], y[:8]), (x[8:], y[8:])])
+    assert torch.allclose(ht.HessianOperator(problem).to_dense(), expected)
+
+
+def test_logistic_regression_with_own_loss_and_counts():
+    x, y = torch.randn(7, 3, dtype=torch.float64), torch.randint(2, (7,)).double()
+    model = nn.Linear(3, 1, bias=False, dtype=torch.float64)
+
+    def loss_fn(model, batch):
+        return nn.functional.binary_cross_entropy_with_logits(model(batch["x"])[:, 0], batch["y"])
+
+    p = torch.sigmoid(model(x)[:, 0])
+    problem = ht.Problem(model, loss_fn, [{"x": x[:5], "y": y[:5]}, {"x": x[5:], "y": y[5:]}])
+    expected = (x * (p * (1 - p))[:, None]).T @ x / 7
+    assert torch.allclose(ht.HessianOperator(problem).to_dense(), expected)
+
+
+def test_unused_and_linear_parameters_give_zero_rows():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused, self.shift = nn.Linear(2, 1), nn.Linear(3, 1), nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Half()
+    problem = ht.Problem(model, lambda m, x: (m(x) ** 2).mean() + m.shift.sum(), [torch.randn(4, 2)])
+    dense = ht.HessianOperator(problem).to_dense()
+    names = [n for n, p in problem.parameters.items() for _ in range(p.numel())]
+    zero = torch.tensor([not n.startswith("used") for n in names])
+    assert (dense[zero] == 0).all() and (dense[:, zero] == 0).all() and dense[~zero].norm() > 0
+    block = ht.partition(model, "tensor")["shift"]
+    assert (ht.HessianOperator(problem).block(block).to_dense() == 0).all()
+
+
+def test_groupnorm_falls_back_and_says_so():
+    hessian = ht.HessianOperator(network("groupnorm"))
+    hessian.to_dense()
+    if "one by one" not in hessian.route:  # a torch that batches GroupNorm has nothing to fall back from
+        assert "batched over probes" in hessian.route
+
+
+def test_a_route_that_fails_is_left_for_the_next(monkeypatch):
+    problem = network("mlp")
+    grad = torch.autograd.grad
+
+    def without_batching(*args, is_grads_batched=False, **options):
+        if is_grads_batched:
+            raise RuntimeError("Batching rule not implemented for aten::made_up")
+        return grad(*args, **options)
+
+    expected = ht.HessianOperator(problem).to_dense()
+    monkeypatch.setattr(torch.autograd, "grad", without_batching)
+    hessian = ht.HessianOperator(problem)
+    assert torch.allclose(hessian.to_dense(), expected)
+    assert "one by one" in hessian.route and "made_up" in hessian.route
+
+
+class OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class SilentlyWrong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):  # the derivative's own dependence on x is hidden from autograd
+        return 3 * ctx.saved_tensors[0].detach() ** 2 * g
+
+
+class Cubed(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(3, 2, dtype=torch.float64), function
+
+    def forward(self, x):
+        return self.function.apply(self.linear(x))
+
+
+def test_a_function_without_second_derivative_is_named():
+    x = torch.randn(4, 3, dtype=torch.float64)
+    problem = ht.Problem(Cubed(OnceOnly), ht.mse, [(x, torch.zeros(4, 2, dtype=torch.float64))])
+    with pytest.raises(ht.NotTwiceDifferentiable, match="OnceOnly"):
+        ht.HessianOperator(problem).to_dense()
+
+
+def test_verify_finds_a_wrong_second_derivative_and_passes_right_ones(name):
+    problem = network(name)
+    assert ht.HessianOperator(problem).verify().passed, str(ht.HessianOperator(problem).verify())
+    x = torch.randn(4, 3, dtype=torch.float64)
+    wrong = ht.Problem(Cubed(SilentlyWrong), ht.mse, [(x, torch.ones(4, 2, dtype=torch.float64))])
+    report = ht.HessianOperator(wrong).verify()
+    assert [check.name for check in report.failures] == ["finite difference of the gradient"]
+
+
+def test_verify_finds_a_gradient_that_is_not_the_loss_own():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.last = nn.Embedding(5, 3, padding_idx=0), nn.Linear(3, 2)
+
+        def forward(self, tokens):
+            return self.last(torch.tanh(self.table(tokens)).mean(1))
+
+    problem = ht.Problem(Padded(), ht.cross_entropy, [(torch.tensor([[0, 1], [2, 0]]), torch.tensor([0, 1]))])
+    assert not ht.HessianOperator(problem).verify().passed  # padding_idx drops the gradient of token 0 where it is read
+
+
+def test_verify_in_float32():
+    report = ht.HessianOperator(network("hf-gpt2", torch.float32)).verify()
+    assert report.passed and not report.skipped, str(report)
+
+
+def test_numpy_scipy_and_torch_views_agree():
+    hessian = ht.HessianOperator(network("mlp"))
+    dense = hessian.to_dense()
+    v = torch.randn(hessian.size, dtype=torch.float64)
+    assert torch.allclose(hessian @ v, dense @ v)
+    assert torch.allclose(torch.as_tensor(hessian.matmat(v[None].numpy())), (dense @ v)[None])
+    scipy = hessian.to_scipy()
+    assert torch.allclose(torch.as_tensor(scipy @ v.numpy()), dense @ v)
+    assert torch.allclose(torch.as_tensor(scipy @ torch.eye(hessian.size, dtype=torch.float64).numpy()), dense)
+
+
+def test_an_optimizer_step_makes_no_product_stale():
+    problem = network("mlp")
+    hessian = ht.HessianOperator(problem)
+    hessian.to_dense()
+    with torch.no_grad():
+        for p in problem.model.parameters():
+            p.add_(0.1)
+    assert relative_error(hessian.to_dense(), dense_hessian(problem)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("vectors", "error", "words"),
+    [(torch.zeros(3), ValueError, "expected"), (torch.zeros(1, 3), ValueError, "last axis"), ([1.0], TypeError, "list")],
+)
+def test_wrong_vectors_are_refused(vectors, error, words):
+    with pytest.raises(error, match=words):
+        ht.HessianOperator(network("mlp")).matmat(vectors)
+
+
+@pytest.mark.parametrize("memory", ["8 apples", "-3", 0, "GiB"])
+def test_wrong_budgets_are_refused(memory):
+    with pytest.raises(ValueError, match="memory is .*8GiB"):
+        ht.HessianOperator(network("mlp"), memory=memory)
+
+
+def counted(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def counted_gpt():
+    """A 4-layer GPT large enough that matrix products dominate, and F, the count of its forward pass."""
+    torch.manual_seed(0)
+    model = gpt(vocabulary=64, context=32, d=64, layers=4, tied=False)
+    tokens = torch.randint(64, (2, 33))
+    problem = ht.Problem(model, ht.cross_entropy, [(tokens[:, :-1], tokens[:, 1:])])
+
+    def forward():
+        with problem.evaluating(), torch.no_grad():
+            problem.batch_loss(problem.batches[0])
+
+    return problem, counted(forward)
+
+
+@pytest.mark.parametrize(("record", "limit"), [(True, 6.2), (False, 6.5)])
+def test_counted_cost_of_a_full_product(counted_gpt, record, limit):
+    problem, forward = counted_gpt
+    hessian = ht.HessianOperator(problem, record=record)
+    vectors = torch.randn(8, hessian.size)
+    hessian.matmat(vectors)  # records
+    assert counted(lambda: hessian.matmat(vectors)) / 8 / forward <= limit
+
+
+def test_counted_cost_of_block_products(counted_gpt):
+    problem, forward = counted_gpt
+    hessian = ht.HessianOperator(problem)
+    hessian.matmat(torch.randn(1, hessian.size))
+    cuts = ht.partition(problem.model, "weights").cuts
+    assert len(cuts) == 27
+    costs = []
+    for cut in cuts:
+        stacked = hessian.stacked(cut)
+        vectors = torch.randn(4 * stacked.num_blocks, stacked.size)
+        costs.append(counted(lambda s=stacked, v=vectors: s.matmat(v)) / len(vectors) / forward)
+    assert sum(costs) / len(costs) <= 1.45
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_products_on_cuda_are_those_of_the_cpu(name):
+    on_cpu, on_gpu = network(name), network(name, device="cuda")
+    v = torch.randn(2, on_cpu.num_parameters, dtype=torch.float64)
+    expected = ht.HessianOperator(on_cpu).matmat(v)
+    assert relative_error(ht.HessianOperator(on_gpu).matmat(v).cpu(), expected) < 1e-5

@@ -1,0 +1,281 @@
+"""Lanczos and probes against prescribed spectra, scipy, and the identities of the process itself."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import eigvalsh_tridiagonal
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hessian_tools.lanczos import lanczos, ritz
+from hessian_tools.operators import DenseOperator, DiagonalOperator
+from hessian_tools.probes import draw_probes
+
+DTYPES = (torch.float64, torch.float32)
+
+
+def prescribed(eigenvalues, dtype=torch.float64, seed=0):
+    """(operator, matrix, eigenvectors) with these eigenvalues and Haar eigenvectors."""
+    rng = np.random.default_rng(seed)
+    vectors = np.linalg.qr(rng.standard_normal((len(eigenvalues), len(eigenvalues))))[0]
+    matrix = (vectors * np.asarray(eigenvalues, float)) @ vectors.T
+    matrix = torch.as_tensor((matrix + matrix.T) / 2, dtype=dtype)
+    return DenseOperator(matrix), matrix.double().numpy(), vectors
+
+
+def starts(k, n, seed=0):
+    return torch.as_tensor(np.random.default_rng(100 + seed).standard_normal((k, n)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["full", "local", "none"])
+def test_recurrence_and_orthogonality(dtype, mode):
+    operator, matrix, _ = prescribed(np.linspace(-1, 3, 40) ** 3, dtype)
+    k, m = 3, 12
+    result = lanczos(operator, starts(k, 40), m, reorthogonalize=mode, keep_basis=True)
+    eps = torch.finfo(dtype).eps
+    assert result.status == ("complete",) * k and (result.steps == m).all() and result.num_matvecs == k * m
+    for i in range(k):
+        q = result.basis[i].double().numpy()
+        t = np.diag(result.alphas[i]) + np.diag(result.betas[i, :-1], 1) + np.diag(result.betas[i, :-1], -1)
+        rest = q @ matrix - t @ q
+        assert np.abs(rest[:-1]).max() < 200 * eps * 27
+        assert np.linalg.norm(rest[-1]) == pytest.approx(result.betas[i, -1], rel=1e4 * eps)
+        if mode == "full":
+            assert np.abs(q @ q.T - np.eye(m)).max() < 50 * eps
+            assert np.abs(q @ rest[-1]).max() < 200 * eps * 27
+
+
+def test_only_full_keeps_orthogonality_past_convergence():
+    operator, _, _ = prescribed(np.concatenate([[100.0, 50.0], np.linspace(0, 1, 198)]))
+    lost, top = {}, {}
+    for mode in ("full", "local", "none"):
+        result = lanczos(operator, starts(1, 200), 60, reorthogonalize=mode, keep_basis=True)
+        q = result.basis[0].numpy()
+        lost[mode] = np.abs(q @ q.T - np.eye(60)).max()
+        top[mode] = int((np.abs(ritz(result.alphas, result.betas, result.steps)[0] - 100) < 1e-6).sum())
+    assert lost["full"] < 1e-13 and lost["local"] > 1e-3 and lost["none"] > 1e-3
+    assert top["full"] == 1 and top["local"] > 1 and top["none"] > 1
+
+
+def test_local_keeps_neighbours_orthogonal_where_the_recurrence_cancels():
+    """A large shift makes A q - alpha q lose digits; what is left along the two last vectors must go."""
+    operator = DiagonalOperator(1e6 + torch.linspace(0, 1, 100, dtype=torch.float64))
+    overlap = {}
+    for mode in ("local", "none"):
+        result = lanczos(operator, starts(1, 100), 8, reorthogonalize=mode, keep_basis=True)
+        gram = np.abs((result.basis[0] @ result.basis[0].T).numpy())
+        overlap[mode] = [np.diag(gram, 1).max(), np.diag(gram, 2).max()]
+    assert max(overlap["local"]) < 1e-15 and min(overlap["none"]) > 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_steps_give_all_eigenvalues(dtype):
+    eigenvalues = np.array([-7.0, -1.0, 0.0, 0.5, 2.0, 2.5, 9.0])
+    operator, _, _ = prescribed(eigenvalues, dtype)
+    result = lanczos(operator, starts(2, 7), 50)
+    assert result.alphas.shape == (2, 7) and result.status == ("breakdown",) * 2 and (result.steps == 7).all()
+    nodes, weights, residuals = ritz(result.alphas, result.betas, result.steps)
+    assert np.allclose(nodes, eigenvalues, atol=100 * torch.finfo(dtype).eps * 9)
+    assert np.allclose(weights.sum(axis=1), 1, atol=1e-14) and residuals.max() < 1e-6
+
+
+def test_ritz_values_against_scipy_and_residual_bounds_hold():
+    eigenvalues = np.sort(np.random.default_rng(0).standard_normal(60) ** 3)
+    operator, _, _ = prescribed(eigenvalues)
+    result = lanczos(operator, starts(3, 60), 15)
+    nodes, _, residuals = ritz(result.alphas, result.betas, result.steps)
+    for i in range(3):
+        assert np.allclose(nodes[i], eigvalsh_tridiagonal(result.alphas[i], result.betas[i, :-1]), atol=1e-12)
+        distance = np.abs(nodes[i][:, None] - eigenvalues).min(axis=1)
+        assert (distance <= residuals[i] + 1e-12).all() and residuals[i].max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batched_equals_looped(dtype):
+    operator, _, _ = prescribed(np.linspace(-2, 5, 30), dtype)
+    start = starts(4, 30)
+    together = lanczos(operator, start, 10)
+    for i in range(4):
+        alone = lanczos(operator, start[i : i + 1], 10)
+        tolerance = 1e3 * torch.finfo(dtype).eps
+        assert np.allclose(alone.alphas[0], together.alphas[i], atol=tolerance)
+        assert np.allclose(alone.betas[0], together.betas[i], atol=tolerance)
+
+
+BREAKDOWNS = {  # name: (eigenvalues, steps to an invariant subspace from a general start)
+    "zero": (np.zeros(20), 1),
+    "identity": (np.ones(200), 1),
+    "tiny identity": (np.full(50, 1e-12), 1),
+    "rank one": (np.array([1e6] + [0.0] * 99), 2),
+    "three levels": (np.repeat([-1.0, 2.0, 5.0], 20), 3),
+    "size one": (np.array([-3.0]), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["full", "local", "none"])
+@pytest.mark.parametrize("case", BREAKDOWNS)
+def test_breakdown(case, mode, dtype):
+    eigenvalues, steps = BREAKDOWNS[case]
+    operator, _, _ = prescribed(eigenvalues, dtype)
+    result = lanczos(operator, starts(3, len(eigenvalues)), 9, reorthogonalize=mode)
+    assert result.status == ("breakdown",) * 3 and (result.steps == steps).all() and result.first_nonfinite is None
+    assert (result.alphas[:, steps:] == 0).all() and (result.betas[:, steps:] == 0).all()
+    nodes, weights, _ = ritz(result.alphas, result.betas, result.steps)
+    levels = np.unique(eigenvalues)
+    assert np.abs(nodes[:, :, None] - levels).min(axis=2).max() <= 1e3 * torch.finfo(dtype).eps * np.abs(levels).max()
+    assert (weights[:, steps:] == 0).all() and np.allclose(weights.sum(axis=1), 1, atol=1e-14)
+
+
+def test_breakdown_is_relative_to_scale_and_not_early():
+    """Small but genuine eigenvalues beside a large one are kept; scaling by any power of two changes no bit."""
+    eigenvalues = np.concatenate([[1.0], np.linspace(1e-9, 1e-8, 30)])
+    operator, matrix, _ = prescribed(eigenvalues)
+    reference = lanczos(operator, starts(2, 31), 8)
+    assert reference.status == ("complete",) * 2
+    for factor in (2.0**-200, 2.0**200):
+        scaled = lanczos(DenseOperator(matrix * factor), starts(2, 31), 8)
+        assert scaled.status == reference.status and np.array_equal(scaled.alphas, reference.alphas * factor)
+
+
+def test_rows_break_down_independently():
+    operator = DiagonalOperator(torch.arange(1.0, 21.0, dtype=torch.float64))
+    start = starts(3, 20)
+    start[1] = 0
+    start[1, 4] = 2.0
+    result = lanczos(operator, start, 6)
+    assert result.status == ("complete", "breakdown", "complete") and result.steps.tolist() == [6, 1, 6]
+    assert result.alphas[1, 0] == 5 and result.start_norms[1] == 2
+    alone = lanczos(operator, start[[0, 2]], 6)
+    assert np.allclose(result.alphas[[0, 2]], alone.alphas, atol=1e-13)
+
+
+class Poisoned(DiagonalOperator):
+    """Row 1 of the product is ``value`` from the third call on."""
+
+    calls, value = 0, float("nan")
+
+    def _matmat(self, vectors):
+        self.calls += 1
+        product = super()._matmat(vectors).clone()
+        if self.calls >= 3:
+            product[1] = self.value
+        return product
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_products_are_located_and_do_not_spread(value):
+    operator = Poisoned(torch.linspace(-1, 4, 25, dtype=torch.float64))
+    operator.value = value
+    result = lanczos(operator, starts(3, 25), 8)
+    assert result.status == ("complete", "nonfinite", "complete") and result.first_nonfinite.tolist() == [0, 3, 0]
+    assert result.steps.tolist() == [8, 2, 8]
+    healthy = lanczos(DiagonalOperator(operator.diagonal), starts(3, 25), 8)
+    assert np.array_equal(result.alphas[[0, 2]], healthy.alphas[[0, 2]])
+
+
+class Watch(TorchDispatchMode):
+    """Records the calls that would make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.syncs = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+        name = func.overloadpacket.__name__
+        if name in waits or (name == "_to_copy" and (kwargs or {}).get("device") is not None):
+            self.syncs.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Meta(DiagonalOperator):
+    calls = 0
+
+    def _matmat(self, vectors):
+        self.calls += 1
+        return vectors * self.diagonal
+
+
+@pytest.mark.parametrize("mode", ["full", "local", "none"])
+def test_no_host_sync_inside_the_loop(mode):
+    """On the meta device no value exists: whatever looks at one raises. The loop must reach its last product."""
+    operator = Meta(torch.ones(30, dtype=torch.float64, device="meta"))
+    with pytest.raises(NotImplementedError, match="meta"):
+        lanczos(operator, torch.ones(2, 30, device="meta"), 7, reorthogonalize=mode)
+    assert operator.calls == 7
+    watch, seen = Watch(), []
+
+    class Seen(DiagonalOperator):
+        def _matmat(self, vectors):
+            seen.append(len(watch.syncs))
+            return vectors * self.diagonal
+
+    operator = Seen(torch.linspace(-1, 1, 30, dtype=torch.float64))
+    start = starts(2, 30)
+    with watch:
+        lanczos(operator, start, 7, reorthogonalize=mode)
+    assert len(seen) == 7 and seen[-1] == seen[0]  # one product a step, no wait between the first and the last
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"reorthogonalize": "partial"}, "'full', 'local', 'none'"),
+        ({"start": torch.ones(5)}, r"\(k, n\)"),
+        ({"start": torch.zeros(2, 5)}, "row 0 has norm 0"),
+        ({"start": torch.full((1, 5), float("nan"))}, "row 0 has norm nan"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"start": torch.ones(1, 5), "num_steps": 3, "reorthogonalize": "full", **change}
+    with pytest.raises(ValueError, match=message):
+        lanczos(DiagonalOperator(torch.ones(5)), **arguments)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_probes_depend_on_seed_name_and_index_only(kind):
+    probes = draw_probes(kind, 3, "a.weight", 4, 1001)
+    assert probes.shape == (4, 1001) and probes.dtype == torch.float32
+    assert torch.equal(draw_probes(kind, 3, "a.weight", 2, 1001), probes[:2])
+    wide = draw_probes(kind, 3, "a.weight", 4, 1001, dtype=torch.float64)
+    assert wide.dtype == torch.float64 and torch.equal(wide, probes.double())
+    for other in (draw_probes(kind, 4, "a.weight", 4, 1001), draw_probes(kind, 3, "b.weight", 4, 1001)):
+        assert (other == probes).float().mean() < 0.6
+    assert (probes[0] == probes[1]).float().mean() < 0.6
+
+
+def test_probe_distributions():
+    signs = draw_probes("rademacher", 0, "x", 8, 20_000)
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert abs(float(signs.mean())) < 4 / np.sqrt(160_000)
+    gram = signs.double() @ signs.double().T / 20_000 - torch.eye(8)
+    assert gram.abs().max() < 5 / np.sqrt(20_000)
+    normal = draw_probes("gaussian", 0, "x", 8, 20_000).double()
+    assert abs(float(normal.mean())) < 0.01 and abs(float(normal.var()) - 1) < 0.02
+    assert abs(float((normal**4).mean()) - 3) < 0.1
+
+
+def test_probes_are_frozen_in_time():
+    """The stream itself is part of every stored result."""
+    assert draw_probes("rademacher", 0, "frozen", 1, 12)[0].tolist() == FROZEN
+
+
+FROZEN = [-1, -1, 1, 1, 1, -1, -1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("kind", "k", "n"), [("uniform", 1, 1), ("gaussian", 0, 1), ("gaussian", 1, 0)])
+def test_bad_probe_arguments(kind, k, n):
+    with pytest.raises(ValueError, match=r"probes is 'uniform'|must be at least 1"):
+        draw_probes(kind, 0, "", k, n)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_cpu():
+    cpu, gpu = (draw_probes("gaussian", 1, "x", 2, 40, dtype=torch.float64, device=d) for d in ("cpu", "cuda"))
+    assert torch.equal(cpu, gpu.cpu())
+    values = torch.linspace(-1, 3, 40, dtype=torch.float64)
+    here, there = lanczos(DiagonalOperator(values), cpu, 10), lanczos(DiagonalOperator(values.cuda()), gpu, 10)
+    assert np.allclose(here.alphas, there.alphas, atol=1e-12)

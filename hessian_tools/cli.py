@@ -173,8 +173,8 @@ def _verified(hessian: HessianOperator) -> None:
     verification = hessian.verify()
     if not verification.passed:
         raise NumericalError(
-            f"the Hessian's products fail verification ({'; '.join(map(str, verification.failures))}); "
-            "if the model has kinks (ReLU at zero, hard thresholds) there, --no-verify goes on"
+            f"the Hessian's products fail verification: {'; '.join(map(str, verification.failures))}; the model's gradient may not "
+            "be that of its loss (a padding_idx that is read, a detach, a custom backward); --no-verify goes on all the same"
         )
     checks = ", ".join(f"{c.name} {c.error:.0e}" for c in verification.checks)
     _say(f"verified (relative errors): {checks}")

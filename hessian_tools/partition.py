@@ -227,8 +227,7 @@ class Partition:
     def __getitem__(self, name: str) -> Block:
         block = self._find(name)
         if block is None:
-            known = [known for cut in self.cuts for known in (cut.names if cut.name in name else cut.names[:1])]
-            raise KeyError(f"no block is named {name!r}{_close(name, known)}")
+            raise KeyError(f"no block is named {name!r}{_close(name, _examples(self.cuts))}")
         return block
 
     def __repr__(self) -> str:
@@ -468,8 +467,7 @@ def _chosen(cuts: Sequence[Cut], patterns: Sequence[str]) -> list[Cut]:
             first = last
     for pattern, glob in zip(patterns, globs, strict=True):
         if glob not in used:
-            known = {name for cut in cuts for name in (*cut.parameters, *cut.names)}
-            raise ValueError(f"{pattern!r} matches no trainable parameter and no block{_close(pattern, known)}")
+            raise ValueError(f"{pattern!r} matches no block or trainable parameter{_close(pattern, _examples(cuts))}")
     return chosen
 
 
@@ -491,6 +489,12 @@ def _check_disjoint(cuts: Sequence[Cut]) -> None:
             part.place(torch.full((1, part.block_size), number), owner)
 
 
+def _examples(cuts: Sequence[Cut]) -> Iterator[str]:
+    for cut in cuts:
+        yield from cut.parameters
+        yield from map(cut.block_name, range(min(cut.num_blocks, 32)))  # comparing thousands of names takes seconds
+
+
 def _close(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    near = get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
     return f"; close: {', '.join(near)}" if near else ""

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from hessian_tools.density import SpectralDensity
+from hessian_tools.density import Axis, SpectralDensity
 from hessian_tools.heterogeneity import JSHeterogeneity, Reading, ScaleSpread
 from hessian_tools.quadrature import BlockSpectra, Quadrature
 from hessian_tools.verdict import Verdict
@@ -29,7 +29,7 @@ FORMAT = 1
 # a new result type is one more entry here
 TYPES = {
     cls.__name__: cls
-    for cls in (Quadrature, BlockSpectra, SpectralDensity, JSHeterogeneity, Reading, ScaleSpread, Verdict)
+    for cls in (Quadrature, BlockSpectra, Axis, SpectralDensity, JSHeterogeneity, Reading, ScaleSpread, Verdict)
 }
 
 

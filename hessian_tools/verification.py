@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 # Wrong mathematics shows as 1e-2 and more, rounding far below these; models that cast to float32 inside limit float64.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
-STEPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # of the finite difference, relative to the norm of the parameters
+# Steps of the finite difference, relative to the norm of the parameters. Large ones for models that compute in float32
+# inside, tiny ones for ReLU and max-pooling: with 1e6 activations a step above 1e-7 crosses kinks and measures those.
+STEPS = (1e-2, 1e-3, 1e-4, 1e-6, 1e-7, 1e-8, 1e-9)
+CONCLUSIVE = 0.05  # a referee whose own uncertainty is larger decides nothing
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Check:
     name: str
     error: float
     tolerance: float
-    remark: str = ""
+    remark: str = ""  # how the referee was made
 
     @property
     def passed(self) -> bool:
@@ -95,9 +98,11 @@ def verify(hessian: "HessianOperator", blocks: Sequence[Block] = (), *, seed: in
         checks.append(Check("cut batches", _relative(cut @ v, hv), tolerance))
     try:
         difference, uncertainty, remark = _finite_difference(problem, v)
-        checks.append(
-            Check("finite difference of the gradient", _relative(hv, difference), max(tolerance, min(5 * uncertainty, 0.05)), remark)
-        )
+        if uncertainty < CONCLUSIVE:
+            error = _relative(hv, difference)
+            checks.append(Check("finite difference of the gradient", error, max(tolerance, 5 * uncertainty), remark))
+        else:
+            skipped.append(f"finite difference of the gradient: inconclusive, its own uncertainty is {uncertainty:.0e} (kinks?)")
     except (RuntimeError, ValueError, TypeError) as error:  # a referee that cannot stand up is no verdict on the operator
         skipped.append(f"finite difference: {type(error).__name__}: {str(error).splitlines()[0]}")
     return Verification(tuple(checks), tuple(skipped))

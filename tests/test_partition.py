@@ -392,8 +392,29 @@ def test_heads_that_do_not_follow_one_another_are_not_cut():
             q, k, v = (t.unflatten(-1, (-1, HEADS)).movedim(-1, 1) for t in self.qkv(x).chunk(3, -1))
             return self.proj(attend(q, k, v))
 
+    class Shuffled(Fused):
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (HEADS, 3, -1)).transpose(1, 2).unbind(3)
+            return self.proj(attend(q, k, v).unflatten(-1, (HEADS, -1)).transpose(-1, -2).flatten(2))
+
     blocks = partition(Strided(), "head")
     assert "qkv.weight[q]" in blocks and "proj.weight" in blocks and len(blocks.notes) == 3
+    assert not any("[" in name for name in partition(Shuffled(), "head").names)
+
+
+def test_gains_that_start_at_zero_and_noise_hide_nothing():
+    class Gained(Fused):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.zeros(D // HEADS))
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).transpose(1, 3).unbind(2)
+            return self.proj(attend(q * self.gain, k, v + 0 * torch.randn(1)))
+
+    model, before = Gained(), torch.get_rng_state()
+    assert "qkv.weight[q,head=3]" in partition(model, "head")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_gate_or_mlp_is_no_attention():
@@ -437,6 +458,9 @@ def test_rows_of_fused_tensors_count_within_their_role(models):
     block = blocks["transformer.h.1.attn.c_attn.weight[k,row=17]"]
     assert torch.equal(block.select(conv.weight), conv.weight[:, D + 17]) and block.shape == (D,)
     assert "transformer.h.1.attn.c_attn.bias[k]" in blocks and "transformer.h.1.ln_1.weight" in blocks
+    weight = models["neox"].gpt_neox.layers[0].attention.query_key_value.weight
+    block = partition(models["neox"], "neuron")["gpt_neox.layers.0.attention.query_key_value.weight[k,row=17]"]
+    assert torch.equal(block.select(weight), weight.unflatten(0, (HEADS, 3, 8))[2, 1, 1])  # row 17 = head 2, feature 1
 
 
 def test_tied_and_frozen_tensors(models):
@@ -461,6 +485,7 @@ def test_official_blocks_of_gpt2_are_the_papers():
         ends = ["attn.c_attn.weight[q]", "attn.c_attn.weight[k]", "attn.c_attn.weight[v]", "attn.c_proj.weight"]
         expected += [f"transformer.h.{layer}.{end}" for end in [*ends, "mlp.c_fc.weight", "mlp.c_proj.weight"]]
     assert list(partition(gpt2(layers=12), "official").names) == expected and len(expected) == 25
+    assert len(partition(gpt2(layers=1), "official")) == 7
 
 
 def test_official_blocks_of_vit():
@@ -504,7 +529,7 @@ WTE, C_ATTN = "transformer.wte.weight", "transformer.h.0.attn.c_attn.weight"
 @pytest.mark.parametrize("spec, words", [
     ("semantics", "semantics.*presets are tensor, semantic"),
     (["transformer.h.0.attn.c_atn.weight"], f"matches no.*close: {C_ATTN}"),
-    (["*.nothing.*"], "matches no trainable parameter"),
+    (["*.nothing.*"], "matches no block"),
     ([], "empty"),
     ([C_ATTN, "*[k]"], rf"'{C_ATTN}' and '.*weight\[k\]'.*overlap"),
     ({"a": (WTE, (slice(0, 5),)), "b": (WTE, (slice(4, 9),))}, "'a' and 'b'.*overlap"),

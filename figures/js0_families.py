@@ -1,7 +1,6 @@
 """Draws results/js0_families: a panel a reading, a bar a network, CNNs against Transformers. Reads results only."""
 
 import sys
-from pathlib import Path
 
 import matplotlib
 
@@ -21,15 +20,19 @@ TITLES = {
 }
 
 
-def main(source: Path = Path("results/js0_families/result"), target: Path = Path(__file__).with_suffix(".png")) -> None:
-    found: dict[str, ht.JSHeterogeneity] = ht.load(source)
+def main(source: str = "results/js0_families/result", target: str = __file__.replace(".py", ".png")) -> None:
+    found: dict[str, ht.JSHeterogeneity] = ht.load(source)["heterogeneity"]
     names = list(found)
-    figure, axes = plt.subplots(1, len(TITLES), figsize=(13, 0.34 * len(names) + 1.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(TITLES), figsize=(13, 0.34 * len(names) + 1.6), sharey=True, layout="constrained"
+    )
     for panel, (key, title) in zip(axes, TITLES.items(), strict=True):
         readings = [js.scale_spread if key == "scale" else js.readings[key] for js in found.values()]
         colours = [COLOURS[zoo.SPECS[name].family] for name in names]
-        panel.barh(names, [r.mean for r in readings], xerr=[2 * r.standard_error for r in readings], color=colours, height=0.7,
-                   error_kw={"elinewidth": 1, "capsize": 2})  # fmt: skip
+        errors = [2 * r.standard_error for r in readings]
+        panel.barh(
+            names, [r.mean for r in readings], xerr=errors, color=colours, height=0.7, error_kw={"elinewidth": 1}
+        )
         if key in ("unnormalised", "bounded"):
             panel.set_xscale("log")
         panel.set_title(title, fontsize=9)
@@ -39,9 +42,11 @@ def main(source: Path = Path("results/js0_families/result"), target: Path = Path
     axes[0].invert_yaxis()
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(handles, COLOURS, ncols=4, loc="outside lower center", fontsize=8, frameon=False)
-    figure.suptitle("Heterogeneity of block spectra at initialisation (mean over pairs, bars of two standard errors)", fontsize=10)
+    figure.suptitle(
+        "Heterogeneity of block spectra at initialisation (mean over pairs, bars of two standard errors)", fontsize=10
+    )
     figure.savefig(target, dpi=150)
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*sys.argv[1:])

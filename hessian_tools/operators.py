@@ -75,13 +75,21 @@ class SymmetricOperator(ABC):
     def _validated(self, vectors: Any, ndim: int) -> Tensor:
         expected = f"({'k, ' if ndim == 2 else ''}{self.size}{',' if ndim == 1 else ''})"
         if not isinstance(vectors, np.ndarray | Tensor):
-            raise TypeError(f"vectors is a {type(vectors).__name__}; pass a torch tensor or numpy array of shape {expected}")
+            raise TypeError(
+                f"vectors is a {type(vectors).__name__}; pass a torch tensor or numpy array of shape {expected}"
+            )
         if vectors.ndim != ndim or vectors.shape[-1] != self.size:
-            remedy = "use `operator @ v` for one vector, `matmat` for rows of vectors" if vectors.ndim != ndim else "its last axis is n"
+            remedy = (
+                "use `operator @ v` for one vector, `matmat` for rows of vectors"
+                if vectors.ndim != ndim
+                else "its last axis is n"
+            )
             raise ValueError(f"vectors has shape {tuple(vectors.shape)}; expected {expected} ({remedy})")
         tensor = torch.as_tensor(vectors)
         if not tensor.is_floating_point():
-            raise TypeError(f"vectors has dtype {tensor.dtype}; a real floating dtype is needed (call .to(torch.float32))")
+            raise TypeError(
+                f"vectors has dtype {tensor.dtype}; a real floating dtype is needed (call .to(torch.float32))"
+            )
         return tensor.to(device=self.device, dtype=self.dtype)
 
 
@@ -95,7 +103,9 @@ class DenseOperator(SymmetricOperator):
         tolerance = 100 * torch.finfo(matrix.dtype).eps * float(matrix.abs().max()) if matrix.numel() else 0.0
         asymmetry = float((matrix - matrix.T).abs().max()) if matrix.numel() else 0.0
         if not asymmetry <= tolerance:
-            raise ValueError(f"matrix is not symmetric: max |A - A'| = {asymmetry:.3g}; pass (A + A') / 2 if that is meant")
+            raise ValueError(
+                f"matrix is not symmetric: max |A - A'| = {asymmetry:.3g}; pass (A + A') / 2 if that is meant"
+            )
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
         self.matrix = matrix
 

@@ -336,6 +336,10 @@ def _official(survey: _Survey) -> Iterable[Cut]:
     return [cut for site in filter(chosen, survey.sites) for cut in (survey.cuts(site) if tokens else [site.uncut()])]
 
 
+def _model(survey: _Survey) -> Iterable[Cut]:
+    yield Cut(tuple(site.uncut().parts[0] for site in survey.sites), "(model)")
+
+
 PRESETS: dict[str, Callable[[_Survey], Iterable[Cut]]] = {
     "tensor": lambda survey: [site.uncut() for site in survey.sites],
     "semantic": lambda survey: [cut for site in survey.sites for cut in survey.cuts(site)],
@@ -344,6 +348,7 @@ PRESETS: dict[str, Callable[[_Survey], Iterable[Cut]]] = {
     "head": lambda survey: [cut for site in survey.sites for cut in survey.cuts(site, "head")],
     "neuron": lambda survey: [cut for site in survey.sites for cut in survey.cuts(site, "row")],
     "official": _official,
+    "model": _model,
 }
 
 
@@ -364,6 +369,7 @@ def partition(
             ``head``: semantic, with query, key, value and the output projection's inputs split by head.
             ``neuron``: semantic, with matrices split by output: rows of linear layers (columns of transposed ones),
             output channels of convolutions, rows of embeddings.
+            ``model``: everything as one block, the whole Hessian.
             ``official``: the matrices sampled for the published spectra (Zhang et al. 2024, arXiv 2402.16788).
         only: globs (``*``, ``?``) over block and parameter names; other blocks of the preset are left out.
 

@@ -88,7 +88,8 @@ def spectrum(axes: Axes, quadrature: Quadrature, *, num_outliers: int = 10) -> N
     axes.set_ylabel(f"density per unit of eigenvalue\n(Gaussian kernel of {density.width:.2g})", fontsize=9)
     axes.set_ylim(floor, None)
     axes.set_title(
-        f"n = {quadrature.size:,}: smallest {quadrature.smallest.value:.4g}, largest {quadrature.largest.value:.4g}", fontsize=9
+        f"n = {quadrature.size:,}: smallest {quadrature.smallest.value:.4g}, largest {quadrature.largest.value:.4g}",
+        fontsize=9,
     )
     axes.legend(fontsize=8, frameon=False)
 
@@ -138,7 +139,9 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def draw_js0(folder: Path, spectra: BlockSpectra, js: JSHeterogeneity, title: str) -> list[Path]:
     """The pictures of a js0 run: block_spectra.png and js_matrix.png."""
     matplotlib.use("Agg")
-    paths = [save_figure(block_spectra(spectra, title=f"{title}: Hessian spectra by block"), folder / "block_spectra.png")]
+    paths = [
+        save_figure(block_spectra(spectra, title=f"{title}: Hessian spectra by block"), folder / "block_spectra.png")
+    ]
     size = min(14.0, 5.5 + 0.12 * len(js.names))
     figure, axes = plt.subplots(figsize=(size, size * 0.85), layout="constrained")
     js_matrix(axes, js)
@@ -150,7 +153,11 @@ def draw_spectrum(folder: Path, spectra: BlockSpectra, title: str) -> list[Path]
     """The picture of a spectrum run: spectrum.png for one operator, block_spectra.png for several blocks."""
     matplotlib.use("Agg")
     if len(spectra) > 1:
-        return [save_figure(block_spectra(spectra, title=f"{title}: Hessian spectra by block"), folder / "block_spectra.png")]
+        return [
+            save_figure(
+                block_spectra(spectra, title=f"{title}: Hessian spectra by block"), folder / "block_spectra.png"
+            )
+        ]
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     (name,) = spectra.names
     spectrum(axes, spectra[name])
@@ -169,5 +176,3 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
     if len(items) <= count:
         return list(items)
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).astype(int))]
-
-

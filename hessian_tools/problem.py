@@ -29,7 +29,7 @@ class CrossEntropy:
     """Mean cross-entropy (nats) over the targets that are not ``ignore_index``; a batch is (inputs, targets).
 
     ``inputs`` is a tensor, a tuple (passed as ``model(*inputs)``) or a dict (``model(**inputs)``); the output is the
-    logits or has them as ``.logits``. Class axis: the last one when the other axes are those of ``targets``, else axis 1.
+    logits or has them as ``.logits``. Class axis: the last if the others are those of ``targets``, else axis 1.
     """
 
     def __init__(self, ignore_index: int = -100) -> None:
@@ -96,17 +96,17 @@ class Problem:
 
     Args:
         model: any ``nn.Module``; parameters with ``requires_grad`` are the variables, tied ones counted once. It is
-            evaluated in the mode it is in and comes back exactly as it was (mode, gradients, buffers, attention kernel).
+            evaluated in its own mode and comes back exactly as it was (mode, gradients, buffers, attention kernel).
         loss_fn: ``loss_fn(model, batch)`` -> scalar mean loss of the batch; ``ht.cross_entropy``, ``ht.mse`` and
             ``ht.huggingface`` are ready-made.
         batches: iterable of batches (tuples, dicts, BatchEncoding, a DataLoader); they are kept, on the model's device.
-        batch_stats: must be said for a model with BatchNorm: True normalises by each batch's own statistics (as training
-            does; a batch can then not be cut), False by the running ones. The running statistics never change.
+        batch_stats: must be said for a model with BatchNorm: True normalises by each batch's own statistics (as in
+            training; a batch can then not be cut), False by the running ones. The running statistics never change.
         num_examples: ``num_examples(batch)`` -> the number of examples the batch's mean is over. Default: what the
             ready-made losses count (tokens that are not ignored), else the length of the batch's first tensor.
 
-    Attributes: ``parameters`` {name: tensor}, ``num_parameters`` P, ``batches``, ``counts`` (n_b of each batch), ``loss``
-    (the pooled mean, a float), ``device``, ``dtype``, and ``batch_stats`` and ``num_examples`` as given.
+    Attributes: ``parameters`` {name: tensor}, ``num_parameters`` P, ``batches``, ``counts`` (n_b of each batch),
+    ``loss`` (the pooled mean, a float), ``device``, ``dtype``, and ``batch_stats`` and ``num_examples`` as given.
 
     Raises:
         ValueError: no batches, no trainable parameter, a loss that is no scalar or does not depend on the parameters,
@@ -126,14 +126,20 @@ class Problem:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
         if not callable(loss_fn):
-            raise TypeError(f"loss_fn is a {type(loss_fn).__name__}; pass a function loss_fn(model, batch) -> scalar loss")
+            raise TypeError(
+                f"loss_fn is a {type(loss_fn).__name__}; pass a function loss_fn(model, batch) -> scalar loss"
+            )
         self.model, self.loss_fn, self.num_examples = model, loss_fn, num_examples
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise ValueError("model has no parameter that requires grad; call model.requires_grad_(True) or unfreeze some")
+            raise ValueError(
+                "model has no parameter that requires grad; call model.requires_grad_(True) or unfreeze some"
+            )
         devices = {p.device for p in self.parameters.values()}
         if len(devices) > 1:
-            raise ValueError(f"model lies on several devices {sorted(map(str, devices))}; move it to one with model.to(device)")
+            raise ValueError(
+                f"model lies on several devices {sorted(map(str, devices))}; move it to one with model.to(device)"
+            )
         self.device = devices.pop()
         self.dtype = next(iter(self.parameters.values())).dtype
         for parameter in self.parameters.values():
@@ -165,7 +171,9 @@ class Problem:
         else:
             count = batch_length(batch) or 1
         if not isinstance(count, int) or count < 1:
-            raise ValueError(f"batch {index} has {count!r} valid examples; every batch needs a whole number, at least 1")
+            raise ValueError(
+                f"batch {index} has {count!r} valid examples; every batch needs a whole number, at least 1"
+            )
         return count
 
     @contextlib.contextmanager
@@ -217,7 +225,9 @@ class Problem:
             return [(self.weights[index], batch)]
         advice = "raise `memory` or pass smaller batches"
         if self.batch_stats:
-            raise ValueError(f"batch {index} does not fit the memory budget and batch statistics forbid cutting it: {advice}")
+            raise ValueError(
+                f"batch {index} does not fit the memory budget and batch statistics forbid cutting it: {advice}"
+            )
         pieces = [cut_batch(batch, first, min(first + size, length), length) for first in range(0, length, size)]
         with self.evaluating(), torch.no_grad():
             whole = float(self.batch_loss(batch))
@@ -226,8 +236,8 @@ class Problem:
             mean = sum(n * float(self.batch_loss(p)) for n, p in zip(counts, valid, strict=True)) / sum(counts)
         if not math.isclose(mean, whole, rel_tol=_tolerance(self.dtype), abs_tol=_tolerance(self.dtype)):
             raise ValueError(
-                f"batch {index} must be cut to fit the memory budget, but its pieces' pooled loss {mean:.7g} is not its loss "
-                f"{whole:.7g}: pass num_examples= (what the loss is a mean over), or {advice}"
+                f"batch {index} must be cut to fit the memory budget, but its pieces' pooled loss {mean:.7g} is not "
+                f"its loss {whole:.7g}: pass num_examples= (what the loss is a mean over), or {advice}"
             )
         share = self.weights[index] / sum(counts)
         return [(share * n, piece) for n, piece in zip(counts, valid, strict=True)]
@@ -253,9 +263,13 @@ class Problem:
         loss = self._explained(lambda: self.batch_loss(batch), index)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(f"loss_fn returned {found}, not a scalar tensor; return the batch's mean loss (loss.mean())")
+            raise ValueError(
+                f"loss_fn returned {found}, not a scalar tensor; return the batch's mean loss (loss.mean())"
+            )
         if not torch.isfinite(loss):
-            raise NumericalError(f"the loss of batch {index} is {float(loss)}; NaN or inf is there before any derivative")
+            raise NumericalError(
+                f"the loss of batch {index} is {float(loss)}; NaN or inf is there before any derivative"
+            )
         return loss
 
     def _refuse_constant(self) -> None:
@@ -291,20 +305,25 @@ class Problem:
                 ]
                 reason = f"dropout is active in {', '.join(random[:3])}" if random else "something in it is random"
                 raise ValueError(
-                    f"two evaluations of the loss on batch {index} differ ({a:.7g}, {b:.7g}): {reason}; call model.eval() "
-                    "and remove randomness from model and loss_fn (BatchNorm can still use batch_stats=True)"
+                    f"two evaluations of the loss on batch {index} differ ({a:.7g}, {b:.7g}): {reason}; "
+                    "call model.eval() and take randomness out of loss_fn (BatchNorm can still use batch_stats=True)"
                 )
 
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """``value`` with every tensor in it (tuples, lists, mappings) on ``device``, floating ones cast where dtype is given."""
+    """``value`` with every tensor in it on ``device``, floating ones cast where ``dtype`` is given."""
     return _mapped(value, lambda t: t.to(device, dtype if dtype and t.is_floating_point() else t.dtype))
 
 
 def tensors_of(value: Any) -> list[Tensor]:
     """All tensors in a batch, in order."""
     found: list[Tensor] = []
-    _mapped(value, lambda t: found.append(t) or t)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(value, note)
     return found
 
 
@@ -356,15 +375,17 @@ def _stated_batch_stats(model: nn.Module, batch_stats: bool | None) -> bool | No
         return None
     if batch_stats is None and any(m.track_running_stats for _, m in norms):
         raise ValueError(
-            f"model has BatchNorm ({norms[0][0] or 'the model itself'} and {len(norms) - 1} more); say batch_stats=True "
-            "(each batch's own statistics, as in training) or batch_stats=False (the running ones)"
+            f"model has BatchNorm ({norms[0][0] or 'the model itself'} and {len(norms) - 1} more); say batch_stats=True"
+            " (each batch's own statistics, as in training) or batch_stats=False (the running ones)"
         )
     return True if batch_stats is None else batch_stats
 
 
 def _frozen(batches: Any) -> list[Any]:
     if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches is a {type(batches).__name__}; pass an iterable of batches, e.g. [batch] for a single one")
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; pass an iterable of batches, e.g. [batch] for a single one"
+        )
     frozen = list(batches)
     if not frozen:
         raise ValueError("batches is empty; pass at least one batch (a generator that was read before is empty, too)")
@@ -372,7 +393,9 @@ def _frozen(batches: Any) -> list[Any]:
         return frozen
     for index, (one, two) in enumerate(zip(frozen, batches, strict=False)):  # a loader that shuffles shows it here
         first, second = tensors_of(one), tensors_of(two)
-        if len(first) != len(second) or not all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True)):
+        if len(first) != len(second) or not all(
+            torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True)
+        ):
             raise ValueError(
                 f"batches gives different data each time it is read (first in batch {index}): shuffling or random "
                 "augmentation; use shuffle=False without augmentation, or pass list(batches) to freeze one draw"
@@ -386,5 +409,5 @@ def _described(batch: Any) -> str:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    # rounding differs a little between batch shapes and between runs of an atomic-add kernel; randomness differs much more
+    # rounding differs between batch shapes and between runs of an atomic-add kernel; randomness differs much more
     return 100 * torch.finfo(dtype).eps

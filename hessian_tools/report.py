@@ -27,9 +27,17 @@ def spectra_table(spectra: BlockSpectra) -> str:
 def readings_table(found: Mapping[str, JSHeterogeneity]) -> str:
     """A row a reading, a column a model: mean over pairs of blocks, with its standard error."""
     first = next(iter(found.values()))
-    labels = {"unnormalised": "JS0 (literature, unnormalised)", "bounded": "JS bounded", "log": "JS log", "wasserstein": "Wasserstein"}
+    labels = {
+        "unnormalised": "JS0 (literature, unnormalised)",
+        "bounded": "JS bounded",
+        "log": "JS log",
+        "wasserstein": "Wasserstein",
+    }
     rows = [
-        [f"{labels[name]} [{reading.unit}]", *(_pm(js.readings[name].mean, js.readings[name].standard_error) for js in found.values())]
+        [
+            f"{labels[name]} [{reading.unit}]",
+            *(_pm(js.readings[name].mean, js.readings[name].standard_error) for js in found.values()),
+        ]
         for name, reading in first.readings.items()
     ]
     spreads = (_pm(js.scale_spread.value, js.scale_spread.standard_error) for js in found.values())
@@ -46,7 +54,12 @@ def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]
          "matvecs": q.num_matvecs, "status": q.status}
         for name, q in spectra.items()
     ]  # fmt: skip
-    found: dict[str, Any] = {"blocks": blocks, "matvecs": spectra.num_matvecs, "route": spectra.route, "notes": list(spectra.notes)}
+    found: dict[str, Any] = {
+        "blocks": blocks,
+        "matvecs": spectra.num_matvecs,
+        "route": spectra.route,
+        "notes": list(spectra.notes),
+    }
     if js is not None:
         readings = {**js.readings, "scale_spread": js.scale_spread}
         found["readings"] = {

@@ -36,7 +36,9 @@ class RunFolder:
             write_atomically(kept, json.dumps(self.config, indent=1).encode())
             self.journal = Journal(path / "blocks.jsonl")
         except OSError as error:
-            raise ValueError(f"--out {path} cannot be written ({error.strerror}); name a folder you may write to") from error
+            raise ValueError(
+                f"--out {path} cannot be written ({error.strerror}); name a folder you may write to"
+            ) from error
 
     @property
     def finished(self) -> dict[str, Quadrature]:
@@ -78,7 +80,9 @@ def own_problem(
     file = Path(path)
     if not function.isidentifier() or not file.is_file():
         missing = f"there is no file {path!r}" if path and function.isidentifier() else "the function's name is missing"
-        raise ValueError(f"--model {reference}: {missing}; use path/file.py:function or a name of `hessian-tools models`")
+        raise ValueError(
+            f"--model {reference}: {missing}; use path/file.py:function or a name of `hessian-tools models`"
+        )
     try:
         made = _made(file, function)
     except Exception as error:
@@ -99,7 +103,10 @@ def own_problem(
         )
     model, loss_fn, batches, stats, num_examples = made
     if device is not None or dtype is not None:
-        model, batches = model.to(device, dtype), [to_device(batch, torch.device(device or "cpu"), dtype) for batch in batches]
+        model, batches = (
+            model.to(device, dtype),
+            [to_device(batch, torch.device(device or "cpu"), dtype) for batch in batches],
+        )
     stats = stats if batch_stats is None else batch_stats
     problem = Problem(model, loss_fn, batches, batch_stats=stats, num_examples=num_examples)
     return problem, {"file": file.name, "function": function, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}

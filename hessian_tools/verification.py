@@ -1,11 +1,12 @@
 """Verification of a Hessian operator against referees that share none of its second-order code.
 
-Incumbent tools are silently wrong on ordinary models (affine LayerNorm through forward-over-reverse, unweighted batches),
-so every operator here can be held, on the user's own model, against a finite difference of the gradient and against the
-properties that a Hessian has.
+Incumbent tools are silently wrong on ordinary models (affine LayerNorm through forward-over-reverse, unweighted
+batches), so every operator here can be held, on the user's own model, against a finite difference of the gradient and
+against the properties that a Hessian has.
 """
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,8 +42,8 @@ class Check:
         return self.error <= self.tolerance  # NaN fails
 
     def __str__(self) -> str:
-        verdict = "ok    " if self.passed else "FAILED"
-        return f"{verdict} {self.name}: relative error {self.error:.1e} (allowed {self.tolerance:.1e}){self.remark and '; '}{self.remark}"
+        verdict, remark = "ok    " if self.passed else "FAILED", f"; {self.remark}" if self.remark else ""
+        return f"{verdict} {self.name}: relative error {self.error:.1e} (allowed {self.tolerance:.1e}){remark}"
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ def verify(hessian: "HessianOperator", blocks: Sequence[Block] = (), *, seed: in
         blocks: blocks to compare with slices of the full Hessian; default the first, middle and last parameter tensor.
         seed: of the random directions.
     Returns:
-        a Verification: it says which check failed and by how much. The finite difference is central, in a float64 copy of
-        model and data where one can be made, at the step whose neighbours agree best; that agreement is its uncertainty.
+        a Verification: it says which check failed and by how much. The finite difference is central, in a float64 copy
+        of model and data where one can be made, at the step that agrees best with its neighbour; how well is its
+        uncertainty.
     """
     problem = hessian.problem
     tolerance = TOLERANCE.get(problem.dtype, 0.1)
@@ -92,7 +94,9 @@ def verify(hessian: "HessianOperator", blocks: Sequence[Block] = (), *, seed: in
         checks.append(_block_check(hessian, block, v, tolerance))
     length = max(batch_length(batch) or 1 for batch in problem.batches)
     if problem.batch_stats or length < 2:
-        skipped.append(f"cut batches: {'batch statistics' if problem.batch_stats else 'batches of one example'} cannot be cut")
+        skipped.append(
+            f"cut batches: {'batch statistics' if problem.batch_stats else 'batches of one example'} cannot be cut"
+        )
     else:
         cut = type(hessian)(problem, microbatch=(length + 1) // 2, record=False)
         checks.append(Check("cut batches", _relative(cut @ v, hv), tolerance))
@@ -102,8 +106,14 @@ def verify(hessian: "HessianOperator", blocks: Sequence[Block] = (), *, seed: in
             error = _relative(hv, difference)
             checks.append(Check("finite difference of the gradient", error, max(tolerance, 5 * uncertainty), remark))
         else:
-            skipped.append(f"finite difference of the gradient: inconclusive, its own uncertainty is {uncertainty:.0e} (kinks?)")
-    except (RuntimeError, ValueError, TypeError) as error:  # a referee that cannot stand up is no verdict on the operator
+            skipped.append(
+                f"finite difference of the gradient: inconclusive, its own uncertainty is {uncertainty:.0e} (kinks?)"
+            )
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ) as error:  # a referee that cannot stand up is no verdict on the operator
         skipped.append(f"finite difference: {type(error).__name__}: {str(error).splitlines()[0]}")
     return Verification(tuple(checks), tuple(skipped))
 
@@ -116,7 +126,9 @@ def _block_check(hessian: "HessianOperator", block: Block, v: Tensor, tolerance:
         part.place(piece[None, None], full[part.parameter])
     product = hessian @ torch.cat([t.flatten() for t in full.values()])
     sizes = [p.numel() for p in hessian.problem.parameters.values()]
-    shaped = {n: t.view(p.shape) for (n, p), t in zip(hessian.problem.parameters.items(), product.split(sizes), strict=True)}
+    shaped = {
+        n: t.view(p.shape) for (n, p), t in zip(hessian.problem.parameters.items(), product.split(sizes), strict=True)
+    }
     return Check(f"block {block.name}", _relative(hessian.block(block) @ vector, cut.rows(shaped).flatten()), tolerance)
 
 
@@ -133,7 +145,8 @@ def _finite_difference(problem: Problem, v: Tensor) -> tuple[Tensor, float, str]
         referee, remark = problem, f"in {str(problem.dtype).removeprefix('torch.')}: no float64 copy could be made"
     parameters = list(referee.parameters.values())
     direction = [
-        piece.view(p.shape).to(p.dtype) for p, piece in zip(parameters, v.split([p.numel() for p in parameters]), strict=True)
+        piece.view(p.shape).to(p.dtype)
+        for p, piece in zip(parameters, v.split([p.numel() for p in parameters]), strict=True)
     ]
     scale = float(torch.sqrt(sum((p.detach().double() ** 2).sum() for p in parameters))) or 1.0  # type: ignore[arg-type]
     products = []
@@ -141,9 +154,13 @@ def _finite_difference(problem: Problem, v: Tensor) -> tuple[Tensor, float, str]
         step = relative_step * scale / float(v.norm())
         difference = _shifted_gradient(referee, direction, step) - _shifted_gradient(referee, direction, -step)
         products.append(difference / (2 * step))
-    agreement = [_relative(a, b) for a, b in zip(products[:-1], products[1:], strict=True)]
+    agreement = [_relative(a, b) for a, b in itertools.pairwise(products)]
     best = min(range(len(agreement)), key=agreement.__getitem__)
-    return products[best + 1].to(v.dtype), agreement[best], f"{remark}, step {STEPS[best + 1]:.0e}, its own uncertainty {agreement[best]:.0e}"
+    return (
+        products[best + 1].to(v.dtype),
+        agreement[best],
+        f"{remark}, step {STEPS[best + 1]:.0e}, its own uncertainty {agreement[best]:.0e}",
+    )
 
 
 def _shifted_gradient(problem: Problem, direction: list[Tensor], step: float) -> Tensor:

@@ -1,6 +1,7 @@
 """The oracles: networks small enough for a dense float64 Hessian, and losses whose Hessian is known in closed form."""
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -15,18 +16,23 @@ def dense_hessian(problem: ht.Problem) -> Tensor:
     """(P, P) by plain double backward, a row at a time, over the pooled loss: shares no code with the engine."""
     parameters = [p for p in problem.model.parameters() if p.requires_grad]
     total = sum(problem.counts)
+
+    def flat(pieces: Sequence[Tensor | None]) -> Tensor:
+        pairs = zip(parameters, pieces, strict=True)
+        return torch.cat([(torch.zeros_like(p) if piece is None else piece).flatten() for p, piece in pairs])
+
     with problem.evaluating():
-        losses = [problem.loss_fn(problem.model, batch) * (n / total) for batch, n in zip(problem.batches, problem.counts)]
-        gradients = torch.autograd.grad(sum(losses), parameters, create_graph=True, allow_unused=True)
-    flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients)])
-    rows = []
-    for entry in flat:
-        if not entry.requires_grad:
-            rows.append(torch.zeros(len(flat), dtype=flat.dtype))
-            continue
-        row = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True)
-        rows.append(torch.cat([(torch.zeros_like(p) if r is None else r).flatten() for p, r in zip(parameters, row)]))
-    return torch.stack(rows)
+        pairs = zip(problem.batches, problem.counts, strict=True)
+        loss = sum(problem.loss_fn(problem.model, batch) * (n / total) for batch, n in pairs)
+        gradient = flat(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
+    return torch.stack(
+        [
+            flat(torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True))
+            if entry.requires_grad
+            else torch.zeros_like(gradient)
+            for entry in gradient
+        ]
+    )
 
 
 class LayerNormNet(nn.Module):
@@ -58,6 +64,38 @@ class Recurrent(nn.Module):
         return self.last(self.lstm(x)[0][:, -1])
 
 
+class OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class SilentlyWrong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):  # the derivative's own dependence on x is hidden from autograd
+        return 3 * ctx.saved_tensors[0].detach() ** 2 * g
+
+
+class Cubed(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(3, 2, dtype=torch.float64), function
+
+    def forward(self, x):
+        return self.function.apply(self.linear(x))
+
+
 def _vectors(sizes: tuple[int, ...], features: int, classes: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(n, features), torch.randint(classes, (n,))) for n in sizes]
 
@@ -72,7 +110,7 @@ def _tokens(sizes: tuple[int, ...], context: int, vocabulary: int) -> list[tuple
     return batches
 
 
-def gpt(vocabulary: int = 11, context: int = 6, d: int = 8, layers: int = 2, tied: bool = True) -> nn.Module:
+def gpt(vocabulary: int = 11, context: int = 6, d: int = 8, layers: int = 1, tied: bool = True) -> nn.Module:
     return NanoGPT(vocabulary, context, layers=layers, d=d, num_heads=2, tied=tied)
 
 
@@ -81,57 +119,58 @@ def transformers() -> ModuleType:
     return importlib.import_module("transformers")
 
 
-def hf_gpt2() -> nn.Module:
+def hf_gpt2(attention: str = "sdpa") -> nn.Module:
     hf = transformers()
-    return hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=1, n_head=2, use_cache=False, **_dropout("pdrop"))
-    )
+    config = hf.GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    return hf.GPT2LMHeadModel._from_config(config, attn_implementation=attention).eval()
 
 
 def hf_bert() -> nn.Module:
     hf = transformers()
-    return hf.BertForMaskedLM(
-        hf.BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
-                   max_position_embeddings=8, pad_token_id=None)
-    ).eval()  # fmt: skip
+    config = hf.BertConfig(vocab_size=11, max_position_embeddings=8, pad_token_id=None, **HF_TINY)
+    return hf.BertForMaskedLM(config).eval()
 
 
 def hf_vit() -> nn.Module:
     hf = transformers()
     return hf.ViTForImageClassification(
-        hf.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
-                  num_channels=1, num_labels=4)
-    ).eval()  # fmt: skip
+        hf.ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=4, **HF_TINY)
+    ).eval()
 
 
 def hf_llama() -> nn.Module:
     hf = transformers()
     return hf.LlamaForCausalLM(
-        hf.LlamaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                    intermediate_size=12, max_position_embeddings=8, use_cache=False)
-    ).eval()  # fmt: skip
+        hf.LlamaConfig(vocab_size=11, max_position_embeddings=8, num_key_value_heads=1, **HF_TINY)
+    ).eval()
 
 
-def _dropout(kind: str) -> dict[str, float]:
-    return {f"attn_{kind}": 0.0, f"resid_{kind}": 0.0, f"embd_{kind}": 0.0}
+HF_TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
 
 
-# name -> (model builder, batches builder, Problem's keywords, what float64 reaches: transformers casts to float32 inside some)
+def _images(sizes: tuple[int, ...], side: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(n, 1, side, side), torch.randint(4, (n,))) for n in sizes]
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+# name -> (model, batches, Problem's keywords, error that float64 reaches: some of transformers cast to float32 inside)
 NETWORKS = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), lambda: _vectors((4, 7), 5, 3), {}, 1e-10),
+    "mlp": (_mlp, lambda: _vectors((4, 7), 5, 3), {}, 1e-10),
     "layernorm": (LayerNormNet, lambda: _vectors((4, 7), 5, 3), {}, 1e-10),
-    "batchnorm-batch": (ConvNet, lambda: [(torch.randn(n, 1, 5, 5), torch.randint(4, (n,))) for n in (5, 3)],
-                        {"batch_stats": True}, 1e-10),
-    "batchnorm-running": (ConvNet, lambda: [(torch.randn(n, 1, 5, 5), torch.randint(4, (n,))) for n in (5, 3)],
-                          {"batch_stats": False}, 1e-10),
-    "groupnorm": (lambda: ConvNet(nn.GroupNorm), lambda: [(torch.randn(4, 1, 5, 5), torch.randint(4, (4,)))], {}, 1e-10),
+    "batchnorm-batch": (ConvNet, lambda: _images((5, 3), 5), {"batch_stats": True}, 1e-10),
+    "batchnorm-running": (ConvNet, lambda: _images((5, 3), 5), {"batch_stats": False}, 1e-10),
+    "groupnorm": (lambda: ConvNet(nn.GroupNorm), lambda: _images((4,), 5), {}, 1e-10),
     "lstm": (Recurrent, lambda: [(torch.randn(3, 4, 3), torch.randint(2, (3,)))], {}, 1e-10),
     "gpt": (gpt, lambda: _tokens((2, 1), 6, 11), {}, 1e-10),
     "hf-gpt2": (hf_gpt2, lambda: _tokens((2, 1), 6, 11), {}, 1e-10),
+    "hf-gpt2-eager": (lambda: hf_gpt2("eager"), lambda: _tokens((2, 1), 6, 11), {}, 1e-10),
     "hf-bert": (hf_bert, lambda: _tokens((2, 1), 6, 11), {}, 1e-10),
-    "hf-vit": (hf_vit, lambda: [(torch.randn(3, 1, 8, 8), torch.randint(4, (3,)))], {}, 1e-10),
+    "hf-vit": (hf_vit, lambda: _images((3,), 8), {}, 1e-10),
     "hf-llama-gqa": (hf_llama, lambda: _tokens((2, 1), 6, 11), {}, 1e-5),
-}  # fmt: skip
+}
 
 
 def network(name: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> ht.Problem:

@@ -147,7 +147,7 @@ def test_batchnorm_must_be_said_and_batch_statistics_are_not_cut():
 
 def test_a_loss_that_is_no_mean_over_its_examples_is_not_cut(linear):
     problem = ht.Problem(linear, lambda m, b: m(b[0]).sum() ** 2, [pair(4)])
-    with pytest.raises(ValueError, match="pieces' pooled loss .* pass num_examples="):
+    with pytest.raises(ValueError, match=r"pieces' pooled loss .* pass num_examples="):
         ht.HessianOperator(problem, microbatch=2)
 
 

@@ -10,6 +10,7 @@ through as one batch (``is_grads_batched``), or one after the other where a mode
 Letters: P parameters, k probes, n size of a block, B blocks of a cut, r = B k rows.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,16 +59,17 @@ class _Engine:
     def products(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """sum_b H_ab v_b for all parameters a and b in ``cotangents``: {name: (r, *shape)} both ways."""
         names = list(cotangents)
-        rows = cotangents[names[0]].shape[0]
-        out = {name: torch.zeros_like(c) for name, c in cotangents.items()}
+        chunks = list(zip(*(cotangents[name].split(self.plan.rows) for name in names), strict=True))
+        total: dict[str, Tensor] = {}
         for weight, gradients in self._graphs(names):
-            for first in range(0, rows, self.plan.rows):
-                part = slice(first, min(first + self.plan.rows, rows))
-                found = self._differentiated(gradients, names, [cotangents[name][part] for name in names])
-                for name, product in zip(names, found, strict=True):
-                    if product is not None:
-                        out[name][part].add_(product, alpha=weight)
-        return out
+            found = [self._differentiated(gradients, names, chunk) for chunk in chunks]
+            for name, pieces in zip(names, zip(*found, strict=True), strict=True):
+                if pieces[0] is None:
+                    continue
+                product = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                # the first is a new tensor: a product may be the very vector that came in
+                total[name] = total[name].add_(product, alpha=weight) if name in total else product * weight
+        return {name: total[name] if name in total else torch.zeros_like(cotangents[name]) for name in names}
 
     def release(self) -> None:
         """Frees the recorded graphs; the next product records them again."""
@@ -152,7 +154,7 @@ class _Engine:
         return {name: g for name, g in found.items() if g.requires_grad}  # others are constant: zero rows
 
     def _differentiated(
-        self, gradients: dict[str, Tensor], names: list[str], cotangents: list[Tensor]
+        self, gradients: dict[str, Tensor], names: list[str], cotangents: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         live = [i for i, name in enumerate(names) if name in gradients]
         if not live:
@@ -300,6 +302,9 @@ class StackedBlocks:
         """Per part of the cut, (r, B, n_part) -> (r, B, n_part)."""
         cotangents: dict[str, Tensor] = {}
         for part, rows in zip(self.cut.parts, spread, strict=True):
+            if rows.shape[1:].numel() == math.prod(part.shape) and not part.axes:
+                cotangents[part.parameter] = rows.reshape(-1, *part.shape)
+                continue
             if part.parameter not in cotangents:
                 cotangents[part.parameter] = rows.new_zeros(rows.shape[0], *part.shape)
             part.place(rows, cotangents[part.parameter])

@@ -1,10 +1,16 @@
 """Results as text: the tables that the command line prints."""
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hessian_tools.heterogeneity import JSHeterogeneity
 from hessian_tools.quadrature import BlockSpectra, Quadrature
+
+_LABELS = {
+    "unnormalised": "JS0 (literature, unnormalised)", "bounded": "JS bounded", "log": "JS log", "wasserstein": "Wasserstein",
+}  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -26,61 +32,55 @@ def spectra_table(spectra: BlockSpectra) -> str:
 
 def readings_table(found: Mapping[str, JSHeterogeneity]) -> str:
     """A row a reading, a column a model: mean over pairs of blocks, with its standard error."""
-    first = next(iter(found.values()))
-    labels = {
-        "unnormalised": "JS0 (literature, unnormalised)",
-        "bounded": "JS bounded",
-        "log": "JS log",
-        "wasserstein": "Wasserstein",
-    }
-    rows = [
-        [
-            f"{labels[name]} [{reading.unit}]",
-            *(_pm(js.readings[name].mean, js.readings[name].standard_error) for js in found.values()),
-        ]
-        for name, reading in first.readings.items()
-    ]
-    spreads = (_pm(js.scale_spread.value, js.scale_spread.standard_error) for js in found.values())
+    first, rows = next(iter(found.values())), []
+    for name, reading in first.readings.items():
+        values = (plus_minus(r.mean, r.standard_error) for r in (js.readings[name] for js in found.values()))
+        rows.append([f"{_LABELS[name]} [{reading.unit}]", *values])
+    spreads = (plus_minus(js.scale_spread.value, js.scale_spread.standard_error) for js in found.values())
     rows.append([f"spread of block scales [{first.scale_spread.unit}]", *spreads])
     rows.append(["verdict", *(js.verdict.decision for js in found.values())])
     return table(("reading (mean over pairs ± standard error)", *found), rows)
+
+
+def verdict_text(label: str, js: JSHeterogeneity) -> str:
+    """The verdict and what to know about its numbers, in lines of 100 characters."""
+    paragraphs = [f"{label}: {js.verdict}", *(f"note: {note}" for note in js.notes)]
+    return "\n".join(
+        textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False) for paragraph in paragraphs
+    )
 
 
 def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]:
     """The numbers of both tables, JSON-able (non-finite ones as words), for ``--json``."""
     blocks = [
         {"name": name, "size": q.size, "rms": _number(q.rms.value), "smallest": _number(q.smallest.value),
-         "largest": _number(q.largest.value), "trace": _number(q.trace.value), "trace_standard_error": _number(q.trace.standard_error),
-         "matvecs": q.num_matvecs, "status": q.status}
+         "largest": _number(q.largest.value), "trace": _number(q.trace.value),
+         "trace_standard_error": _number(q.trace.standard_error), "matvecs": q.num_matvecs, "status": q.status}
         for name, q in spectra.items()
     ]  # fmt: skip
-    found: dict[str, Any] = {
-        "blocks": blocks,
-        "matvecs": spectra.num_matvecs,
-        "route": spectra.route,
-        "notes": list(spectra.notes),
-    }
+    found: dict[str, Any] = {"blocks": blocks, "matvecs": spectra.num_matvecs, "route": spectra.route}
     if js is not None:
-        readings = {**js.readings, "scale_spread": js.scale_spread}
         found["readings"] = {
             name: {"mean": _number(r.mean), "standard_error": _number(r.standard_error), "unit": r.unit}
-            for name, r in readings.items()
+            for name, r in {**js.readings, "scale_spread": js.scale_spread}.items()
         }
         found["verdict"] = {"decision": js.verdict.decision, "words": str(js.verdict)}
-        found["notes"] += js.notes
-    return found
+    return {**found, "notes": [*spectra.notes, *(js.notes if js is not None else ())]}
+
+
+def plus_minus(value: float, error: float) -> str:
+    """``value`` to the digit that its ``error``, given to one digit, reaches: 12.3 ± 0.4, -100 ± 30."""
+    if not (math.isfinite(value) and 1e-6 < error < 1e6):
+        return f"{value:.3g} ± {error:.1g}"
+    digit = -math.floor(math.log10(float(f"{error:.0e}")))  # 0.96 becomes 1
+    return f"{round(value, digit):.{max(digit, 0)}f} ± {round(error, digit):.{max(digit, 0)}f}"
 
 
 def _spectrum_row(name: str, q: Quadrature) -> list[str]:
-    return [
-        name, f"{q.size:,}", f"{q.rms.value:.3g}", f"{q.smallest.value:.3g}", f"{q.largest.value:.3g}",
-        _pm(q.trace.value, q.trace.standard_error), str(q.num_matvecs), q.status,
-    ]  # fmt: skip
-
-
-def _pm(value: float, error: float) -> str:
-    return f"{value:.3g} ± {error:.1g}"
+    trace = plus_minus(q.trace.value, q.trace.standard_error)
+    numbers = (f"{value:.3g}" for value in (q.rms.value, q.smallest.value, q.largest.value))
+    return [name, f"{q.size:,}", *numbers, trace, str(q.num_matvecs), q.status]
 
 
 def _number(value: float) -> float | str:
-    return value if abs(value) < float("inf") else str(value)
+    return value if math.isfinite(value) else str(value)

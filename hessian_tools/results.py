@@ -22,48 +22,43 @@ import numpy as np
 
 from hessian_tools.density import Axis, SpectralDensity
 from hessian_tools.heterogeneity import JSHeterogeneity, Reading, ScaleSpread
-from hessian_tools.quadrature import BlockSpectra, Quadrature
+from hessian_tools.quadrature import BlockSpectra, Estimate, Quadrature, RitzValue
 from hessian_tools.verdict import Verdict
+from hessian_tools.verification import Check, Verification
 
 FORMAT = 1
-# a new result type is one more entry here
-TYPES = {
-    cls.__name__: cls
-    for cls in (Quadrature, BlockSpectra, Axis, SpectralDensity, JSHeterogeneity, Reading, ScaleSpread, Verdict)
-}
+_RESULTS: tuple[type, ...] = (
+    Quadrature, BlockSpectra, Estimate, RitzValue, Axis, SpectralDensity, JSHeterogeneity, Reading, ScaleSpread, Verdict,
+    Check, Verification,
+)  # fmt: skip
+TYPES = {cls.__name__: cls for cls in _RESULTS}
 
 
 def save(result: Any, path: str | os.PathLike, *, config: Mapping[str, Any] | None = None) -> Path:
     """Writes ``result`` to PATH.json and PATH.npz; ``config`` (JSON-able: knobs, seed) goes along.
 
     Args:
-        result: any result of this package, or a dict of them by name.
+        result: any result of this package, an array, number or string, or dicts (of string keys), tuples and lists of
+            them. numpy's scalars come back as Python's.
     Returns:
         the json's path.
     Raises:
-        TypeError: for something that is not a result.
+        TypeError: for anything else; nothing is written then.
     """
-    target = Path(path)
-    arrays: dict[str, np.ndarray] = {}
+    stem, arrays = _stem(path), dict[str, np.ndarray]()
 
     def by_reference(array: np.ndarray) -> dict[str, Any]:
         arrays[f"a{len(arrays)}"] = array
         return {"array": f"a{len(arrays) - 1}"}
 
-    encoded = _encoded(result, by_reference)
-    buffer = io.BytesIO()
+    encoded, buffer = _encoded(result, by_reference), io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    document = {
-        "format": FORMAT,
-        "versions": versions(),
-        "config": config or {},
-        "arrays_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-        "result": encoded,
-    }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(_suffixed(target, ".npz"), buffer.getvalue())
-    text = json.dumps(document, indent=1, allow_nan=False)
-    return write_atomically(_suffixed(target, ".json"), text.encode())
+    checksum = hashlib.sha256(buffer.getvalue()).hexdigest()
+    document = {"format": FORMAT, "versions": versions(), "config": config or {}, "arrays_sha256": checksum}
+    text = json.dumps({**document, "result": encoded}, indent=1, allow_nan=False)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(_suffixed(stem, ".npz"), buffer.getvalue())
+    return write_atomically(_suffixed(stem, ".json"), text.encode())
 
 
 def load(path: str | os.PathLike) -> Any:
@@ -71,23 +66,25 @@ def load(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: no such result.
-        ValueError: not one of ours, of a later format, or a pair of files that do not belong together.
+        ValueError: not one of ours, of another format, or a pair of files that do not belong together.
     """
-    stem = Path(path).with_suffix("") if Path(path).suffix in (".json", ".npz") else Path(path)
-    document = load_document(stem)
-    content = _suffixed(stem, ".npz").read_bytes()
-    if hashlib.sha256(content).hexdigest() != document["arrays_sha256"]:
+    stem = _stem(path)
+    document, content = load_document(stem), _suffixed(stem, ".npz").read_bytes()
+    if hashlib.sha256(content).hexdigest() != document.get("arrays_sha256"):
         raise ValueError(f"{stem}.json and {stem}.npz do not belong together (a crash between the two?); run again")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return _decoded(document["result"], lambda reference: arrays[reference["array"]])
+        try:
+            return _decoded(document["result"], lambda reference: arrays[reference["array"]])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{stem}.json was written by another version of this package: {error}") from error
 
 
 def load_document(path: str | os.PathLike) -> dict[str, Any]:
     """The json of a saved result as it stands, with ``config`` and ``versions``; errors as in :func:`load`."""
-    name = _suffixed(Path(path), ".json")
+    name = _suffixed(_stem(path), ".json")
     try:
-        document = json.loads(name.read_text())
-    except json.JSONDecodeError as error:
+        document = json.loads(name.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{name} is not a saved result: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{name} is not a saved result of format {FORMAT}; write it again with this version")
@@ -95,30 +92,32 @@ def load_document(path: str | os.PathLike) -> dict[str, Any]:
 
 
 class Journal:
-    """Finished blocks of a run, a line a block, appended and flushed to disk as they come.
+    """Finished blocks of a run, a line a block, appended as they come; ``finished`` are those found, by name.
 
-    A line torn by a kill is dropped on reading. ``finished`` maps names to Quadratures.
+    What follows the last whole line, torn by a kill, is cut off on reading.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.finished: dict[str, Quadrature] = {}
-        if not path.exists():
-            return
-        whole = b""
-        for line in path.read_bytes().splitlines(keepends=True):
+        content, kept = path.read_bytes() if path.exists() else b"", 0
+        for line in content.splitlines(keepends=True):
+            try:
+                name, encoded = json.loads(line)
+                found = _decoded(encoded, _inline_array)
+            except (ValueError, TypeError, KeyError):
+                break
             if not line.endswith(b"\n"):
                 break
-            name, encoded = json.loads(line)
-            self.finished[name] = _decoded(encoded, _inline_array)
-            whole += line
-        write_atomically(path, whole)  # appending must not continue a torn line
+            self.finished[name] = found
+            kept += len(line)
+        if kept < len(content):
+            os.truncate(path, kept)
 
     def append(self, name: str, quadrature: Quadrature) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps([name, _encoded(quadrature, _as_inline)], allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = json.dumps([name, _encoded(quadrature, _as_inline)], allow_nan=False)
+        with self.path.open("a") as file:  # closed, the line is the system's, and survives the death of this process
+            file.write(line + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -146,27 +145,33 @@ def write_atomically(path: Path, content: bytes) -> Path:
     return path
 
 
-def _suffixed(path: Path, suffix: str) -> Path:
-    return path if path.suffix == suffix else path.with_name(path.name + suffix)
+def _stem(path: str | os.PathLike) -> Path:
+    return Path(path).with_suffix("") if Path(path).suffix in (".json", ".npz") else Path(path)
+
+
+def _suffixed(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)
 
 
 def _encoded(value: Any, array: Callable[[np.ndarray], Any]) -> Any:
-    if type(value).__name__ in TYPES and dataclasses.is_dataclass(value):
+    """JSON-able; a JSON list is a tuple, everything else that JSON lacks is an object of one tag."""
+    if TYPES.get(type(value).__name__) is type(value):
         fields = {f.name: _encoded(getattr(value, f.name), array) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, "fields": fields}
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return array(value)
-    if isinstance(value, Mapping):
-        return {"dict": [[str(key), _encoded(item, array)] for key, item in value.items()]}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _encoded(item, array) for key, item in value.items()}}
     if isinstance(value, tuple | list):
-        return [_encoded(item, array) for item in value]
-    if isinstance(value, bool | str | None):
+        items = [_encoded(item, array) for item in value]
+        return items if isinstance(value, tuple) else {"list": items}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, bool | int | float | str | None):
         return value
-    if isinstance(value, np.integer | int):
-        return int(value)
-    if isinstance(value, np.floating | float):
-        return float(value) if math.isfinite(value) else {"float": str(float(value))}
-    raise TypeError(f"cannot save a {type(value).__name__}; results of this package and dicts of them can be saved")
+    raise TypeError(f"cannot save a {type(value).__name__}; results, arrays, numbers, strings and dicts of them can be")
 
 
 def _decoded(value: Any, array: Callable[[Any], np.ndarray]) -> Any:
@@ -177,15 +182,14 @@ def _decoded(value: Any, array: Callable[[Any], np.ndarray]) -> Any:
     if "type" in value:
         return TYPES[value["type"]](**{name: _decoded(item, array) for name, item in value["fields"].items()})
     if "dict" in value:
-        return {key: _decoded(item, array) for key, item in value["dict"]}
-    if "float" in value:
-        return float(value["float"])
-    return array(value)
+        return {key: _decoded(item, array) for key, item in value["dict"].items()}
+    if "list" in value:
+        return [_decoded(item, array) for item in value["list"]]
+    return float(value["float"]) if "float" in value else array(value)
 
 
 def _as_inline(array: np.ndarray) -> dict[str, Any]:
-    content = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
-    return {"dtype": array.dtype.str, "shape": array.shape, "base64": content}
+    return {"dtype": array.dtype.str, "shape": array.shape, "base64": base64.b64encode(array.tobytes()).decode()}
 
 
 def _inline_array(value: dict[str, Any]) -> np.ndarray:

@@ -3,15 +3,18 @@
 import hashlib
 import importlib.util
 import json
+import random
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from hessian_tools.problem import Problem, to_device
-from hessian_tools.quadrature import BlockSpectra, Quadrature
+from hessian_tools.errors import NumericalError
+from hessian_tools.problem import Problem, tensors_of, to_device
 from hessian_tools.results import Journal, load, save, write_atomically
 from hessian_tools.vision import repair
 
@@ -19,34 +22,29 @@ from hessian_tools.vision import repair
 class RunFolder:
     """``--out DIR``: config.json, the journal of finished blocks while a run lasts, then result.json and result.npz.
 
+    Attributes: ``result``, what :meth:`finish` wrote, None as long as it has not (or a crash tore it); ``journal``.
+
     Args:
         path: the folder; created.
         config: all that the numbers depend on, JSON-able.
     Raises:
-        ValueError: the folder cannot be written, or holds a run of another configuration (naming what differs).
+        ValueError: the folder cannot be written, or holds something of another configuration (naming what differs).
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path, self.config = path, json.loads(json.dumps(config))
+        self.result: dict[str, Any] | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            kept = path / "config.json"
-            if kept.exists():
-                self._refuse_other(json.loads(kept.read_text()))
-            write_atomically(kept, json.dumps(self.config, indent=1).encode())
             self.journal = Journal(path / "blocks.jsonl")
+            if (path / "result.json").exists():
+                self.result = self._loaded()
+            self._refuse_other(path / "config.json")
+            write_atomically(path / "config.json", json.dumps(self.config, indent=1).encode())
         except OSError as error:
             raise ValueError(
                 f"--out {path} cannot be written ({error.strerror}); name a folder you may write to"
             ) from error
-
-    @property
-    def finished(self) -> dict[str, Quadrature]:
-        """Blocks that need no computing: those of the finished result, or of the journal of an interrupted run."""
-        if (self.path / "result.json").exists():
-            spectra: BlockSpectra = load(self.path / "result")["spectra"]
-            return dict(spectra.items())
-        return self.journal.finished
 
     def finish(self, result: Mapping[str, Any]) -> Path:
         """Writes result.json and result.npz and drops the journal."""
@@ -54,75 +52,101 @@ class RunFolder:
         self.journal.path.unlink(missing_ok=True)
         return written
 
-    def _refuse_other(self, kept: Any) -> None:
-        if kept == self.config:
-            return
-        differing = sorted(key for key in {*kept, *self.config} if kept.get(key) != self.config.get(key))
-        first = differing[0]
-        raise ValueError(
-            f"--out {self.path} holds a run with another {', '.join(differing)} ({first} was {kept.get(first)!r}, is now "
-            f"{self.config.get(first)!r}); name another folder or remove this one"
-        )
+    def _loaded(self) -> dict[str, Any] | None:
+        try:
+            return load(self.path / "result")
+        except (FileNotFoundError, ValueError):  # half a pair: compute again
+            return None
+
+    def _refuse_other(self, file: Path) -> None:
+        try:
+            kept = json.loads(file.read_bytes()) if file.exists() else self.config
+        except ValueError:
+            kept = None
+        if not isinstance(kept, dict) or "command" not in kept:
+            raise ValueError(f"--out {self.path} holds a config.json of something else; name another folder")
+        differing = [key for key in {**self.config, **kept} if kept.get(key) != self.config.get(key)]
+        if differing and (self.result or self.journal.finished):
+            was, now = (json.dumps(config.get(differing[0])) for config in (kept, self.config))
+            raise ValueError(
+                f"--out {self.path} holds a run with another {', '.join(differing)} ({differing[0]} was {was}, is now "
+                f"{now}); name another folder or remove this one"
+            )
+
+
+def fingerprint(problem: Problem) -> str:
+    """Checksum of parameters, buffers and batches: blocks of another initialisation must not complete a run."""
+    digest = hashlib.blake2b(digest_size=12)
+    for tensor in (*problem.model.parameters(), *problem.model.buffers(), *tensors_of(problem.batches)):
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def own_problem(
-    reference: str, *, batch_stats: bool | None = None, device: str | None = None, dtype: torch.dtype | None = None
-) -> tuple[Problem, dict[str, str]]:
+    reference: str, *, seed: int = 0, batch_stats: bool | None = None, device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Problem, dict[str, str]]:  # fmt: skip
     """The Problem made by the function of ``path/file.py:function``, and what identifies it (file, function, checksum).
 
-    The function takes nothing and returns a Problem or (model, loss_fn, batches). ``batch_stats``, ``device`` and ``dtype``,
-    where given, replace what it chose.
+    The function takes nothing and returns a Problem or (model, loss_fn, batches). It is called with torch, numpy and
+    random seeded by ``seed``; ``batch_stats``, ``device`` and ``dtype``, where given, replace what it chose.
 
     Raises:
-        ValueError: no such file or function, a file that fails, or a function that returns something else.
+        ValueError: no such file or function, a file or function that fails (with its line), or one that returns
+            something else.
+        NumericalError: a loss that is NaN or infinite.
     """
     path, _, function = reference.rpartition(":")
     file = Path(path)
-    if not function.isidentifier() or not file.is_file():
+    if not path or not function.isidentifier() or not file.is_file():
         missing = f"there is no file {path!r}" if path and function.isidentifier() else "the function's name is missing"
         raise ValueError(
             f"--model {reference}: {missing}; use path/file.py:function or a name of `hessian-tools models`"
         )
     try:
-        made = _made(file, function)
-    except Exception as error:
-        try:  # torchvision and transformers fail beside a CPU-only torch until repaired
+        try:
+            made = _made(file, function, seed)
+        except (ImportError, RuntimeError):  # torchvision and transformers fail beside a CPU-only torch until repaired
             if not repair():
-                raise error
-            made = _made(file, function)
-        except Exception as final:
-            raise ValueError(f"--model {reference}: {type(final).__name__}: {final}") from final
-    if isinstance(made, Problem):
-        made = (made.model, made.loss_fn, made.batches, made.batch_stats, made.num_examples)
-    elif isinstance(made, tuple) and len(made) == 3:
-        made = (*made, None, None)
-    else:
-        raise ValueError(
-            f"--model {reference}: {function}() returned a {type(made).__name__}; it must return ht.Problem(...) "
-            "or (model, loss_fn, batches)"
-        )
-    model, loss_fn, batches, stats, num_examples = made
-    if device is not None or dtype is not None:
-        model, batches = (
-            model.to(device, dtype),
-            [to_device(batch, torch.device(device or "cpu"), dtype) for batch in batches],
-        )
-    stats = stats if batch_stats is None else batch_stats
-    problem = Problem(model, loss_fn, batches, batch_stats=stats, num_examples=num_examples)
+                raise
+            made = _made(file, function, seed)
+        if not isinstance(made, Problem) and not (isinstance(made, tuple) and len(made) == 3):
+            raise TypeError(f"it returned a {type(made).__name__}, not ht.Problem(...) or (model, loss_fn, batches)")
+        problem = made if isinstance(made, Problem) else Problem(*made, batch_stats=batch_stats)
+        if not (batch_stats is device is dtype is None):
+            to, stats = (
+                torch.device(device or problem.device),
+                problem.batch_stats if batch_stats is None else batch_stats,
+            )
+            batches = [to_device(batch, to, dtype) for batch in problem.batches]
+            model = problem.model.to(to, dtype)
+            problem = Problem(model, problem.loss_fn, batches, batch_stats=stats, num_examples=problem.num_examples)
+    except (NumericalError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).name == file.name
+        ]
+        where = f"line {lines[-1]}: " if lines else ""
+        kind = "" if isinstance(error, ValueError | TypeError) and not lines else f"{type(error).__name__}: "
+        raise ValueError(f"--model {reference}: {where}{kind}{error}") from error
     return problem, {"file": file.name, "function": function, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
-def _made(file: Path, function: str) -> Any:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+def _made(file: Path, function: str, seed: int) -> Any:
+    spec = importlib.util.spec_from_file_location(f"own_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{file} is not a Python file")
+        raise ValueError("it is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # dataclasses look themselves up there
-    sys.path.insert(0, str(file.parent.resolve()))  # as if the file were run
-    try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, function, None)):
-            raise ValueError(f"{file} has no function {function}")
-        return getattr(module, function)()
-    finally:
-        sys.path.pop(0)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    if str(file.parent.resolve()) not in sys.path:
+        sys.path.insert(0, str(file.parent.resolve()))  # as if the file were run
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"the file has no function {function}")
+    return getattr(module, function)()

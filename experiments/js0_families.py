@@ -11,36 +11,49 @@ from pathlib import Path
 
 import hessian_tools as ht
 from hessian_tools import report, zoo
+from hessian_tools.runs import RunFolder
 
-MODELS = ("resnet-nano", "vgg-nano", "mlp", "mixer-nano", "vit-nano", "bert-nano", "gpt2-nano", "gpt-nano")
+# name -> knobs of zoo.load; ResNet-18 at full size on small images, so that minutes suffice
+MODELS: dict[str, dict[str, int]] = {"resnet18": {"image_size": 32, "num_examples": 32}}
+MODELS |= {f"{family}-nano": {} for family in ("resnet", "vgg", "mixer", "vit", "bert", "gpt2", "gpt")} | {"mlp": {}}
 PROBES, STEPS = 4, 40  # the literature: 10 and 100
-SMOKE_MODELS, SMOKE_PROBES, SMOKE_STEPS = ("resnet-nano", "gpt-nano"), 2, 6
+SMOKE_MODELS, SMOKE_PROBES, SMOKE_STEPS = {"vgg-nano": {"num_examples": 2}, "mlp": {"num_examples": 2}}, 2, 6
 SEED = 0
 OUT = Path("results/js0_families")
 
 
-def computed(name: str, probes: int, steps: int, examples: int | None) -> tuple[ht.BlockSpectra, ht.JSHeterogeneity]:
-    made = zoo.load(name, seed=SEED, num_examples=examples)
+def block_spectra(name: str, knobs: dict[str, int], probes: int, steps: int, out: Path) -> ht.BlockSpectra:
+    """Spectra of one network's weight blocks; blocks that an interrupted run has finished are taken from it."""
+    config = {"command": "js0_families", "model": name, **knobs, "probes": probes, "steps": steps, "seed": SEED}
+    folder = RunFolder(out / "spectra" / name, config)
+    if folder.result:
+        return folder.result["spectra"]
+    made = zoo.load(name, seed=SEED, **knobs)
     problem = ht.Problem(made.model, made.loss_fn, made.batches, batch_stats=made.batch_stats)
     blocks = ht.partition(problem.model, "weights")
-    spectra = ht.blockwise_slq(problem, blocks, num_probes=probes, num_steps=steps, seed=SEED)
-    return spectra, ht.js_heterogeneity(spectra)
+    spectra = ht.blockwise_slq(
+        problem, blocks, num_probes=probes, num_steps=steps, seed=SEED,
+        finished=folder.journal.finished, on_block=folder.journal.append,
+    )  # fmt: skip
+    folder.finish({"spectra": spectra})
+    return spectra
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="two families, few products: under a minute")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the result (default {OUT})")
+    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
     arguments = parser.parse_args()
+    out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
     models, probes, steps = (SMOKE_MODELS, SMOKE_PROBES, SMOKE_STEPS) if arguments.smoke else (MODELS, PROBES, STEPS)
-    spectra, found = {}, {}
-    for name in models:
-        spectra[name], found[name] = computed(name, probes, steps, 2 if arguments.smoke else None)
-        print(f"{name}: {found[name].verdict.decision}", flush=True)
+    found = {}
+    for name, knobs in models.items():
+        found[name] = ht.js_heterogeneity(block_spectra(name, knobs, probes, steps, out))
+        print(f"{name}: {found[name].verdict}\n", flush=True)
     config = {"models": models, "probes": probes, "steps": steps, "seed": SEED, "blocks": "weights"}
-    ht.save({"spectra": spectra, "heterogeneity": found}, arguments.out / "result", config=config)
+    ht.save(found, out / "result", config=config)
     text = report.readings_table(found)
-    (arguments.out / "table.txt").write_text(text + "\n")
+    (out / "table.txt").write_text(text + "\n")
     print(text)
 
 

@@ -1,11 +1,13 @@
 """Draws results/js0_families: a panel a reading, a bar a network, CNNs against Transformers. Reads results only."""
 
+import math
 import sys
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 import hessian_tools as ht
 from hessian_tools import zoo
@@ -21,20 +23,27 @@ TITLES = {
 
 
 def main(source: str = "results/js0_families/result", target: str = __file__.replace(".py", ".png")) -> None:
-    found: dict[str, ht.JSHeterogeneity] = ht.load(source)["heterogeneity"]
+    found: dict[str, ht.JSHeterogeneity] = ht.load(source)
     names = list(found)
     figure, axes = plt.subplots(
         1, len(TITLES), figsize=(13, 0.34 * len(names) + 1.6), sharey=True, layout="constrained"
     )
     for panel, (key, title) in zip(axes, TITLES.items(), strict=True):
         readings = [js.scale_spread if key == "scale" else js.readings[key] for js in found.values()]
-        colours = [COLOURS[zoo.SPECS[name].family] for name in names]
-        errors = [2 * r.standard_error for r in readings]
-        panel.barh(
-            names, [r.mean for r in readings], xerr=errors, color=colours, height=0.7, error_kw={"elinewidth": 1}
-        )
+        for row, (name, reading) in enumerate(zip(names, readings, strict=True)):
+            style = {"fmt": "o", "markersize": 6, "elinewidth": 1.2, "capsize": 2}
+            panel.errorbar(
+                reading.mean, row, xerr=2 * reading.standard_error, color=COLOURS[zoo.SPECS[name].family], **style
+            )
+        panel.set_yticks(range(len(names)), names)
+        low, high = min(r.mean for r in readings), max(r.mean for r in readings)
         if key in ("unnormalised", "bounded"):
             panel.set_xscale("log")
+            panel.set_xlim(10 ** math.floor(math.log10(low / 1.2)), 10 ** math.ceil(math.log10(high * 1.2)))
+            panel.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            panel.set_xlim(0, 1.15 * high)
+        panel.grid(axis="y", linewidth=0.4, alpha=0.6)
         panel.set_title(title, fontsize=9)
         panel.set_xlabel(readings[0].unit, fontsize=8)
         panel.tick_params(labelsize=8)
@@ -43,7 +52,7 @@ def main(source: str = "results/js0_families/result", target: str = __file__.rep
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(handles, COLOURS, ncols=4, loc="outside lower center", fontsize=8, frameon=False)
     figure.suptitle(
-        "Heterogeneity of block spectra at initialisation (mean over pairs, bars of two standard errors)", fontsize=10
+        "Heterogeneity of block spectra at initialisation (mean over pairs, with two standard errors)", fontsize=10
     )
     figure.savefig(target, dpi=150)
 

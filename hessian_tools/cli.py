@@ -1,6 +1,6 @@
 """The command line: parse, call, print, save. ``hessian-tools js0 | spectrum | models``.
 
-Exit codes: 0 done, 2 bad input (one line on stderr), 3 numerical failure (reported), 130 interrupted (resumable with --out).
+Exit codes: 0 done, 2 bad input (one line on stderr), 3 numerical failure (reported), 130 interrupted (--out resumes).
 """
 
 import argparse
@@ -22,7 +22,6 @@ from hessian_tools.errors import NumericalError
 from hessian_tools.hessian import HessianOperator
 from hessian_tools.heterogeneity import JSHeterogeneity, js_heterogeneity
 from hessian_tools.lanczos import REORTHOGONALIZE
-from hessian_tools.memory import budget_bytes
 from hessian_tools.partition import PRESETS, Partition, partition
 from hessian_tools.probes import PROBE_KINDS
 from hessian_tools.problem import Problem
@@ -31,10 +30,11 @@ from hessian_tools.runs import RunFolder, fingerprint, own_problem
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _ZOO_KNOBS = ("num_examples", "batch_size", "context", "image_size", "tokenizer", "data")
-_EPILOG = """Defaults are this package's own choices, for a first answer in minutes on a laptop; where a source differs it is
-named: "paper" is Zhang et al., Why Transformers Need Adam, NeurIPS 2024, arXiv 2402.16788. Exit codes: 0 done, 2 bad input
-(one line says what to change), 3 numerical failure, 130 interrupted. HESSIAN_TOOLS_TRACEBACK=1 in the environment shows
-where in the code an error came from."""
+_SLQ_KNOBS = ("command", "blocks", "probes", "steps", "probe_kind", "reorthogonalize", "seed")
+_EPILOG = """Defaults are this package's own choices, for a first answer in minutes; where a source has others they are
+named: "paper" is Zhang et al., Why Transformers Need Adam, NeurIPS 2024, arXiv 2402.16788. Exit codes: 0 done, 2 bad
+input (one line says what to change), 3 numerical failure, 130 interrupted. HESSIAN_TOOLS_TRACEBACK=1 in the environment
+shows where in the code an error came from."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.default is None or isinstance(action.default, bool) or action.default == argparse.SUPPRESS
+        told = action.default is None or isinstance(action.default, bool | list) or action.default == argparse.SUPPRESS
         return action.help if told else f"{action.help} (default: %(default)s)"
 
 
@@ -57,7 +57,6 @@ class _Run:
     problem: Problem
     blocks: Partition
     folder: RunFolder | None
-    hessian: HessianOperator | None  # None: the folder holds the finished result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,89 +105,75 @@ def _models(arguments: argparse.Namespace) -> None:
 
 def _spectra(arguments: argparse.Namespace) -> None:
     """js0 and spectrum. All models are built before any is computed, so that bad input costs no time."""
-    found: dict[str, JSHeterogeneity] = {}
-    documents: dict[str, Any] = {}
     twice = next((name for name in arguments.model if arguments.model.count(name) > 1), None)
     if twice:
         raise ValueError(f"--model names {twice} twice; name each model once")
     with contextlib.redirect_stdout(sys.stderr):  # what a model of the user's prints is no result
         runs = [_run(arguments, reference) for reference in arguments.model]
+    computed: dict[str, tuple[BlockSpectra, JSHeterogeneity | None]] = {}
     for run in runs:
         with contextlib.redirect_stdout(sys.stderr):
-            spectra, js = _computed(arguments, run)
-        documents[run.label] = report.summary(spectra, js)
-        if js is not None:
-            found[run.label] = js
+            computed[run.label] = spectra, _ = _computed(arguments, run)
         if not arguments.json:
             notes = "".join(f"note: {note}\n" for note in spectra.notes)
             print(f"{run.described}\n{report.spectra_table(spectra)}\n{notes}", flush=True)
+    found = {label: js for label, (_, js) in computed.items() if js is not None}
     if arguments.json:
-        print(json.dumps(documents, indent=1))
+        print(json.dumps({label: report.summary(*pair) for label, pair in computed.items()}, indent=1))
     elif found:
         print("\n\n".join([report.readings_table(found), *map(report.verdict_text, found, found.values())]))
 
 
 def _run(arguments: argparse.Namespace, reference: str) -> _Run:
     problem, settings = _problem(arguments, reference)
-    given = arguments.blocks
+    given, folder = arguments.blocks, None
     try:
         blocks = partition(problem.model, given[0] if len(given) == 1 and given[0] in PRESETS else given)
     except ValueError as error:
         raise ValueError(f"--blocks {' '.join(given)}: {error}; presets are {', '.join(PRESETS)}") from error
     if arguments.command == "js0" and len(blocks) < 2:
         raise ValueError(f"--blocks {' '.join(given)} is one block of {reference}; js0 compares two or more")
-    knobs = ("command", "blocks", "probes", "steps", "probe_kind", "reorthogonalize", "seed")
-    config = {
-        **settings,
-        **{knob: getattr(arguments, knob) for knob in knobs},
-        "parameters_and_data": fingerprint(problem),
-    }
-    folder = None
     if arguments.out:
-        several = len(arguments.model) > 1
-        folder = RunFolder(arguments.out / re.sub(r"[/\\:]", "_", reference) if several else arguments.out, config)
-    finished = folder is not None and folder.result is not None
-    hessian = None if finished else HessianOperator(problem, memory=arguments.memory)
+        path = arguments.out / re.sub(r"[/\\:]", "_", reference) if len(arguments.model) > 1 else arguments.out
+        folder = RunFolder(path, {knob: getattr(arguments, knob) for knob in _SLQ_KNOBS} | settings)
     data = settings.get("data", "data of its own")
     described = f"{reference} ({problem.num_parameters:,} parameters, {data}, loss {problem.loss:.4g})"
-    return _Run(reference, described, problem, blocks, folder, hessian)
+    return _Run(reference, described, problem, blocks, folder)
 
 
 def _problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, dict[str, Any]]:
     """The Problem, and what identifies it."""
     stats = {"batch": True, "running": False, None: None}[arguments.batch_stats]
+    dtype = DTYPES.get(arguments.dtype)
+    knobs = {knob: getattr(arguments, knob) for knob in _ZOO_KNOBS}
     if ":" in reference or reference.endswith(".py"):
-        given = [f"--{knob.replace('_', '-')}" for knob in _ZOO_KNOBS if getattr(arguments, knob) is not None]
-        if given:
-            raise ValueError(f"{given[0]} does not apply to {reference}, which brings its own data; leave it out")
-        dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-        problem, identity = own_problem(
-            reference, seed=arguments.seed, batch_stats=stats, device=arguments.device, dtype=dtype
-        )
-        settings: dict[str, Any] = {**identity, "device": str(problem.device), "dtype": str(problem.dtype)}
+        for knob, value in knobs.items():
+            if value is not None:
+                flag = f"--{knob.replace('_', '-')}"
+                raise ValueError(f"{flag} does not apply to {reference}, which brings its own data; leave it out")
+        asked = {"batch_stats": stats, "device": arguments.device, "dtype": dtype}
+        problem, identity = own_problem(reference, seed=arguments.seed, **asked)
+        settings = {**identity, "device": str(problem.device), "dtype": str(problem.dtype).removeprefix("torch.")}
     else:
-        made = zoo.load(
-            reference, seed=arguments.seed, device=arguments.device or "cpu", dtype=DTYPES[arguments.dtype or "float32"],
-            **{knob: getattr(arguments, knob) for knob in _ZOO_KNOBS},
-        )  # fmt: skip
+        knobs |= {"device": arguments.device or "cpu", "dtype": dtype or torch.float32}
+        made = zoo.load(reference, seed=arguments.seed, **knobs)
         stats = made.batch_stats if stats is None else stats
         problem, settings = Problem(made.model, made.loss_fn, made.batches, batch_stats=stats), made.settings
-    return problem, {**settings, "batch_stats": problem.batch_stats}
+    return problem, settings | {"batch_stats": problem.batch_stats, "network_and_data": fingerprint(problem)}
 
 
 def _computed(arguments: argparse.Namespace, run: _Run) -> tuple[BlockSpectra, JSHeterogeneity | None]:
-    """The spectra and, for js0, their heterogeneity: of the folder's finished result or computed now; saved and drawn."""
+    """The spectra and, for js0, their heterogeneity: the folder's finished ones or computed now; saved and drawn."""
     folder = run.folder
-    if run.hessian is not None:
-        spectra = _block_spectra(arguments, run, run.hessian)
-        js = js_heterogeneity(spectra) if arguments.command == "js0" else None
-        if folder is not None:
-            folder.finish({"spectra": spectra, **({} if js is None else {"heterogeneity": js})})
-    else:
-        assert folder is not None and folder.result is not None
-        spectra, js = folder.result["spectra"], folder.result.get("heterogeneity")
+    if folder and folder.result:
+        spectra, js = folder.result["spectra"], folder.result["heterogeneity"]
         _say(f"{run.label}: finished before, nothing is computed")
-    if folder is not None:
+    else:
+        spectra = _block_spectra(arguments, run)
+        js = js_heterogeneity(spectra) if arguments.command == "js0" else None
+    if folder:
+        if not folder.result:
+            folder.finish({"spectra": spectra, "heterogeneity": js})
         from hessian_tools import plotting  # matplotlib takes longer to import than many runs to compute
 
         pictures = plotting.draw(folder.path, spectra, js, run.described)
@@ -196,19 +181,18 @@ def _computed(arguments: argparse.Namespace, run: _Run) -> tuple[BlockSpectra, J
     return spectra, js
 
 
-def _block_spectra(arguments: argparse.Namespace, run: _Run, hessian: HessianOperator) -> BlockSpectra:
+def _block_spectra(arguments: argparse.Namespace, run: _Run) -> BlockSpectra:
     """Spectra of the blocks, resumed and journalled where there is a folder, told on the way."""
     finished = run.folder.journal.finished if run.folder else {}
     left = [name for name in run.blocks.names if name not in finished]
+    started = time.monotonic()
+    hessian = HessianOperator(run.problem, memory=arguments.memory)
     if sys.stderr.isatty():
         _say(f"{run.described}: {len(left)} of {len(run.blocks)} blocks to compute")
-    started = time.monotonic()
     if arguments.verify and left:
         _verify(hessian)
     for note in run.blocks.notes:
         _say(f"note: {note}")
-    if finished:
-        _say(f"{len(run.blocks) - len(left)} of {len(run.blocks)} blocks are finished already")
     spectra = blockwise_slq(
         hessian, run.blocks, num_probes=arguments.probes, num_steps=arguments.steps, seed=arguments.seed,
         probes=arguments.probe_kind, reorthogonalize=arguments.reorthogonalize, finished=finished,
@@ -217,7 +201,9 @@ def _block_spectra(arguments: argparse.Namespace, run: _Run, hessian: HessianOpe
     hessian.release()
     _say(f"route: {hessian.route}")
     products = sum(spectra[name].num_matvecs for name in left)
-    _say(f"{run.label}: {products} Hessian-vector products for {len(left)} blocks, {time.monotonic() - started:.0f} s")
+    kept = f" ({len(spectra) - len(left)} were finished before)" if len(left) < len(spectra) else ""
+    seconds = time.monotonic() - started
+    _say(f"{run.label}: {products} Hessian-vector products for {len(left)} blocks{kept}, {seconds:.0f} s")
     return spectra
 
 
@@ -225,9 +211,9 @@ def _verify(hessian: HessianOperator) -> None:
     verification = hessian.verify()
     if not verification.passed:
         raise NumericalError(
-            f"the Hessian's products fail verification: {'; '.join(map(str, verification.failures))}; the model's gradient "
-            "may not be that of its loss (a padding_idx that is read, a detach, a custom backward); --no-verify goes on "
-            "all the same"
+            f"the Hessian's products fail verification: {'; '.join(map(str, verification.failures))}; the model's "
+            "gradient may not be that of its loss (a padding_idx that is read, a detach, a custom backward); "
+            "--no-verify goes on all the same"
         )
     _say(f"verified (relative errors): {', '.join(f'{c.name} {c.error:.0e}' for c in verification.checks)}")
     for skipped in verification.skipped:
@@ -239,20 +225,17 @@ def _say(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="hessian-tools",
-        description="Hessian spectra of neural networks, block by block, and what they say.",
-        epilog=_EPILOG,
-    )
+    about = "Hessian spectra of neural networks, block by block, and what they say."
+    parser = _Parser(prog="hessian-tools", description=about, epilog=_EPILOG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     described = {
-        "js0": ("heterogeneity of the block spectra, and a verdict: SGD or Adam", "Spectra of a model's parameter blocks "
-                "at initialisation, their Jensen-Shannon heterogeneity in all readings, and a verdict (paper: arXiv "
-                "2402.16788). Several models are compared side by side.", "weights"),
-        "spectrum": ("the spectrum of the whole Hessian, or of blocks", "Stochastic Lanczos quadrature (Bai, Fahey & "
-                     "Golub 1996) of the whole Hessian, or of the blocks of --blocks.", "model"),
+        "js0": ("heterogeneity of the block spectra, and a verdict: SGD or Adam", "weights",
+                "Spectra of a model's parameter blocks at initialisation, their Jensen-Shannon heterogeneity in all "
+                "readings, and a verdict (paper: arXiv 2402.16788). Several models are compared side by side."),
+        "spectrum": ("the spectrum of the whole Hessian, or of blocks", "model",
+                     "Stochastic Lanczos quadrature (Bai, Fahey & Golub 1996) of the whole Hessian, or of --blocks."),
     }  # fmt: skip
-    for name, (short, long, blocks) in described.items():
+    for name, (short, blocks, long) in described.items():
         command = commands.add_parser(name, formatter_class=_Formatter, help=short, description=long, epilog=_EPILOG)
         _add_options(command, blocks)
         command.set_defaults(run=_spectra)
@@ -263,47 +246,40 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_options(command: argparse.ArgumentParser, blocks: str) -> None:
-    network = command.add_argument_group("network and data")
-    add = network.add_argument
-    add("--model", nargs="+", required=True, metavar="NAME|FILE.py:FUNCTION", help="names of `hessian-tools models`, or "
-        "your function returning ht.Problem(...) or (model, loss_fn, batches)")  # fmt: skip
-    add("--num-examples", type=_whole(1), metavar="N", help="sequences or images; default: the model's own")
-    add("--batch-size", type=_whole(1), metavar="N", help="examples a batch; default: all in one")
-    add("--context", type=_whole(1), metavar="N", help="tokens a sequence (text models); default: the model's own")
-    add("--image-size", type=_whole(1), metavar="N", help="pixels a side (image models); default: the model's own")
+    count: dict[str, Any] = {"type": _whole(1), "metavar": "N"}
+    # fmt: off
+    add = command.add_argument_group("network and data").add_argument
+    add("--model", nargs="+", required=True, metavar="NAME|FILE.py:FUNCTION",
+        help="names of `hessian-tools models`, or your function returning ht.Problem(...) or (model, loss_fn, batches)")
+    add("--num-examples", **count, help="sequences or images; default: the model's own")
+    add("--batch-size", **count, help="examples a batch; default: all in one")
+    add("--context", **count, help="tokens a sequence (text models); default: the model's own")
+    add("--image-size", **count, help="pixels a side (image models); default: the model's own")
     add("--tokenizer", choices=("bpe", "byte"), help="of text models; default: the model's own")
     add("--data", metavar="PATH", help="your UTF-8 text, a folder with a sub-folder of images a class, or "
-        "torchvision:NAME:ROOT; default: packaged plays of Shakespeare or Fashion-MNIST")  # fmt: skip
-    add("--batch-stats", choices=("batch", "running"), help="BatchNorm normalises by each batch, as in training (default "
-        "of `hessian-tools models`), or by its running statistics (paper: eval mode)")  # fmt: skip
+        "torchvision:NAME:ROOT; default: packaged plays of Shakespeare or Fashion-MNIST")
+    add("--batch-stats", choices=("batch", "running"), help="BatchNorm normalises by each batch, as in training "
+        "(default of `hessian-tools models`), or by its running statistics (paper)")
     add("--device", type=_device, help="cpu, cuda, cuda:1, ...; default: cpu, or what your function chose")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of network and products; default: float32 (paper: the same), or what your function chose",
-    )
-    add("--seed", type=_whole(0), metavar="N", default=0, help="of initialisation, choice of data and probes")
-    spectra = command.add_argument_group("spectra")
-    add = spectra.add_argument
-    add("--blocks", nargs="+", default=[blocks], metavar="PRESET|GLOB", help=f"a preset ({', '.join(PRESETS)}), or names "
-        f"and globs of blocks; default: {blocks} (paper: official; model is the whole Hessian as one block)")  # fmt: skip
-    add("--probes", type=_whole(1), metavar="N", default=4, help="random vectors a block (paper: 10)")
-    add("--steps", type=_whole(1), metavar="N", default=40, help="Lanczos steps a probe (paper: 100)")
-    add("--probe-kind", choices=PROBE_KINDS, default="rademacher", help="Rademacher has the smaller variance for traces, "
-        "Hutchinson 1989 (paper: gaussian)")  # fmt: skip
-    add("--reorthogonalize", choices=REORTHOGONALIZE, default="full", help="full: nodes can be counted (paper: none)")
+    add("--dtype", choices=DTYPES, help="of network and products; default: float32, or what your function chose")
+    add("--seed", type=_whole(0), metavar="N", default=0, help="of initialisation, choice of data, and probes")
+    add = command.add_argument_group("spectra").add_argument
+    add("--blocks", nargs="+", default=[blocks], metavar="PRESET|GLOB", help=f"a preset ({', '.join(PRESETS)}), or "
+        f"names and globs of blocks; model is the whole Hessian as one block (default: {blocks}; paper: official)")
+    add("--probes", **count, default=4, help="random vectors a block (paper: 10)")
+    add("--steps", **count, default=40, help="Lanczos steps a probe (paper: 100)")
+    add("--probe-kind", choices=PROBE_KINDS, default="rademacher", help="distribution of the probes: rademacher has "
+        "the least variance for traces (Hutchinson 1989; paper: gaussian)")
+    add("--reorthogonalize", choices=REORTHOGONALIZE, default="full", help="full makes nodes countable, the others "
+        "need less memory (paper: none)")
     add("--no-verify", dest="verify", action="store_false", help="skip the check against finite differences")
-    machine = command.add_argument_group("machine and output")
-    add = machine.add_argument
-    add(
-        "--memory",
-        type=_memory,
-        default="auto",
-        help="budget for graphs and Lanczos vectors, such as 8GiB; auto: 70 %% of free",
-    )
-    add("--out", type=Path, metavar="DIR", help="folder for config.json, result.json, result.npz and pictures; the same "
-        "command with the same folder resumes an interrupted run")  # fmt: skip
+    add = command.add_argument_group("machine and output").add_argument
+    add("--memory", default="auto", metavar="SIZE", help="budget for graphs and Lanczos vectors, such as 8GiB; auto is "
+        "70 %% of what is free")
+    add("--out", type=Path, metavar="DIR", help="folder for config.json, result.json, result.npz and pictures; the "
+        "same command with the same folder resumes an interrupted run")
     add("--json", action="store_true", help="print JSON on stdout instead of tables")
+    # fmt: on
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -315,17 +291,11 @@ def _whole(least: int) -> Callable[[str], int]:
     return parsed
 
 
-def _memory(text: str) -> str:
-    try:
-        budget_bytes(text, torch.device("cpu"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
-
-
 def _device(text: str) -> str:
     try:
-        return str(torch.zeros(1, device=text).cpu().device and torch.empty(0, device=text).device)
+        vector = torch.zeros(1, device=text)
+        vector.item()  # which the device "meta" cannot
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine: {reason}") from error
+    return str(vector.device)

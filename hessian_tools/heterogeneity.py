@@ -16,7 +16,8 @@ The last two and the scale spread do not change when the loss is multiplied by a
 
 Standard errors: jackknife over probes. Probe i is left out of all blocks at once (exact blocks stay), everything, grids
 and axis included, is computed again, and SE^2 = (k - 1) / k sum_i (theta_i - mean)^2. 0 if all blocks are exact, nan
-with one probe.
+with one probe. Few probes also make spectra look more different than they are, by O(1/k): the same replicates estimate
+that bias (Quenouille 1956), told beside the error and not subtracted. What too few Lanczos steps do is in neither.
 
 Shapes: B blocks, G grid points, k probes.
 """
@@ -53,6 +54,7 @@ class Reading:
     matrix: np.ndarray  # (B, B) symmetric, zero diagonal
     unit: str
     description: str
+    bias: float = float("nan")  # of ``mean`` from finitely many probes, the jackknife's estimate; not subtracted
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +135,15 @@ def js_heterogeneity(
             replicates[name].append(_mean(matrix))
         replicates["scale"].append(_spread(_log10_rms(rest)))
     errors = {name: _jackknife(values, num_probes) for name, values in replicates.items()}
-    found = {n: Reading(_mean(m), errors[n], m, _UNITS[n], _DESCRIPTIONS[n]) for n, m in matrices.items()}
+    found = {
+        n: Reading(_mean(m), errors[n], m, _UNITS[n], _DESCRIPTIONS[n], _bias(_mean(m), replicates[n], num_probes))
+        for n, m in matrices.items()
+    }
     pair = _contrast(names, blocks, matrices, log10_rms, linear_fraction)
     js0 = found.get("unnormalised")
     scale_free = {name: reading.mean for name, reading in found.items() if name in SCALE_FREE_CASES}
-    verdict = decide(js0.mean if js0 else np.nan, js0.standard_error if js0 else np.nan, pair, scale_free)
+    mean, error, bias = (js0.mean, js0.standard_error, js0.bias) if js0 else (np.nan,) * 3
+    verdict = decide(mean, error, pair, scale_free, bias=bias)
     return JSHeterogeneity(
         names=names,
         readings=found,
@@ -264,6 +270,13 @@ def _log10_rms(blocks: Sequence[Quadrature]) -> np.ndarray:
 def _spread(log10_rms: np.ndarray) -> float:
     scales = log10_rms[np.isfinite(log10_rms)]
     return float(scales.std()) if len(scales) > 1 else float("nan")
+
+
+def _bias(mean: float, replicates: Sequence[float], num_probes: int) -> float:
+    """(k - 1) (mean of the replicates - mean of all): Quenouille's estimate of the O(1 / k) bias."""
+    if num_probes < 2:
+        return _jackknife(replicates, num_probes)  # 0 when exact, nan with one probe
+    return float((num_probes - 1) * (np.mean(replicates) - mean))
 
 
 def _jackknife(replicates: Sequence[float], num_probes: int) -> float:

@@ -9,7 +9,8 @@ from hessian_tools.heterogeneity import JSHeterogeneity
 from hessian_tools.quadrature import BlockSpectra, Quadrature
 
 _LABELS = {
-    "unnormalised": "JS0 (literature, unnormalised)", "bounded": "JS bounded", "log": "JS log", "wasserstein": "Wasserstein",
+    "unnormalised": "JS0 (literature, unnormalised)", "bounded": "JS bounded", "log": "JS log",
+    "wasserstein": "Wasserstein",
 }  # fmt: skip
 
 
@@ -45,9 +46,8 @@ def readings_table(found: Mapping[str, JSHeterogeneity]) -> str:
 def verdict_text(label: str, js: JSHeterogeneity) -> str:
     """The verdict and what to know about its numbers, in lines of 100 characters."""
     paragraphs = [f"{label}: {js.verdict}", *(f"note: {note}" for note in js.notes)]
-    return "\n".join(
-        textwrap.fill(paragraph, 100, break_long_words=False, break_on_hyphens=False) for paragraph in paragraphs
-    )
+    wrapped = (textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) for text in paragraphs)
+    return "\n".join(wrapped)
 
 
 def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]:
@@ -60,9 +60,10 @@ def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]
     ]  # fmt: skip
     found: dict[str, Any] = {"blocks": blocks, "matvecs": spectra.num_matvecs, "route": spectra.route}
     if js is not None:
+        readings: dict[str, Any] = {**js.readings, "scale_spread": js.scale_spread}
         found["readings"] = {
             name: {"mean": _number(r.mean), "standard_error": _number(r.standard_error), "unit": r.unit}
-            for name, r in {**js.readings, "scale_spread": js.scale_spread}.items()
+            for name, r in readings.items()
         }
         found["verdict"] = {"decision": js.verdict.decision, "words": str(js.verdict)}
     return {**found, "notes": [*spectra.notes, *(js.notes if js is not None else ())]}

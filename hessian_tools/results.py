@@ -1,8 +1,8 @@
 """Saving and loading every result: a readable json beside an npz of its arrays, no pickle, written atomically.
 
-``save(result, "out/js0")`` writes ``out/js0.npz`` and then ``out/js0.json``, each to a temporary file that is renamed into
-place; the json carries the npz's checksum, so a pair torn by a crash is found out. :class:`Journal` keeps the blocks of an
-unfinished run, a line a block, so that a killed run goes on where it was.
+``save(result, "out/js0")`` writes ``out/js0.npz`` and then ``out/js0.json``, each to a temporary file that is renamed
+into place; the json carries the npz's checksum, so a pair torn by a crash is found out. :class:`Journal` keeps the
+blocks of an unfinished run, a line a block, so that a killed run goes on where it was.
 """
 
 import base64
@@ -28,10 +28,10 @@ from hessian_tools.verification import Check, Verification
 
 FORMAT = 1
 _RESULTS: tuple[type, ...] = (
-    Quadrature, BlockSpectra, Estimate, RitzValue, Axis, SpectralDensity, JSHeterogeneity, Reading, ScaleSpread, Verdict,
-    Check, Verification,
+    Quadrature, BlockSpectra, Estimate, RitzValue, Axis, SpectralDensity, JSHeterogeneity, Reading, ScaleSpread,
+    Verdict, Check, Verification,
 )  # fmt: skip
-TYPES = {cls.__name__: cls for cls in _RESULTS}
+TYPES: dict[str, Any] = {cls.__name__: cls for cls in _RESULTS}
 
 
 def save(result: Any, path: str | os.PathLike, *, config: Mapping[str, Any] | None = None) -> Path:
@@ -69,25 +69,27 @@ def load(path: str | os.PathLike) -> Any:
         ValueError: not one of ours, of another format, or a pair of files that do not belong together.
     """
     stem = _stem(path)
-    document, content = load_document(stem), _suffixed(stem, ".npz").read_bytes()
+    document = load_json(_suffixed(stem, ".json"))
+    if document.get("format") != FORMAT:
+        raise ValueError(f"{stem}.json is not a saved result of format {FORMAT}; write it again with this version")
+    content = _suffixed(stem, ".npz").read_bytes()
     if hashlib.sha256(content).hexdigest() != document.get("arrays_sha256"):
         raise ValueError(f"{stem}.json and {stem}.npz do not belong together (a crash between the two?); run again")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         try:
             return _decoded(document["result"], lambda reference: arrays[reference["array"]])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{stem}.json was written by another version of this package: {error}") from error
 
 
-def load_document(path: str | os.PathLike) -> dict[str, Any]:
-    """The json of a saved result as it stands, with ``config`` and ``versions``; errors as in :func:`load`."""
-    name = _suffixed(_stem(path), ".json")
+def load_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``. Raises ValueError for other content."""
     try:
-        document = json.loads(name.read_bytes())
+        document = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{name} is not a saved result: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"{name} is not a saved result of format {FORMAT}; write it again with this version")
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{file} holds a {type(document).__name__}, not a JSON object")
     return document
 
 
@@ -161,7 +163,7 @@ def _encoded(value: Any, array: Callable[[np.ndarray], Any]) -> Any:
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return array(value)
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"dict": {key: _encoded(item, array) for key, item in value.items()}}
+        return {"dict": [[key, _encoded(item, array)] for key, item in value.items()]}
     if isinstance(value, tuple | list):
         items = [_encoded(item, array) for item in value]
         return items if isinstance(value, tuple) else {"list": items}
@@ -182,7 +184,7 @@ def _decoded(value: Any, array: Callable[[Any], np.ndarray]) -> Any:
     if "type" in value:
         return TYPES[value["type"]](**{name: _decoded(item, array) for name, item in value["fields"].items()})
     if "dict" in value:
-        return {key: _decoded(item, array) for key, item in value["dict"].items()}
+        return {key: _decoded(item, array) for key, item in value["dict"]}
     if "list" in value:
         return [_decoded(item, array) for item in value["list"]]
     return float(value["float"]) if "float" in value else array(value)

@@ -15,7 +15,7 @@ import torch
 
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem import Problem, tensors_of, to_device
-from hessian_tools.results import Journal, load, save, write_atomically
+from hessian_tools.results import Journal, load, load_json, save, write_atomically
 from hessian_tools.vision import repair
 
 
@@ -42,9 +42,7 @@ class RunFolder:
             self._refuse_other(path / "config.json")
             write_atomically(path / "config.json", json.dumps(self.config, indent=1).encode())
         except OSError as error:
-            raise ValueError(
-                f"--out {path} cannot be written ({error.strerror}); name a folder you may write to"
-            ) from error
+            raise ValueError(f"--out {path} cannot be written ({error}); name a folder you may write to") from error
 
     def finish(self, result: Mapping[str, Any]) -> Path:
         """Writes result.json and result.npz and drops the journal."""
@@ -59,13 +57,10 @@ class RunFolder:
             return None
 
     def _refuse_other(self, file: Path) -> None:
-        try:
-            kept = json.loads(file.read_bytes()) if file.exists() else self.config
-        except ValueError:
-            kept = None
-        if not isinstance(kept, dict) or "command" not in kept:
+        kept = load_json(file) if file.exists() else self.config
+        if "command" not in kept:
             raise ValueError(f"--out {self.path} holds a config.json of something else; name another folder")
-        differing = [key for key in {**self.config, **kept} if kept.get(key) != self.config.get(key)]
+        differing = [key for key in self.config | kept if kept.get(key) != self.config.get(key)]
         if differing and (self.result or self.journal.finished):
             was, now = (json.dumps(config.get(differing[0])) for config in (kept, self.config))
             raise ValueError(
@@ -78,7 +73,7 @@ def fingerprint(problem: Problem) -> str:
     """Checksum of parameters, buffers and batches: blocks of another initialisation must not complete a run."""
     digest = hashlib.blake2b(digest_size=12)
     for tensor in (*problem.model.parameters(), *problem.model.buffers(), *tensors_of(problem.batches)):
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -100,9 +95,7 @@ def own_problem(
     file = Path(path)
     if not path or not function.isidentifier() or not file.is_file():
         missing = f"there is no file {path!r}" if path and function.isidentifier() else "the function's name is missing"
-        raise ValueError(
-            f"--model {reference}: {missing}; use path/file.py:function or a name of `hessian-tools models`"
-        )
+        raise ValueError(f"--model {reference}: {missing}; use FILE.py:FUNCTION or a name of `hessian-tools models`")
     try:
         try:
             made = _made(file, function, seed)
@@ -110,33 +103,32 @@ def own_problem(
             if not repair():
                 raise
             made = _made(file, function, seed)
-        if not isinstance(made, Problem) and not (isinstance(made, tuple) and len(made) == 3):
-            raise TypeError(f"it returned a {type(made).__name__}, not ht.Problem(...) or (model, loss_fn, batches)")
-        problem = made if isinstance(made, Problem) else Problem(*made, batch_stats=batch_stats)
-        if not (batch_stats is device is dtype is None):
-            to, stats = (
-                torch.device(device or problem.device),
-                problem.batch_stats if batch_stats is None else batch_stats,
-            )
-            batches = [to_device(batch, to, dtype) for batch in problem.batches]
-            model = problem.model.to(to, dtype)
-            problem = Problem(model, problem.loss_fn, batches, batch_stats=stats, num_examples=problem.num_examples)
+        problem = _adapted(made, batch_stats, device, dtype)
     except (NumericalError, MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename).name == file.name
+        frames = [
+            frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file.resolve()
         ]
-        where = f"line {lines[-1]}: " if lines else ""
-        kind = "" if isinstance(error, ValueError | TypeError) and not lines else f"{type(error).__name__}: "
-        raise ValueError(f"--model {reference}: {where}{kind}{error}") from error
+        where = f"line {frames[-1].lineno}: " if frames else ""
+        raise ValueError(f"--model {reference}: {where}{type(error).__name__}: {error}") from error
     return problem, {"file": file.name, "function": function, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
+def _adapted(made: Any, batch_stats: bool | None, device: str | None, dtype: torch.dtype | None) -> Problem:
+    if not isinstance(made, Problem) and not (isinstance(made, tuple) and len(made) == 3):
+        raise TypeError(f"it returned a {type(made).__name__}, not ht.Problem(...) or (model, loss_fn, batches)")
+    problem = made if isinstance(made, Problem) else Problem(*made, batch_stats=batch_stats)
+    if (batch_stats, device, dtype) == (None, None, None):
+        return problem
+    to, stats = torch.device(device or problem.device), problem.batch_stats if batch_stats is None else batch_stats
+    batches = [to_device(batch, to, dtype) for batch in problem.batches]
+    model = problem.model.to(to, dtype)
+    return Problem(model, problem.loss_fn, batches, batch_stats=stats, num_examples=problem.num_examples)
+
+
 def _made(file: Path, function: str, seed: int) -> Any:
-    spec = importlib.util.spec_from_file_location(f"own_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"own_{file.stem}", file.resolve())
     if spec is None or spec.loader is None:
         raise ValueError("it is not a Python file")
     module = importlib.util.module_from_spec(spec)

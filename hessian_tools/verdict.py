@@ -3,7 +3,9 @@ words.
 
 Rule: the gap between the highest CNN and the lowest Transformer-like network published at initialisation is cut into
 three equal logarithmic parts. The decision is "SGD" if JS0 with two standard errors to either side lies in the lowest,
-"Adam" if it lies in the highest, and "undecided" otherwise, also when a single probe leaves the error unknown.
+"Adam" if it lies in the highest, and "undecided" otherwise: between, when a single probe leaves the error unknown, and
+when a scale-free reading says the opposite, for the table's own reading changes when the loss is only multiplied by a
+constant.
 """
 
 import math
@@ -73,22 +75,24 @@ def published_boundaries() -> tuple[float, float]:
     return thirds(cnn, min(row.js0 for row in started if row.transformer_like))
 
 
-def decide(js0: float, standard_error: float, contrast: Contrast, scale_free: Mapping[str, float]) -> Verdict:
+def decide(
+    js0: float, standard_error: float, contrast: Contrast, scale_free: Mapping[str, float], *, bias: float = 0.0
+) -> Verdict:
     """The verdict on JS0 (the unnormalised mean; nan when it was not asked for).
 
-    ``scale_free`` maps "log" (nats) and "wasserstein" (decades), where computed, to their means.
+    ``scale_free`` maps "log" (nats) and "wasserstein" (decades), where computed, to their means; ``bias`` is the
+    estimated bias of ``js0``, by which the interval is widened.
     """
-    low, high = js0 - 2 * standard_error, js0 + 2 * standard_error
+    corrected = js0 - bias
+    low, high = min(js0, corrected) - 2 * standard_error, max(js0, corrected) + 2 * standard_error
     lower, upper = published_boundaries()
+    decision, place = "undecided", f"not clear of the range {lower:.2f} to {upper:.2f} between CNNs and Transformers"
     if high < lower:
         decision, place = "SGD", f"below {lower:.2f}, with the published CNNs"
     elif low > upper:
         decision, place = "Adam", f"above {upper:.2f}, with the published Transformers"
-    else:
-        decision, place = (
-            "undecided",
-            f"not clear of the range {lower:.2f} to {upper:.2f} between CNNs and Transformers",
-        )
+    leanings = {name: _leaning(name, mean) for name, mean in scale_free.items()}
+    against = [name for name, leaning in leanings.items() if {decision, leaning} == {"SGD", "Adam"}]
     uncertainty = "Its uncertainty is unknown."
     if math.isnan(js0):
         reading = "The literature's reading JS0 was not computed, so nothing is decided."
@@ -97,9 +101,14 @@ def decide(js0: float, standard_error: float, contrast: Contrast, scale_free: Ma
     else:
         reading = f"JS0 is {js0:.3g}, {place}."
         source = "jackknife over probes" if standard_error else "exact spectra"
-        uncertainty = f"Standard error {standard_error:.2g} ({source}), interval of two: {low:.3g} to {high:.3g}."
+        uncertainty = f"Standard error {standard_error:.2g} and bias {bias:+.2g} ({source}): {low:.3g} to {high:.3g}."
+    if against:
+        reading += (
+            f" That alone would say {decision}, but {' and '.join(against)} speak against it, so nothing is decided."
+        )
+        decision = "undecided"
     reason = f"{reading} {_contrast(contrast)}"
-    return Verdict(decision, reason, uncertainty, _scale_free(decision, scale_free), _calibration(lower, upper))
+    return Verdict(decision, reason, uncertainty, _scale_free(scale_free, leanings), _calibration(lower, upper))
 
 
 def _contrast(pair: Contrast) -> str:
@@ -112,20 +121,21 @@ def _contrast(pair: Contrast) -> str:
     )
 
 
-def _scale_free(decision: str, means: Mapping[str, float]) -> str:
+def _leaning(name: str, mean: float) -> str:
+    lower, upper = thirds(*SCALE_FREE_CASES[name])
+    return _DECISIONS[(mean >= lower) + (mean > upper)]
+
+
+def _scale_free(means: Mapping[str, float], leanings: Mapping[str, str]) -> str:
     if not means:
         return "Readings that do not depend on the loss' scale were not computed."
     units = {"log": "nats", "wasserstein": "decades"}
-    told, against = [], []
-    for name, mean in means.items():
-        low, high = SCALE_FREE_CASES[name]
-        lower, upper = thirds(low, high)
-        leaning = _DECISIONS[(mean >= lower) + (mean > upper)]
-        told.append(f"{name} {mean:.3g} {units[name]} (two reference quadratics have {low:g} and {high:g}: {leaning})")
-        if {decision, leaning} == {"SGD", "Adam"}:
-            against.append(name)
-    conflict = f" They CONTRADICT the decision: {', '.join(against)}." if against else ""
-    return f"Scale-free readings, without any published calibration: {'; '.join(told)}.{conflict}"
+    told = [
+        f"{name} {mean:.3g} {units[name]} (two reference quadratics have {SCALE_FREE_CASES[name][0]:g} and "
+        f"{SCALE_FREE_CASES[name][1]:g}: {leanings[name]})"
+        for name, mean in means.items()
+    ]
+    return f"Scale-free readings, without any published calibration: {'; '.join(told)}."
 
 
 def _calibration(lower: float, upper: float) -> str:

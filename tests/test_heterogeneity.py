@@ -193,6 +193,7 @@ def test_jackknife_leaves_one_probe_out_of_all_blocks():
         theta = np.array([r.readings[name].mean for r in replicates])
         naive = np.sqrt(3 / 4 * np.sum((theta - theta.mean()) ** 2))
         assert js.readings[name].standard_error == pytest.approx(naive, rel=1e-9) and naive > 0
+        assert js.readings[name].bias == pytest.approx(3 * (theta.mean() - js.readings[name].mean), rel=1e-9)
     theta = np.array([r.scale_spread.value for r in replicates])
     assert js.scale_spread.standard_error == pytest.approx(np.sqrt(3 / 4 * np.sum((theta - theta.mean()) ** 2)))
 
@@ -279,18 +280,28 @@ def test_decision_needs_the_whole_interval(js0, error, decision):
 
 
 def test_words():
-    verdict = decide(20.9, 1.2, PAIR, {"wasserstein": 0.05, "log": 0.6})
+    verdict = decide(20.9, 1.2, PAIR, {"wasserstein": 1.05, "log": 0.6})
     assert verdict.reason.startswith("JS0 is 20.9, above 4.96") and "head and wq" in verdict.reason
     assert "factor of 120" in verdict.reason and "0.4 decades" in verdict.reason
     assert "1.2" in verdict.uncertainty and "18.5 to 23.3" in verdict.uncertainty
-    assert (
-        "without any published calibration" in verdict.scale_free
-        and "CONTRADICT the decision: wasserstein." in verdict.scale_free
-    )
+    assert "without any published calibration" in verdict.scale_free
     assert "2402.16788" in verdict.calibration and "own evidence" in verdict.calibration
     assert str(verdict).startswith("Adam. JS0 is 20.9") and str(verdict).endswith(verdict.calibration)
-    agreeing = decide(20.9, 1.2, PAIR, {"wasserstein": 2.0})
-    assert "CONTRADICT" not in agreeing.scale_free
+
+
+def test_contradicting_readings_leave_it_undecided():
+    verdict = decide(20.9, 1.2, PAIR, {"wasserstein": 0.05, "log": 0.6})
+    assert verdict.decision == "undecided"
+    assert "would say Adam, but wasserstein speak against it" in verdict.reason
+    assert decide(0.1, 0.0, PAIR, {"log": 0.6}).decision == "undecided"
+    assert decide(0.1, 0.0, PAIR, {"log": 0.1, "wasserstein": 0.5}).decision == "SGD"
+
+
+def test_bias_widens_the_interval():
+    assert decide(5.5, 0.0, PAIR, {}, bias=0.0).decision == "Adam"
+    assert decide(5.5, 0.0, PAIR, {}, bias=1.0).decision == "undecided"
+    assert "4.5 to 5.5" in decide(5.5, 0.0, PAIR, {}, bias=1.0).uncertainty
+    assert decide(0.6, 0.0, PAIR, {}, bias=-0.2).decision == "undecided"
 
 
 def test_contrast_names_scale_and_shape():

@@ -1,0 +1,541 @@
+"""The command line as its user meets it: tables, JSON, files, exit codes, kills, resumed and refused runs."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import hessian_tools as ht
+from hessian_tools import cli, plotting, results, runs, zoo
+from hessian_tools.hessian import StackedBlocks
+from problems import dense_hessian
+from test_results import same
+
+ROOT = Path(__file__).parent.parent
+OWN = '''
+import os
+import torch
+from torch import nn
+import hessian_tools as ht
+
+print("a model's noise")
+
+def net(width=8, depth=2, **keywords):
+    layers = [nn.Linear(6, width), *(nn.Linear(width, width) for _ in range(depth - 1)), nn.Linear(width, 3)]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
+    shift = float(os.environ.get("SHIFT", 0))
+    return model, ht.cross_entropy, [(shift + torch.randn(n, 6), torch.randint(3, (n,))) for n in (16, 5)]
+
+def problem():
+    return ht.Problem(*net())
+
+def large():
+    return net(64, 16)
+
+def fails():
+    return {}["nothing"]
+
+def three():
+    return 3
+
+def no_model():
+    return 1, 2, 3
+
+def no_scalar():
+    return nn.Linear(2, 2), lambda model, batch: model(batch), [torch.randn(3, 2)]
+
+def nan():
+    return nn.Linear(2, 2), lambda model, batch: model(batch).sum() * float("nan"), [torch.randn(3, 2)]
+
+def norm():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    return model, ht.mse, [(torch.randn(4, 2), torch.randn(4, 2))]
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+def once():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    return model, lambda model, batch: Once.apply(model(batch)).mean(), [torch.randn(3, 2)]
+
+def quits():
+    raise SystemExit("no")
+'''
+FAST = ("--probes", "2", "--steps", "3")
+
+
+@pytest.fixture(autouse=True)
+def own(tmp_path, monkeypatch):
+    """A folder with own.py, to work in; one thread, so that runs can be compared bit by bit."""
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def start(*arguments, **keywords):
+    """The command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "hessian_tools", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, **keywords)
+
+
+def said(capsys):
+    """(stdout, lines of stderr without what the model printed)"""
+    out, err = capsys.readouterr()
+    return out, [line for line in err.splitlines() if line != "a model's noise"]
+
+
+def test_js0_prints_saves_and_draws(capsys):
+    assert run("js0", "--model", "own.py:net", "--blocks", "weights", "--out", "out", *FAST) == 0
+    out, err = said(capsys)
+    lines = out.splitlines()
+    assert lines[0].startswith("own.py:net (155 parameters, data of its own, loss 1.")
+    assert [line.split()[0] for line in lines[3:6]] == ["0.weight", "2.weight", "4.weight"]
+    assert "JS0 (literature, unnormalised)" in out and re.search(r"^own.py:net: (SGD|Adam|undecided)\.", out, re.M)
+    assert "a model's noise" not in out and err[0].startswith("verified (relative errors): symmetry ")
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "block_spectra.png", "config.json", "js_matrix.png", "result.json", "result.npz",
+    ]  # fmt: skip
+    config = json.loads(Path("out/config.json").read_text())
+    assert config == json.loads(Path("out/result.json").read_text())["config"]
+    assert config["seed"] == 0 and config["probes"] == 2 and len(config["sha256"]) == 64
+    saved = ht.load("out/result")
+    torch.manual_seed(0)
+    scope = {}
+    exec(OWN.replace("print", "str"), scope)
+    problem = scope["problem"]()
+    spectra = ht.blockwise_slq(problem, ht.partition(problem.model, "weights"), num_probes=2, num_steps=3)
+    assert same(saved, {"spectra": spectra, "heterogeneity": ht.js_heterogeneity(spectra)})
+
+
+def test_json_on_stdout_is_right_and_alone(capsys):
+    """Exact blocks against the dense Hessian by double backward."""
+    arguments = ("--blocks", "semantic", "--probes", "8", "--steps", "20", "--dtype", "float64", "--json")
+    assert run("js0", "--model", "own.py:problem", *arguments) == 0
+    out, err = capsys.readouterr()
+    assert "a model's noise" in err
+    found = json.loads(out)["own.py:problem"]
+    assert [block["status"] for block in found["blocks"]] == ["exact"] * 6
+    problem, _ = runs.own_problem("own.py:problem", dtype=torch.float64)
+    dense, start = dense_hessian(problem), 0
+    for block in found["blocks"]:
+        part = slice(start, start + block["size"])
+        values = torch.linalg.eigvalsh(dense[part, part])
+        assert (block["smallest"], block["largest"]) == pytest.approx((float(values[0]), float(values[-1])), abs=1e-12)
+        assert block["trace"] == pytest.approx(float(values.sum())) and block["matvecs"] == block["size"]
+        start += block["size"]
+    assert start == 155 and set(found["readings"]) == {
+        "bounded", "unnormalised", "log", "wasserstein", "scale_spread",
+    }  # fmt: skip
+    assert found["verdict"]["decision"] in ("SGD", "Adam", "undecided")
+
+
+def test_spectrum_is_of_the_whole_hessian_or_of_blocks(capsys):
+    assert run("spectrum", "--model", "own.py:net", "--out", "whole", *FAST) == 0
+    out, _ = said(capsys)
+    assert out.splitlines()[3].split()[:2] == ["(model)", "155"] and "verdict" not in out
+    assert Path("whole/spectrum.png").exists() and not Path("whole/block_spectra.png").exists()
+    assert ht.load("whole/result")["spectra"]["(model)"].size == 155
+    assert run("spectrum", "--model", "own.py:net", "--out", "some", "--blocks", "0.*", "4.weight", *FAST) == 0
+    assert list(ht.load("some/result")["spectra"]) == ["4.weight", "0.weight", "0.bias"]
+    assert Path("some/block_spectra.png").exists() and not Path("some/js_matrix.png").exists()
+
+
+def test_several_models_side_by_side(capsys):
+    arguments = ("--probes", "2", "--steps", "2", "--out", "out", "--no-verify")
+    assert run("js0", "--model", "own.py:net", "mlp", "own.py:problem", *arguments) == 0
+    out, err = said(capsys)
+    names = ["own.py:net", "mlp", "own.py:problem"]
+    header = next(line for line in out.splitlines() if line.startswith("reading"))
+    assert header.split()[-3:] == names and "verified" not in "".join(err)
+    assert sorted(path.name for path in Path("out").iterdir()) == ["mlp", "own.py_net", "own.py_problem"]
+    assert all((folder / "js_matrix.png").exists() for folder in Path("out").iterdir())
+    config = json.loads(Path("out/mlp/config.json").read_text())
+    assert config["data"] == "the packaged Fashion-MNIST" and config["dtype"] == "float32"
+    assert re.search(r"^mlp \(335,114 parameters, the packaged Fashion-MNIST, loss 2\.\d+\)$", out, re.M)
+
+
+BAD = {
+    "": "required: COMMAND",
+    "js1": "invalid choice: 'js1'",
+    "js0": "required: --model",
+    "js0 --model gpt-nan": "did you mean gpt-nano",
+    "js0 --model own.py:net --probes 0": "'0' is not a whole number of at least 1",
+    "js0 --model own.py:net --steps ²": "'²' is not a whole number",
+    "js0 --model own.py:net --seed -1": "'-1' is not a whole number of at least 0",
+    "js0 --model own.py:net --seed 99999999999999999999": "is not a whole number",
+    "js0 --model own.py:net --device meta": "'meta' is no device of this machine",
+    "js0 --model own.py:net --device none": "'none' is no device of this machine",
+    "js0 --model own.py:net --dtype float16": "invalid choice: 'float16'",
+    "js0 --model own.py:net --memory lots": "memory is 'lots'",
+    "js0 --model own.py:net --memory 100B": "is too little",
+    "js0 --model own.py:net --unknown": "unrecognized arguments: --unknown",
+    "js0 --model own.py:net --blocks semantik": "'semantik' matches no block or trainable parameter",
+    "js0 --model own.py:net --blocks 0.wieght": "close: 0.weight",
+    "js0 --model own.py:net --blocks model": "js0 compares two or more",
+    "js0 --model own.py:net --out own.py": "--out own.py cannot be written",
+    "js0 --model own.py:net --out own.py/below": "name a folder you may write to",
+    "js0 --model own.py:net own.py:net": "twice",
+    "js0 --model own.py:net --context 3": "--context does not apply to own.py:net",
+    "js0 --model own.py": "the function's name is missing",
+    "js0 --model missing.py:net": "there is no file 'missing.py'",
+    "js0 --model own.py:missing": "the file has no function missing",
+    "js0 --model own.py:three": "it returned a int",
+    "js0 --model own.py:no_model": "model is a int; pass a torch.nn.Module",
+    "js0 --model own.py:fails": "line 22: KeyError: 'nothing'",
+    "js0 --model own.py:quits": "SystemExit: no",
+    "js0 --model own.py:no_scalar": "not a scalar tensor",
+    "js0 --model own.py:norm": "batch_stats=True",
+    "js0 --model own.py:once": "Once",
+    "js0 --model broken.py:f": "SyntaxError",
+    "js0 --model text.txt:f": "not a Python file",
+    "js0 --model gpt-nano --data missing.txt": "missing.txt",
+    "js0 --model gpt-nano --image-size 32": "image_size does not apply to gpt-nano",
+    "js0 --model mlp --data own.py": "data must be a folder",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line_and_code_2(line, capsys):
+    Path("broken.py").write_text("def f(:\n")
+    Path("text.txt").write_text("text")
+    assert run(*line.split()) == 2
+    out, err = said(capsys)
+    assert out == "" and len(err) == 1 and BAD[line] in err[0] and err[0].startswith("hessian-tools: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("model", ["own.py:net", "mlp"])
+def test_cuda_without_one_is_one_line(model, capsys):
+    assert run("js0", "--model", model, "--device", "cuda") == 2
+    _, err = said(capsys)
+    assert len(err) == 1 and "'cuda' is no device of this machine" in err[0]
+
+
+def test_a_numerical_failure_is_code_3(capsys, monkeypatch):
+    assert run("js0", "--model", "own.py:nan") == 3
+    _, err = said(capsys)
+    assert len(err) == 1 and err[0].startswith("hessian-tools: numerical failure: the loss of batch 0 is nan")
+    monkeypatch.setattr(StackedBlocks, "matmat", lambda self, vectors: vectors * float("inf"))
+    assert run("js0", "--model", "own.py:net", "--no-verify", *FAST) == 3
+    assert "0.weight" in said(capsys)[1][-1]
+
+
+def test_a_hessian_that_fails_verification_is_code_3(capsys, monkeypatch):
+    product = ht.HessianOperator._matmat
+    monkeypatch.setattr(ht.HessianOperator, "_matmat", lambda self, v: product(self, v) * 1.5)
+    assert run("js0", "--model", "own.py:net", *FAST) == 3
+    assert "fail verification: FAILED" in said(capsys)[1][0]
+    assert run("js0", "--model", "own.py:net", "--no-verify", *FAST) == 0
+
+
+def test_out_of_memory_is_one_line(capsys, monkeypatch):
+    def exhausted(*arguments, **keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(cli, "blockwise_slq", exhausted)
+    assert run("js0", "--model", "own.py:net", "--no-verify") == 2
+    _, err = said(capsys)
+    assert len(err) == 1 and "out of memory" in err[0] and "--memory" in err[0]
+
+
+def test_tracebacks_on_demand_and_for_bugs(capsys, monkeypatch):
+    monkeypatch.setenv("HESSIAN_TOOLS_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="twice"):
+        run("js0", "--model", "mlp", "mlp")
+    monkeypatch.delenv("HESSIAN_TOOLS_TRACEBACK")
+
+    def bug(*arguments, **keywords):
+        raise TypeError("a mistake of this package")
+
+    monkeypatch.setattr(cli, "blockwise_slq", bug)
+    with pytest.raises(TypeError):
+        run("js0", "--model", "own.py:net", *FAST)
+
+
+@pytest.mark.parametrize("command", ["js0", "spectrum"])
+def test_help_tells_defaults_and_sources(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(command, "--help")
+    out = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0 and "(default: None)" not in out and "(default: True)" not in out
+    actions = next(iter(cli._parser()._subparsers._group_actions)).choices[command]._actions
+    options = [action for action in actions if action.dest != "help"]
+    assert len(options) == 20 and all(action.help for action in options)
+    for action in options:
+        stated = action.required or isinstance(action.default, bool) or "default: " in action.help or action.dest == "out"
+        assert stated or f"(default: {action.default})" in out, action.dest
+    for told in ("(paper: 10) (default: 4)", "(paper: 100) (default: 40)", "arXiv 2402.16788", "HESSIAN_TOOLS_TRACEBACK",
+                 f"(default: {'weights' if command == 'js0' else 'model'}; paper: official)", "130 interrupted"):  # fmt: skip
+        assert told in out
+
+
+def computed_blocks(monkeypatch):
+    """Names of the blocks that the engine multiplies from now on."""
+    names, product = [], StackedBlocks.matmat
+
+    def counted(self, vectors):
+        names.extend(self.names)
+        return product(self, vectors)
+
+    monkeypatch.setattr(StackedBlocks, "matmat", counted)
+    return names
+
+
+def test_a_finished_run_repeated_computes_nothing(capsys, monkeypatch):
+    command = ("js0", "--model", "own.py:net", "--out", "out", *FAST)
+    assert run(*command) == 0
+    out, _ = said(capsys)
+    files = {path.name: path.read_bytes() for path in Path("out").glob("*.[jn]*")}
+    Path("out/js_matrix.png").unlink()
+
+    def forbidden(*arguments, **keywords):
+        raise AssertionError("computed")
+
+    for name in ("HessianOperator", "blockwise_slq", "js_heterogeneity"):
+        monkeypatch.setattr(cli, name, forbidden)
+    assert run(*command) == 0
+    again, err = said(capsys)
+    assert again == out and "nothing is computed" in err[0]
+    assert Path("out/js_matrix.png").exists()  # drawing may have been what was interrupted
+    assert files == {path.name: path.read_bytes() for path in Path("out").glob("*.[jn]*")}
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (("--probes", "3"), "another probes (probes was 2, is now 3)"),
+        (("--seed", "1"), "another seed, network_and_data (seed was 0, is now 1)"),
+        (("--blocks", "semantic"), 'another blocks (blocks was ["weights"], is now ["semantic"])'),
+        (("--dtype", "float64"), 'another dtype, network_and_data (dtype was "float32", is now "float64")'),
+        (("--model", "own.py:problem"), 'another function (function was "net", is now "problem")'),
+    ],
+)
+def test_another_configuration_is_refused(change, told, capsys):
+    command = ("js0", "--model", "own.py:net", "--out", "out", *FAST)
+    assert run(*command) == 0
+    said(capsys)
+    assert run(*command, *change) == 2
+    _, err = said(capsys)
+    assert len(err) == 1 and told in err[0] and "name another folder" in err[0]
+    assert run(*command) == 0
+
+
+def test_other_data_are_refused_although_the_file_is_the_same(capsys, monkeypatch):
+    command = ("js0", "--model", "own.py:net", "--out", "out", *FAST)
+    assert run(*command) == 0
+    monkeypatch.setenv("SHIFT", "1e-3")
+    assert run(*command) == 2
+    assert "another network_and_data" in said(capsys)[1][-1]
+
+
+def test_a_foreign_config_is_left_alone(capsys):
+    Path("out").mkdir()
+    for content in ('{"architectures": ["GPT2LMHeadModel"]}', "[1]", "no json"):
+        Path("out/config.json").write_text(content)
+        assert run("js0", "--model", "own.py:net", "--out", "out", *FAST) == 2
+        assert Path("out/config.json").read_text() == content and len(said(capsys)[1]) == 1
+
+
+def test_interrupted_before_any_block_the_folder_takes_any_configuration(capsys, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ht.HessianOperator, "verify", interrupted)
+        assert run("js0", "--model", "own.py:net", "--out", "out", *FAST) == 130
+    out, err = said(capsys)
+    assert out == "" and err == [
+        "hessian-tools: interrupted; finished blocks are kept in out, the same command goes on"
+    ]
+    assert run("js0", "--model", "own.py:net", "--out", "out", "--probes", "3", "--steps", "2") == 0
+    assert ht.load("out/result")["spectra"].num_probes == 3
+
+
+@pytest.mark.parametrize("where", ["npz", "json", "journal", "pictures"])
+def test_interrupted_while_saving_a_run_goes_on_without_computing(where, capsys, monkeypatch):
+    command = ("js0", "--model", "own.py:net", "--out", "out", *FAST)
+    assert run("js0", "--model", "own.py:net", "--out", "whole", *FAST) == 0
+    replace, unlink = os.replace, Path.unlink
+
+    def crash_replacing(source, target):
+        if str(target).endswith(f"result.{where}") or (where == "pictures" and str(target).endswith("matrix.png")):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    def crash_unlinking(path, missing_ok=False):
+        if where == "journal" and path.name == "blocks.jsonl":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash_replacing)
+        patch.setattr(Path, "unlink", crash_unlinking)
+        assert run(*command) == 130
+    names = computed_blocks(monkeypatch)
+    assert run(*command) == 0
+    assert names == [] and same(ht.load("out/result"), ht.load("whole/result"))
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "block_spectra.png", "config.json", "js_matrix.png", "result.json", "result.npz",
+    ]  # fmt: skip
+
+
+def test_half_a_result_is_computed_again(monkeypatch):
+    command = ("js0", "--model", "own.py:net", "--out", "out", "--no-verify", *FAST)
+    assert run(*command) == 0
+    Path("out/result.npz").unlink()
+    names = computed_blocks(monkeypatch)
+    assert run(*command) == 0 and set(names) == {"0.weight", "2.weight", "4.weight"}
+    ht.load("out/result")
+
+
+def test_a_killed_run_goes_on_where_it_was(capsys, monkeypatch):
+    """Real processes, one stopped by Ctrl-C, the next by kill -9: no finished block is computed again, and the numbers
+    are those of a run that nobody stopped."""
+    command = ("spectrum", "--model", "own.py:large", "--blocks", "weights", "--probes", "3", "--steps", "40", "--out")
+    journal, finished = Path("out/blocks.jsonl"), set()
+    for by in (signal.SIGINT, signal.SIGKILL):
+        process = start(*command, "out", stdout=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        while not (journal.exists() and journal.read_bytes().count(b"\n") > len(finished)):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(by)
+        out, err = process.communicate()
+        assert out == "" and "Traceback" not in err
+        if by == signal.SIGINT:
+            assert process.returncode == 130 and err.splitlines()[-1].startswith("hessian-tools: interrupted; finished")
+        else:
+            assert process.returncode == -signal.SIGKILL
+        before, finished = finished, set(results.Journal(journal).finished)
+        assert before < finished
+    with journal.open("a") as file:
+        file.write('["46.weight", {"type": "Quad')  # as if it had been killed while writing
+    monkeypatch.setattr(plotting, "draw", lambda *arguments: [])
+    names = computed_blocks(monkeypatch)
+    assert run(*command, "out", "--no-verify") == 0
+    left = 17 - len(finished)
+    assert left > 0 and len(set(names)) == left and not finished & set(names) and not journal.exists()
+    told = f"{120 * left} Hessian-vector products for {left} blocks ({len(finished)} were finished before)"
+    assert told in capsys.readouterr().err
+    assert run(*command, "whole", "--no-verify") == 0
+    assert len(set(names)) == 17 and same(ht.load("out/result"), ht.load("whole/result"))
+
+
+def test_progress_is_shown_on_a_terminal_only(capsys, monkeypatch):
+    command = ("spectrum", "--model", "own.py:net", "--probes", "2", "--steps", "40", "--no-verify")
+    assert run(*command) == 0
+    _, err = said(capsys)
+    assert len(err) == 2 and not re.search(r"HVP|it/s", err[0]) and "own.py:net: 80 Hessian-vector products" in err[1]
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert run(*command) == 0
+        monkeypatch.undo()
+    shown = b""
+    with contextlib.suppress(OSError), os.fdopen(master, "rb", 0) as screen:
+        while piece := screen.read(4096):
+            shown += piece
+    assert re.search(rb"80/80 \[\d\d:\d\d<\d\d:\d\d", shown) and b"HVP" in shown  # done, time spent < time left
+    assert b"1 of 1 blocks to compute" in shown
+
+
+def test_own_files_work_beside_a_torchvision_that_does_not_import(tmp_path):
+    """In a fresh process; its reader hangs up, which is no error."""
+    (tmp_path / "vision.py").write_text(
+        "from torchvision.ops import MLP\nimport hessian_tools as ht, torch\n"
+        "def make():\n    return MLP(4, [5, 2]), ht.mse, [(torch.randn(3, 4), torch.randn(3, 2))]\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start("js0", "--model", tmp_path / "vision.py:make", *FAST, stdout=writer)
+    os.close(writer)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Hessian-vector products for 2 blocks" in err and "Error" not in err, err
+
+
+def test_own_files_are_repaired_once_and_only_where_that_can_help(monkeypatch):
+    Path("late.py").write_text("import repaired_by_the_test\nfrom own import net\n")
+    calls = []
+
+    def repair():
+        calls.append(1)
+        Path("repaired_by_the_test.py").write_text("")
+        return len(calls) == 1
+
+    monkeypatch.setattr(runs, "repair", repair)
+    problem, _ = runs.own_problem("late.py:net")
+    assert problem.num_parameters == 155 and calls == [1]
+    with pytest.raises(ValueError, match="KeyError"):
+        runs.own_problem("own.py:fails")
+    assert calls == [1]
+
+
+def test_own_problem_is_seeded_and_overridden():
+    first, identity = runs.own_problem("own.py:problem", seed=3)
+    assert identity["file"] == "own.py" and identity["function"] == "problem"
+    torch.rand(5)
+    again, _ = runs.own_problem("own.py:problem", seed=3, dtype=torch.float64, device="cpu")
+    assert again.dtype == torch.float64 and again.batches[0][0].dtype == torch.float64
+    assert again.batches[0][1].dtype == torch.int64 and again.loss == pytest.approx(first.loss, rel=1e-6)
+    assert runs.own_problem("own.py:problem", seed=4)[0].loss != first.loss
+    assert [runs.own_problem("own.py:norm", batch_stats=stats)[0].batch_stats for stats in (True, False)] == [True, False]
+    assert runs.fingerprint(runs.own_problem("own.py:norm", batch_stats=True)[0]) == runs.fingerprint(
+        runs.own_problem("own.py:norm", batch_stats=False)[0]
+    )
+
+
+def test_fingerprint_sees_parameters_buffers_and_data():
+    def problem(change=lambda model, batch: None):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).eval()
+        batch = (torch.randn(4, 2), torch.randn(4, 2))
+        with torch.no_grad():
+            change(model, batch)
+        return runs.fingerprint(ht.Problem(model, ht.mse, [batch], batch_stats=False))
+
+    changes = [
+        lambda model, batch: model[0].weight[1, 1].add_(1e-6),
+        lambda model, batch: model[1].running_mean.add_(1),
+        lambda model, batch: batch[1][3].add_(1e-6),
+    ]
+    assert len({problem(), *map(problem, changes)}) == 4 and problem() == problem()
+
+
+def test_models_lists_the_zoo(capsys):
+    assert run("models") == 0
+    table = capsys.readouterr().out.splitlines()
+    assert run("models", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == zoo.names() == [line.split()[0] for line in table[2:]]
+    gpt2 = next(line for line in table if line.startswith("gpt2 "))
+    assert "124,439,808" in gpt2 and "plays" in gpt2

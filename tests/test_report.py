@@ -1,0 +1,98 @@
+"""Tables and numbers as text, against what a person would write."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import hessian_tools as ht
+from hessian_tools import report
+from hessian_tools.operators import DiagonalOperator
+
+
+def spectra(blocks, notes=()):
+    """Exact spectra of diagonal blocks with the given eigenvalues."""
+    quadratures = {
+        name: ht.slq(DiagonalOperator(torch.tensor(values, dtype=torch.float64)), num_probes=2, num_steps=3, exact=True)
+        for name, values in blocks.items()
+    }
+    return ht.BlockSpectra(quadratures, 2, 3, 0, "rademacher", "full", "the route", notes)
+
+
+SMALL = spectra({"a.weight": [-1.0, 2.0, 3.0], "longer.bias": [0.0, 0.0]}, ("a note",))
+
+
+def test_table():
+    text = report.table(("name", "x"), [("a", "1.5"), ("long name", "2")])
+    assert text.splitlines() == ["name         x", "---------  ---", "a          1.5", "long name    2"]
+    assert report.table(("a", "b"), [("xxx", "yy")], left=2).splitlines()[0] == "a    b"
+
+
+def test_spectra_table():
+    assert report.spectra_table(SMALL).splitlines() == [
+        "block        size  rms eigenvalue  smallest  largest  trace  HVPs  status",
+        "-----------  ----  --------------  --------  -------  -----  ----  ------",
+        "a.weight        3            2.16        -1        3  4 ± 0     3   exact",
+        "longer.bias     2               0         0        0  0 ± 0     2   exact",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value, error, text",
+    [
+        (12.345, 0.42, "12.3 ± 0.4"),
+        (-104.2, 31.0, "-100 ± 30"),
+        (0.5524, 0.00078, "0.5524 ± 0.0008"),
+        (0.00284, 5.7e-05, "0.00284 ± 0.00006"),
+        (9.94, 0.96, "10 ± 1"),
+        (123456.0, 4321.0, "123000 ± 4000"),
+        (1.0, 0.0, "1 ± 0"),
+        (1.25, float("nan"), "1.25 ± nan"),
+        (float("nan"), 0.1, "nan ± 0.1"),
+        (1e9, 2e7, "1e+09 ± 2e+07"),
+        (3e-9, 2e-10, "3e-09 ± 2e-10"),
+        (float("inf"), float("inf"), "inf ± inf"),
+    ],
+)
+def test_plus_minus(value, error, text):
+    assert report.plus_minus(value, error) == text
+
+
+def test_readings_table_has_a_column_a_model():
+    js = ht.js_heterogeneity(spectra({"a": [1.0, 1.0], "b": [1000.0, 1000.0]}))
+    other = ht.js_heterogeneity(spectra({"a": [1.0, 1.0], "b": [1.0, 1.0]}))
+    lines = report.readings_table({"first": js, "second": other}).splitlines()
+    assert lines[0].split() == ["reading", "(mean", "over", "pairs", "±", "standard", "error)", "first", "second"]
+    start = lines[1].index(" ")
+    rows = {line[:start].strip(): line[start:].split() for line in lines[2:]}
+    assert [name.split(" [")[0] for name in rows] == [
+        "JS bounded", "JS0 (literature, unnormalised)", "JS log", "Wasserstein", "spread of block scales", "verdict",
+    ]  # fmt: skip
+    assert rows["JS bounded [nats]"][:3] == ["0.693", "±", "0"]  # ln 2: disjoint
+    assert rows["Wasserstein [decades]"] == ["3", "±", "0", "0", "±", "0"]  # a factor of 1000
+    assert rows["spread of block scales [decades]"] == ["1.5", "±", "0", "0", "±", "0"]
+    assert rows["verdict"] == [js.verdict.decision, other.verdict.decision]
+    assert rows["JS0 (literature, unnormalised) [nats / dx]"][0] == f"{js.js0:.3g}"
+
+
+def test_verdict_text_is_wrapped_and_complete():
+    js = dataclasses.replace(ht.js_heterogeneity(SMALL), notes=("one note", "two"))
+    lines = report.verdict_text("net", js).splitlines()
+    assert max(map(len, lines)) <= 100 and lines[-2:] == ["note: one note", "note: two"]
+    assert " ".join(lines[:-2]) == f"net: {js.verdict}"
+
+
+def test_summary_is_json_with_the_tables_numbers():
+    js = ht.js_heterogeneity(SMALL)
+    found = json.loads(json.dumps(report.summary(SMALL, js), allow_nan=False))
+    first = found["blocks"][0]
+    assert first["name"] == "a.weight" and (first["smallest"], first["largest"]) == (-1, 3)
+    assert first["trace"] == pytest.approx(4) and first["rms"] == pytest.approx(np.sqrt(14 / 3))
+    assert found["matvecs"] == 5 and found["route"] == "the route"
+    assert found["notes"] == ["a note", *js.notes] and js.notes
+    assert found["readings"]["scale_spread"]["mean"] == "nan"  # one of two blocks is zero
+    assert found["readings"]["unnormalised"]["mean"] == js.js0
+    assert found["verdict"] == {"decision": js.verdict.decision, "words": str(js.verdict)}
+    assert set(report.summary(SMALL, None)) == {"blocks", "matvecs", "route", "notes"}

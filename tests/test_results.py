@@ -1,0 +1,227 @@
+"""Saved results come back exactly, without pickle; crashes leave the old pair, or one that is found out."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import hessian_tools as ht
+from hessian_tools import results
+from hessian_tools.operators import DiagonalOperator
+from hessian_tools.quadrature import Estimate, RitzValue
+from hessian_tools.results import Journal, load, save, write_atomically
+from hessian_tools.verification import Check, Verification
+
+
+def quadrature(seed=0, exact="auto"):
+    values = torch.from_numpy(np.random.default_rng(seed).standard_normal(60))
+    return ht.slq(DiagonalOperator(values), num_probes=2, num_steps=5, seed=seed, exact=exact)
+
+
+def samples():
+    """One result of every type, by the type's name."""
+    blocks = {"a.weight": quadrature(0), "b[q,head=1]": quadrature(1, exact=True), "zero": quadrature(2)}
+    blocks["zero"] = dataclasses.replace(blocks["zero"], nodes=0 * blocks["zero"].nodes)
+    spectra = ht.BlockSpectra(blocks, 2, 5, 0, "rademacher", "full", "some route", ("a note", "another"))
+    js = ht.js_heterogeneity(spectra)
+    check = Check("symmetry", float("nan"), 1e-3, "remark")
+    found = [
+        blocks["b[q,head=1]"], spectra, Estimate(1.5, math.nan), RitzValue(-math.inf, 0.1, 1e-300),
+        ht.spectral_density(spectra, grid="symlog"), js, js.scale_spread, js.verdict, js.readings["log"], check,
+        Verification((check,), ("cut batches: cannot be cut",)),
+    ]  # fmt: skip
+    found.append(found[4].axis)
+    return {type(result).__name__: result for result in found}
+
+
+SAMPLES = samples()
+
+
+def same(a, b):
+    """Equality of type and of every bit, nan included."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray):
+        return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    if dataclasses.is_dataclass(a):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+
+
+def test_every_type_has_a_sample():
+    assert set(SAMPLES) == set(results.TYPES)
+
+
+@pytest.mark.parametrize("name", results.TYPES)
+def test_every_result_comes_back_exactly(name, tmp_path):
+    path = save(SAMPLES[name], tmp_path / "new" / "folder.v2" / "result", config={"seed": 3})
+    assert path == tmp_path / "new" / "folder.v2" / "result.json"
+    assert same(load(path), SAMPLES[name]) and same(load(path.with_suffix("")), SAMPLES[name])
+    assert same(load(path.with_suffix(".npz")), SAMPLES[name])
+    document = json.loads(path.read_text())
+    assert document["config"] == {"seed": 3} and document["versions"]["torch"].startswith("2.")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"b": 1, "a": {"nested": (1, "two", None, True, [3.5, [], ()])}},
+        {"nan": math.nan, "inf": (math.inf, -math.inf), "tiny": 5e-324, "third": 1 / 3, "big": 2**80},
+        {"array": np.array([[1.5, np.nan], [-np.inf, -0.0]], dtype=np.float32), "empty": np.zeros((0, 3), bool)},
+        {"type": "not a type", "dict": [], "float": "1", "array": {}},  # keys that the format itself uses
+        {"": (), "fortran": np.asfortranarray(np.arange(6).reshape(2, 3))},
+    ],
+)
+def test_values_come_back_exactly(value, tmp_path):
+    assert same(load(save(value, tmp_path / "x")), value)
+
+
+def test_numpy_scalars_come_back_as_python_s(tmp_path):
+    value = {"f": np.float32(0.1), "i": np.int64(7), "b": np.bool_(True), "n": np.float64("nan"), "s": np.str_("x")}
+    found = load(save(value, tmp_path / "x"))
+    assert same(found, {"f": float(np.float32(0.1)), "i": 7, "b": True, "n": math.nan, "s": "x"})
+
+
+def test_json_suffix_names_the_same_pair(tmp_path):
+    save({"a": np.arange(3)}, tmp_path / "x.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.npz"]
+    assert load(tmp_path / "x")["a"].tolist() == [0, 1, 2]
+
+
+@dataclasses.dataclass
+class Verdict:  # of the same name as one of ours
+    decision: str
+
+
+@pytest.mark.parametrize(
+    "value", [object(), {1: "a key that is no string"}, {"a": {2, 3}}, 1j, np.array([object()]), Verdict("Adam"), b"x"]
+)
+def test_other_things_are_refused_and_nothing_is_written(value, tmp_path):
+    with pytest.raises(TypeError, match="cannot save a"):
+        save({"first": np.arange(2), "then": value}, tmp_path / "x")
+    with pytest.raises(TypeError):
+        save({"a": 1}, tmp_path / "x", config={"path": tmp_path})
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_pickle_in_and_none_out(tmp_path):
+    path = save(SAMPLES["JSHeterogeneity"], tmp_path / "x")
+    with zipfile.ZipFile(tmp_path / "x.npz") as archive:
+        assert archive.namelist() and all(name.endswith(".npy") for name in archive.namelist())
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
+        assert all(arrays[name].dtype != object for name in arrays.files)
+    buffer = io.BytesIO()
+    np.savez(buffer, a0=np.array([{}], dtype=object))
+    document = json.loads(path.read_text()) | {"result": {"dict": [["a", {"array": "a0"}]]}}
+    document["arrays_sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    path.write_text(json.dumps(document))
+    (tmp_path / "x.npz").write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match="pickle"):
+        load(path)
+
+
+@pytest.mark.parametrize("step", ["npz", "json"])
+def test_a_crash_leaves_the_old_pair_or_is_found_out(step, tmp_path, monkeypatch):
+    path = save({"a": np.arange(3)}, tmp_path / "x")
+    replace = os.replace
+
+    def crash(source, target):
+        if str(target).endswith(step):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save({"a": np.arange(4)}, path)
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.npz"]  # no rubbish
+    if step == "npz":
+        assert load(path)["a"].tolist() == [0, 1, 2]
+    else:
+        with pytest.raises(ValueError, match="do not belong together"):
+            load(path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = write_atomically(tmp_path / "x", b"old")
+
+    def crash(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", crash)  # the content is written by then, but not in place
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, b"new and longer")
+    assert target.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[1]", "holds a list"),
+        (b"{}", "not a saved result of format 1"),
+        (b'{"format": 2}', "not a saved result of format 1"),
+        (b'{"format": 1}', "do not belong together"),
+    ],
+)
+def test_other_files_are_refused(content, message, tmp_path):
+    save({"a": 1}, tmp_path / "x")
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "x")
+
+
+@pytest.mark.parametrize("change", [("Verdict", "Unknown"), ("decision", "renamed"), ('"fields"', '"else"')])
+def test_results_of_another_version_are_refused(change, tmp_path):
+    path = save(SAMPLES["Verdict"], tmp_path / "x")
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(ValueError, match="another version"):
+        load(path)
+
+
+def test_missing_results(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nothing")
+    save({"a": 1}, tmp_path / "x")
+    (tmp_path / "x.npz").unlink()
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "x")
+
+
+def test_journal_drops_what_a_kill_tore_at_any_byte(tmp_path):
+    path = tmp_path / "blocks.jsonl"
+    kept, torn = quadrature(0), quadrature(1)
+    journal = Journal(path)
+    assert journal.finished == {}
+    journal.append("a.weight", kept)
+    first = path.stat().st_size
+    journal.append("b[v]", torn)
+    whole = path.read_bytes()
+    for size in [*range(first, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        assert same(Journal(path).finished, {"a.weight": kept})
+        assert path.stat().st_size == first
+    journal = Journal(path)
+    journal.append("b[v]", torn)
+    assert same(Journal(path).finished, {"a.weight": kept, "b[v]": torn}) and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("rubbish", [b"\0" * 40 + b"\n", b'["a", {"type": "Gone", "fields": {}}]\n'])
+def test_journal_keeps_what_stands_before_rubbish(rubbish, tmp_path):
+    path = tmp_path / "blocks.jsonl"
+    Journal(path).append("a", quadrature(0))
+    line = path.read_bytes()
+    path.write_bytes(line + rubbish + line)
+    assert set(Journal(path).finished) == {"a"} and path.read_bytes() == line

@@ -52,7 +52,14 @@ def main() -> None:
         print(f"{name}: {found[name].verdict}\n", flush=True)
     config = {"models": models, "probes": probes, "steps": steps, "seed": SEED, "blocks": "weights"}
     ht.save(found, out / "result", config=config)
-    text = report.readings_table(found)
+    header = ("network", "JS0 (literature)", "bounded", "log", "Wasserstein", "scale spread", "verdict")
+    order = ("unnormalised", "bounded", "log", "wasserstein")
+    rows = []
+    for name, js in found.items():
+        readings = [*(js.readings[reading] for reading in order), js.scale_spread]
+        cells = [report.plus_minus(reading.mean, reading.standard_error) for reading in readings]
+        rows.append([name, *cells, js.verdict.decision])
+    text = report.table(header, rows)
     (out / "table.txt").write_text(text + "\n")
     print(text)
 

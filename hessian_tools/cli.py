@@ -266,7 +266,8 @@ def _add_options(command: argparse.ArgumentParser, blocks: str) -> None:
         "rademacher, which has the least variance for traces, Hutchinson 1989; paper: gaussian)")
     add("--reorthogonalize", choices=REORTHOGONALIZE, default="full", help="full makes nodes countable, the others "
         "need less memory (default: full; paper: none)")
-    add("--no-verify", dest="verify", action="store_false", help="skip the check against finite differences (default: check)")
+    add("--no-verify", dest="verify", action="store_false", help="trust the products (default: check them against "
+        "finite differences of the gradient)")
     add = command.add_argument_group("machine and output").add_argument
     add("--memory", default="auto", metavar="SIZE", help="budget for graphs and Lanczos vectors, such as 8GiB "
         "(default: auto, 70 %% of what is free)")

@@ -109,16 +109,11 @@ class _Engine:
     def _graph_size(self) -> tuple[float, float]:
         """Bytes of a recorded gradient graph as (constant part, part per example), counted on one and two examples."""
         parameters = list(self.problem.parameters.values())
-        counts: list[tuple[int, int]] = []
-        with self.problem.evaluating(), torch.enable_grad():
-            losses = self.problem.small_losses()
-            while True:
-                with counting_saved_bytes(parameters) as saved:
-                    examples, loss = next(losses, (0, None))
-                    if loss is None:
-                        break
-                    torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-                    counts.append((examples, saved.total))
+        counts = []
+        with self.problem.evaluating(), torch.enable_grad(), counting_saved_bytes(parameters) as saved:
+            for examples, loss in self.problem.small_losses():
+                torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+                counts.append((examples, saved.taken()))
         (n, low), (m, high) = counts[0], counts[-1]
         if m == n:
             return 0.0, max(low, 1) / n
@@ -146,10 +141,10 @@ class _Engine:
         if not self.checked:  # once: on every product it would make the device wait
             for name, gradient in found.items():
                 if not torch.isfinite(gradient).all():
-                    raise NumericalError(
-                        f"the gradient of {name} is not finite although the loss is {float(loss.detach()):.6g}"
-                    )
-            self._refuse_once_differentiable(loss, list(found.values()))
+                    raise NumericalError(f"the gradient of {name} is not finite, but the loss is {loss.item():.6g}")
+            # autograd's Error node lies off the way to the parameters, so that no product would run into it
+            if any(node.name().endswith("::Error") for node in _nodes(list(found.values()))):
+                raise NotTwiceDifferentiable(_undifferentiable("a backward in it is once_differentiable", [loss]))
             self.checked = True
         return {name: g for name, g in found.items() if g.requires_grad}  # others are constant: zero rows
 
@@ -184,14 +179,6 @@ class _Engine:
             raise NotTwiceDifferentiable(_undifferentiable(_first_line(error), outputs)) from error
         return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
-    @staticmethod
-    def _refuse_once_differentiable(loss: Tensor, gradients: list[Tensor]) -> None:
-        """Raises where autograd left an Error node: off the way to the parameters, no product would run into it."""
-        if any(node.name().endswith("::Error") for node in _nodes(gradients)):
-            raise NotTwiceDifferentiable(
-                _undifferentiable("part of its backward is marked once_differentiable", [loss])
-            )
-
 
 class HessianOperator(SymmetricOperator):
     """The (P, P) Hessian of L, the pooled mean loss of a Problem; vectors follow ``problem.parameters``' order.
@@ -212,12 +199,7 @@ class HessianOperator(SymmetricOperator):
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        *,
-        memory: str | int = "auto",
-        record: bool | None = None,
-        microbatch: int | None = None,
+        self, problem: Problem, *, memory: str | int = "auto", record: bool | None = None, microbatch: int | None = None
     ) -> None:
         if not isinstance(problem, Problem):
             raise TypeError(f"problem is a {type(problem).__name__}; pass ht.Problem(model, loss_fn, batches)")

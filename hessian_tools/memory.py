@@ -66,9 +66,11 @@ class SavedBytes:
             self._storages[storage.data_ptr()] = storage
         return tensor.detach()  # an undetached output would hold its own graph alive for good
 
-    @property
-    def total(self) -> int:
-        return sum(storage.nbytes() for storage in self._storages.values())
+    def taken(self) -> int:
+        """Bytes counted since the last call."""
+        total = sum(storage.nbytes() for storage in self._storages.values())
+        self._storages.clear()
+        return total
 
 
 @contextmanager

@@ -9,6 +9,7 @@ nothing depends on how the data is cut into batches. Letters: n_b valid examples
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -126,33 +127,30 @@ class Problem:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
         if not callable(loss_fn):
-            raise TypeError(
-                f"loss_fn is a {type(loss_fn).__name__}; pass a function loss_fn(model, batch) -> scalar loss"
-            )
+            raise TypeError(f"loss_fn is a {type(loss_fn).__name__}; pass loss_fn(model, batch) -> scalar loss")
         self.model, self.loss_fn, self.num_examples = model, loss_fn, num_examples
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise ValueError(
-                "model has no parameter that requires grad; call model.requires_grad_(True) or unfreeze some"
-            )
+            raise ValueError("model has no parameter that requires grad; call model.requires_grad_() or unfreeze some")
         devices = {p.device for p in self.parameters.values()}
         if len(devices) > 1:
-            raise ValueError(
-                f"model lies on several devices {sorted(map(str, devices))}; move it to one with model.to(device)"
-            )
+            raise ValueError(f"model lies on {sorted(map(str, devices))}; move it to one device with model.to(device)")
         self.device = devices.pop()
-        self.dtype = next(iter(self.parameters.values())).dtype
-        for parameter in self.parameters.values():
-            self.dtype = torch.promote_types(self.dtype, parameter.dtype)
+        self.dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.parameters.values()))
         self.num_parameters = sum(p.numel() for p in self.parameters.values())
         self.batch_stats = _stated_batch_stats(model, batch_stats)
         self.batches = [to_device(batch, self.device) for batch in _frozen(batches)]
         with self.evaluating(), torch.no_grad():
-            self.counts = [self.count(batch, index) for index, batch in enumerate(self.batches)]
+            self.counts = [self._checked_count(batch, index) for index, batch in enumerate(self.batches)]
             losses = [float(self._checked_loss(batch, index)) for index, batch in enumerate(self.batches)]
             again = [float(self.batch_loss(batch)) for batch in self.batches]
         self._refuse_differing(losses, again)
-        self._refuse_constant()
+        with self.evaluating(), torch.enable_grad():
+            if not any(loss.requires_grad for _, loss in self.small_losses()):
+                raise ValueError(
+                    "the loss does not depend on any parameter that requires grad (it has no gradient): loss_fn must "
+                    "call the given model, without torch.no_grad() or .detach()"
+                )
         total = sum(self.counts)
         self.loss = sum(n * loss for n, loss in zip(self.counts, losses, strict=True)) / total
         self.weights = [n / total for n in self.counts]
@@ -161,20 +159,12 @@ class Problem:
         """loss_fn on one batch; call it inside :meth:`evaluating`."""
         return self.loss_fn(self.model, batch)
 
-    def count(self, batch: Any, index: int = 0) -> int:
-        """n_b, the valid examples of a batch. Raises ValueError where there is none or it is not a count."""
+    def count(self, batch: Any) -> int:
+        """n_b, the examples of a batch that count; 0 for a piece of ignored tokens only."""
         own = getattr(self.loss_fn, "num_examples", None)
         if self.num_examples is not None:
-            count = self.num_examples(batch)
-        elif own is not None:
-            count = self._explained(lambda: own(self.model, batch), index)
-        else:
-            count = batch_length(batch) or 1
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(
-                f"batch {index} has {count!r} valid examples; every batch needs a whole number, at least 1"
-            )
-        return count
+            return self.num_examples(batch)
+        return own(self.model, batch) if own is not None else batch_length(batch) or 1
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -226,27 +216,20 @@ class Problem:
         advice = "raise `memory` or pass smaller batches"
         if self.batch_stats:
             raise ValueError(
-                f"batch {index} does not fit the memory budget and batch statistics forbid cutting it: {advice}"
+                f"batch {index} exceeds the memory budget and batch statistics forbid cutting it: {advice}"
             )
         pieces = [cut_batch(batch, first, min(first + size, length), length) for first in range(0, length, size)]
         with self.evaluating(), torch.no_grad():
             whole = float(self.batch_loss(batch))
-            valid = [piece for piece in pieces if self._has_examples(piece)]
-            counts = [self.count(piece, index) for piece in valid]
-            mean = sum(n * float(self.batch_loss(p)) for n, p in zip(counts, valid, strict=True)) / sum(counts)
+            counted = [(n, piece) for piece in pieces if (n := self.count(piece))]
+            total = sum(n for n, _ in counted)
+            mean = sum(n * float(self.batch_loss(piece)) for n, piece in counted) / total
         if not math.isclose(mean, whole, rel_tol=_tolerance(self.dtype), abs_tol=_tolerance(self.dtype)):
             raise ValueError(
                 f"batch {index} must be cut to fit the memory budget, but its pieces' pooled loss {mean:.7g} is not "
                 f"its loss {whole:.7g}: pass num_examples= (what the loss is a mean over), or {advice}"
             )
-        share = self.weights[index] / sum(counts)
-        return [(share * n, piece) for n, piece in zip(counts, valid, strict=True)]
-
-    def _has_examples(self, piece: Any) -> bool:
-        try:
-            return self.count(piece) > 0
-        except ValueError:  # a piece of ignored tokens only: it adds nothing to the mean
-            return False
+        return [(self.weights[index] * n / total, piece) for n, piece in counted]
 
     def _explained(self, evaluate: Callable[[], Any], index: int) -> Any:
         try:
@@ -259,26 +242,20 @@ class Problem:
                 f"{type(error).__name__}: {error}; `batches` must be an iterable of batches that loss_fn can take"
             ) from error
 
+    def _checked_count(self, batch: Any, index: int) -> int:
+        count = self._explained(lambda: self.count(batch), index)
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"batch {index} has {count!r} valid examples; a whole number, at least 1, is needed")
+        return count
+
     def _checked_loss(self, batch: Any, index: int) -> Tensor:
         loss = self._explained(lambda: self.batch_loss(batch), index)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(
-                f"loss_fn returned {found}, not a scalar tensor; return the batch's mean loss (loss.mean())"
-            )
+            raise ValueError(f"loss_fn returned {found}, not a scalar tensor; return the mean loss (loss.mean())")
         if not torch.isfinite(loss):
-            raise NumericalError(
-                f"the loss of batch {index} is {float(loss)}; NaN or inf is there before any derivative"
-            )
+            raise NumericalError(f"the loss of batch {index} is {float(loss)}, before any derivative")
         return loss
-
-    def _refuse_constant(self) -> None:
-        with self.evaluating(), torch.enable_grad():
-            if not any(loss.requires_grad for _, loss in self.small_losses()):
-                raise ValueError(
-                    "the loss does not depend on any parameter that requires grad (it has no gradient): "
-                    "loss_fn must call the given model, without torch.no_grad() or .detach()"
-                )
 
     def small_losses(self) -> Iterator[tuple[int, Tensor]]:
         """(examples, loss) of one and of two examples of the first batch, or of all of it where it cannot be cut.
@@ -318,12 +295,7 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None
 def tensors_of(value: Any) -> list[Tensor]:
     """All tensors in a batch, in order."""
     found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _mapped(value, note)
+    _mapped(value, lambda t: (found.append(t), t)[1])  # type: ignore[func-returns-value]
     return found
 
 

@@ -16,7 +16,7 @@ test: .venv/installed-test
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt | .venv/bin/python

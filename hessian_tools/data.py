@@ -10,9 +10,8 @@ import gzip
 import importlib.resources
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ from hessian_tools.vision import torchvision
 Batch = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(NamedTuple):
     """Token numbers of a tokenizer: 0 to size - 1, among them ``mask``, which no text contains."""
 
     size: int
@@ -35,8 +33,7 @@ TOKENIZERS = {"bpe": Vocabulary(8192, 0), "byte": Vocabulary(257, 256)}
 _CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-@dataclass(frozen=True)
-class ImageSource:
+class ImageSource(NamedTuple):
     """Labelled images that are read one by one; labels count the classes from 0."""
 
     name: str
@@ -82,8 +79,8 @@ def masked_language_batches(
     [SEP]. Errors as for :func:`language_batches`.
     """
     targets = _windows(tokens, num_examples, context, 0, seed)
-    draws = torch.rand(num_examples, 3, context, generator=torch.Generator().manual_seed(seed + 1))
-    priority, kind, other = draws.unbind(1)  # each (N, t)
+    generator = torch.Generator().manual_seed(seed + 1)
+    priority, kind, other = torch.rand(num_examples, 3, context, generator=generator).unbind(1)  # each (N, t)
     chosen = priority.argsort(1).argsort(1) < max(1, round(0.15 * context))
     inputs = torch.where(chosen & (kind < 0.8), vocabulary.mask, targets)
     inputs = torch.where(chosen & (kind >= 0.9), (other * vocabulary.size).long(), inputs)
@@ -97,7 +94,30 @@ def image_source(path: str | Path | None = None) -> ImageSource:
     ``torchvision:NAME:ROOT``, the classification dataset torchvision.datasets.NAME already on disk under ROOT.
     Raises ValueError when there is nothing like that.
     """
-    return _packaged_images() if path is None else _dataset_source(str(path))
+    if path is None:
+        return _packaged_images()
+    path = str(path)
+    name, _, root = path[12:].partition(":") if path.startswith("torchvision:") else ("ImageFolder", "", path)
+    try:
+        dataset: Any = getattr(torchvision().datasets, name)(root)  # none downloads anything unless asked to
+        classes = dataset.classes if hasattr(dataset, "classes") else sorted(set(map(int, dataset.labels)))
+        if len(classes) < 2:
+            raise ValueError("it has fewer than two classes")
+    except Exception as error:  # each dataset has errors of its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            "data must be a folder with one sub-folder of images a class, or torchvision:NAME:ROOT with that "
+            f"classification dataset on disk under ROOT, for an image model, got {path!r}: {reason}"
+        ) from None
+
+    def read(number: int) -> tuple[np.ndarray, int]:
+        try:
+            image, label = dataset[number]
+            return np.array(image.convert("RGB")), int(label)
+        except (OSError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"data {path!r}: item {number} is no image with a class: {error}") from None
+
+    return ImageSource(path, tuple(map(str, classes)), len(dataset), read)
 
 
 def image_batches(
@@ -108,7 +128,7 @@ def image_batches(
     Each image, in [0, 1], is resized to s x s (aspect not kept) by anti-aliased bilinear interpolation, then becomes
     (x - source.mean) / source.std in every channel. A grey channel is repeated; c = 1 is the mean over channels.
     """
-    _positive(num_examples=num_examples, batch_size=batch_size, image_size=image_size)
+    _check_whole(1, num_examples=num_examples, batch_size=batch_size, image_size=image_size)
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels!r}")
     if num_examples > source.size:
@@ -123,26 +143,25 @@ def image_batches(
     return _cut((torch.stack(images) - source.mean) / source.std, torch.tensor(labels), batch_size)
 
 
-def _positive(**numbers: int) -> None:
+def _check_whole(least: int, **numbers: int) -> None:
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}")
+        if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**63 - 1:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}")
 
 
 def _order(count: int, seed: int) -> Tensor:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63 - 1:
-        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+    _check_whole(0, seed=seed)
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _cut(inputs: Tensor, targets: Tensor, batch_size: int) -> list[Batch]:
-    _positive(batch_size=batch_size)
+    _check_whole(1, batch_size=batch_size)
     return list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))
 
 
 def _windows(tokens: Tensor, count: int, context: int, extra: int, seed: int) -> Tensor:
     """(count, context + extra): windows that start at multiples of ``context``."""
-    _positive(num_examples=count, context=context)
+    _check_whole(1, num_examples=count, context=context)
     available = max(0, len(tokens) - extra) // context
     if count > available:
         raise ValueError(
@@ -175,34 +194,6 @@ def _encode(text: str, tokenizer: str) -> Tensor:
 def _packaged_images() -> ImageSource:
     with np.load(io.BytesIO(_asset("fashion_mnist.npz")), allow_pickle=False) as arrays:
         images, labels = arrays["images"], arrays["labels"]
-
-    def read(number: int) -> tuple[np.ndarray, int]:
-        return np.repeat(images[number, :, :, None], 3, axis=2), int(labels[number])
-
-    return ImageSource("the packaged Fashion-MNIST", _CLASSES, len(labels), read, mean=0.2860, std=0.3530)
-
-
-def _dataset_source(path: str) -> ImageSource:
-    """A dataset of torchvision, or a folder, which is torchvision's ImageFolder."""
-    name, _, root = path[12:].partition(":") if path.startswith("torchvision:") else ("ImageFolder", "", path)
-    try:
-        factory = getattr(torchvision().datasets, name)
-        dataset: Any = factory(root)  # no dataset of torchvision downloads anything unless asked to
-        classes = dataset.classes if hasattr(dataset, "classes") else sorted(set(map(int, dataset.labels)))
-        if len(classes) < 2:
-            raise ValueError("it has fewer than two classes")
-    except Exception as error:  # each dataset has errors of its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            "data must be a folder with one sub-folder of images a class, or torchvision:NAME:ROOT with that "
-            f"classification dataset on disk under ROOT, for an image model, got {path!r}: {reason}"
-        ) from None
-
-    def read(number: int) -> tuple[np.ndarray, int]:
-        try:
-            image, label = dataset[number]
-            return np.array(image.convert("RGB")), int(label)
-        except (OSError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"data {path!r}: item {number} is no image with a class: {error}") from None
-
-    return ImageSource(path, tuple(map(str, classes)), len(dataset), read)
+    coloured = np.broadcast_to(images[..., None], (*images.shape, 3))
+    pairs = list(zip(coloured, labels.tolist(), strict=True))
+    return ImageSource("the packaged Fashion-MNIST", _CLASSES, len(pairs), pairs.__getitem__, mean=0.2860, std=0.3530)

@@ -90,17 +90,14 @@ def symlog_axis(quadratures: Iterable[Quadrature], linear_fraction: float = LINE
     """The symlog axis common to ``quadratures``: c = ``linear_fraction`` of their largest |node| (1 if all are
     zero)."""
     if not 0 < linear_fraction < 1:
-        raise ValueError(
-            f"linear_fraction is {linear_fraction}; choose it between 0 and 1, for example {LINEAR_FRACTION}"
-        )
+        raise ValueError(f"linear_fraction is {linear_fraction}; choose it between 0 and 1, such as {LINEAR_FRACTION}")
     largest = max(float(np.abs(quadrature.nodes).max()) for quadrature in quadratures)
     return Axis("symlog", linear_fraction * largest or 1.0)
 
 
 def spanning_grid(quadratures: Iterable[Quadrature], axis: Axis, num_points: int, margin: float) -> SpectralGrid:
     """A grid from ``margin`` (in the axis' unit) below the lowest node to as much above the highest."""
-    ends = [(float(quadrature.nodes.min()), float(quadrature.nodes.max())) for quadrature in quadratures]
-    low, high = axis.position(np.array([min(low for low, _ in ends), max(high for _, high in ends)])).tolist()
+    low, high = axis.position(_extremes(quadratures)).tolist()
     return SpectralGrid(axis, low - margin, high + margin, num_points)
 
 
@@ -128,25 +125,27 @@ def spectral_density(
     blocks = {"": spectra} if isinstance(spectra, Quadrature) else dict(spectra)
     if not blocks:
         raise ValueError("spectra is empty; pass at least one Quadrature")
-    if isinstance(grid, str):
-        if grid not in ("linear", "symlog"):
-            raise ValueError(f"grid is {grid!r}; allowed are 'linear', 'symlog' or a SpectralGrid")
+    if isinstance(grid, SpectralGrid):
+        axis = grid.axis
+        if width is None or num_points is not None:
+            given = f"width is {width} and num_points {num_points}"
+            raise ValueError(f"{given}; a SpectralGrid brings its points and needs a width")
+    elif grid in ("linear", "symlog"):
         axis = symlog_axis(blocks.values(), linear_fraction) if grid == "symlog" else Axis("linear")
-        width = _default_width(blocks, axis) if width is None else width
-        _check_width(width)
+    else:
+        raise ValueError(f"grid is {grid!r}; allowed are 'linear', 'symlog' or a SpectralGrid")
+    if width is None:  # where all eigenvalues are equal, any width shows it
+        width = LOG_WIDTH if grid == "symlog" else float(np.ptp(_extremes(blocks.values()))) / 200 or 1.0
+    if not 0 < width < np.inf:
+        raise ValueError(f"width is {width}; a positive standard deviation of the kernel is needed")
+    if not isinstance(grid, SpectralGrid):
         grid = spanning_grid(blocks.values(), axis, 2_000 if num_points is None else num_points, 5 * width)
-    elif width is None or num_points is not None:
-        raise ValueError(
-            f"width is {width} and num_points {num_points}; a SpectralGrid brings its points and needs a width"
-        )
-    _check_width(width)
-    values = np.stack([kernel_sum(grid, *_on_axis(grid.axis, q), width)[0] for q in blocks.values()]) / (
-        width * np.sqrt(2 * np.pi)
-    )
-    lost = np.array([_lost_mass(grid, *_on_axis(grid.axis, q), width) for q in blocks.values()])
+    placed = [(axis.position(nodes), weights) for nodes, weights in (q.pooled for q in blocks.values())]
+    values = np.stack([kernel_sum(grid, t, w, width)[0] for t, w in placed]) / (width * np.sqrt(2 * np.pi))
+    lost = np.array([w @ (ndtr((grid.low - t) / width) + ndtr((t - grid.high) / width)) for t, w in placed])
     points = grid.points
     mass = values.sum(axis=1) * grid.spacing
-    return SpectralDensity(tuple(blocks), points, grid.axis.eigenvalue(points), values, grid.axis, width, lost, mass)
+    return SpectralDensity(tuple(blocks), points, axis.eigenvalue(points), values, axis, width, lost, mass)
 
 
 def kernel_sum(
@@ -175,23 +174,7 @@ def kernel_sum(
     return values, shift
 
 
-def _on_axis(axis: Axis, quadrature: Quadrature) -> tuple[np.ndarray, np.ndarray]:
-    nodes, weights = quadrature.pooled
-    return axis.position(nodes), weights
-
-
-def _lost_mass(grid: SpectralGrid, positions: np.ndarray, weights: np.ndarray, width: float) -> float:
-    return float(weights @ (ndtr((grid.low - positions) / width) + ndtr((positions - grid.high) / width)))
-
-
-def _default_width(blocks: Mapping[str, Quadrature], axis: Axis) -> float:
-    if axis.kind == "symlog":
-        return LOG_WIDTH
-    low = min(float(quadrature.nodes.min()) for quadrature in blocks.values())
-    high = max(float(quadrature.nodes.max()) for quadrature in blocks.values())
-    return (high - low) / 200 or 1.0  # all eigenvalues equal: any width shows it
-
-
-def _check_width(width: float) -> None:
-    if not width > 0 or not np.isfinite(width):
-        raise ValueError(f"width is {width}; a positive standard deviation of the kernel is needed")
+def _extremes(quadratures: Iterable[Quadrature]) -> np.ndarray:
+    """(2,) lowest and highest node of all."""
+    nodes = np.concatenate([quadrature.nodes.ravel() for quadrature in quadratures])
+    return np.array([nodes.min(), nodes.max()])

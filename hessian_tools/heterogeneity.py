@@ -32,17 +32,17 @@ from hessian_tools.density import LINEAR_FRACTION, LOG_WIDTH, Axis, SpectralGrid
 from hessian_tools.quadrature import Quadrature
 from hessian_tools.verdict import SCALE_FREE_CASES, Contrast, Verdict, decide
 
-READINGS = ("bounded", "unnormalised", "log", "wasserstein")
-_UNITS = {"bounded": "nats", "unnormalised": "nats / dx", "log": "nats", "wasserstein": "decades"}
-_DESCRIPTIONS = {
-    "bounded": "JS divergence of densities with an absolute kernel width, at most ln 2",
-    "unnormalised": "the literature's JS0: bounded divided by the grid's spacing dx",
-    "log": "JS divergence of densities over a symmetric-log eigenvalue axis, at most ln 2",
-    "wasserstein": "1-Wasserstein distance of the spectra over a symmetric-log eigenvalue axis",
+_UNITS_AND_WORDS = {
+    "bounded": ("nats", "JS divergence of densities with an absolute kernel width, at most ln 2"),
+    "unnormalised": ("nats / dx", "the literature's JS0: bounded divided by the grid's spacing dx"),
+    "log": ("nats", "JS divergence of densities over a symmetric-log eigenvalue axis, at most ln 2"),
+    "wasserstein": ("decades", "1-Wasserstein distance of the spectra over a symmetric-log eigenvalue axis"),
 }
+READINGS = tuple(_UNITS_AND_WORDS)
 _DEPTH = 60.0  # terms below exp(-60) of a density's largest are left out: below 1e-20 of any JS
 _NEGLIGIBLE = 1e-25  # a probability that cannot change a JS in float64
 _SLAB = 1 << 20  # numbers in one temporary
+_Matrices = dict[str, np.ndarray]  # by reading, each (B, B)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,34 +128,25 @@ def js_heterogeneity(
     names, blocks = tuple(spectra), list(spectra.values())
     num_probes = max((block.num_probes for block in blocks if block.status != "exact"), default=0)
     matrices, log10_rms = _matrices(blocks, readings, settings), _log10_rms(blocks)
-    replicates: dict[str, list[float]] = {name: [] for name in (*readings, "scale")}
+    means, replicates = _means(matrices, log10_rms), []
     for index in range(num_probes if num_probes > 1 else 0):
         rest = [block.without_probe(index) for block in blocks]
-        for name, matrix in _matrices(rest, readings, settings).items():
-            replicates[name].append(_mean(matrix))
-        replicates["scale"].append(_spread(_log10_rms(rest)))
-    errors = {name: _jackknife(values, num_probes) for name, values in replicates.items()}
-    found = {
-        n: Reading(_mean(m), errors[n], m, _UNITS[n], _DESCRIPTIONS[n], _bias(_mean(m), replicates[n], num_probes))
-        for n, m in matrices.items()
-    }
+        replicates.append(_means(_matrices(rest, readings, settings), _log10_rms(rest)))
+    jackknife = {name: _jackknife(mean, [r[name] for r in replicates], num_probes) for name, mean in means.items()}
+    found = {}
+    for name, matrix in matrices.items():
+        error, bias = jackknife[name]
+        found[name] = Reading(means[name], error, matrix, *_UNITS_AND_WORDS[name], bias)
+    spread = ScaleSpread(means["scale"], jackknife["scale"][0], log10_rms)
+    error, bias = jackknife.get("unnormalised", (np.nan, np.nan))
     pair = _contrast(names, blocks, matrices, log10_rms, linear_fraction)
-    js0 = found.get("unnormalised")
-    scale_free = {name: reading.mean for name, reading in found.items() if name in SCALE_FREE_CASES}
-    mean, error, bias = (js0.mean, js0.standard_error, js0.bias) if js0 else (np.nan,) * 3
-    verdict = decide(mean, error, pair, scale_free, bias=bias)
-    return JSHeterogeneity(
-        names=names,
-        readings=found,
-        scale_spread=ScaleSpread(_spread(log10_rms), errors["scale"], log10_rms),
-        verdict=verdict,
-        num_matvecs=sum(block.num_matvecs for block in blocks),
-        num_probes=num_probes,
-        spacing=literature_grid(blocks, num_points, margin).spacing,
-        linthresh=symlog_axis(blocks, linear_fraction).linthresh,
-        settings=settings,
-        notes=tuple(_notes(names, blocks, log10_rms, num_probes, settings)),
-    )
+    scale_free = {name: means[name] for name in matrices if name in SCALE_FREE_CASES}
+    verdict = decide(means.get("unnormalised", np.nan), error, pair, scale_free, bias=bias)
+    num_matvecs = sum(block.num_matvecs for block in blocks)
+    spacing = literature_grid(blocks, num_points, margin).spacing
+    linthresh = symlog_axis(blocks, linear_fraction).linthresh
+    notes = tuple(_notes(names, log10_rms, num_probes, spacing, float(np.sqrt(variance))))
+    return JSHeterogeneity(names, found, spread, verdict, num_matvecs, num_probes, spacing, linthresh, settings, notes)
 
 
 def literature_grid(blocks: Sequence[Quadrature], num_points: int = 50_000, margin: float = 1.0) -> SpectralGrid:
@@ -213,10 +204,9 @@ def wasserstein_distances(blocks: Sequence[Quadrature], axis: Axis) -> np.ndarra
     owners, weights = owners[order][:-1], weights[order][:-1]
     distances, reached = np.zeros(len(blocks) * (len(blocks) - 1) // 2), np.zeros((len(blocks), 1))
     columns = max(1, 8 * _SLAB // len(blocks))
-    for first in range(0, len(gaps), columns):
-        part = slice(first, first + columns)
-        jumps = np.zeros((len(blocks), len(gaps[part])))
-        jumps[owners[part], np.arange(jumps.shape[1])] = weights[part]
+    for part in np.split(np.arange(len(gaps)), range(columns, len(gaps), columns)):
+        jumps = np.zeros((len(blocks), len(part)))
+        jumps[owners[part], np.arange(len(part))] = weights[part]
         cumulative = reached + np.cumsum(jumps, axis=1)
         reached = cumulative[:, -1:]
         distances += pdist(cumulative * gaps[part], "cityblock")
@@ -226,8 +216,7 @@ def wasserstein_distances(blocks: Sequence[Quadrature], axis: Axis) -> np.ndarra
 def _check(spectra: Mapping[str, Quadrature], readings: Sequence[str], settings: Mapping[str, float]) -> None:
     if len(spectra) < 2:
         raise ValueError(f"spectra holds {len(spectra)} block(s); heterogeneity compares at least two")
-    unknown = [name for name in readings if name not in READINGS]
-    if unknown or not readings:
+    if not readings or not set(readings) <= set(READINGS):
         raise ValueError(f"readings is {tuple(readings)!r}; choose at least one of {', '.join(map(repr, READINGS))}")
     counts = sorted({block.num_probes for block in spectra.values() if block.status != "exact"})
     if len(counts) > 1:
@@ -237,11 +226,9 @@ def _check(spectra: Mapping[str, Quadrature], readings: Sequence[str], settings:
             raise ValueError(f"{name} is {value}; a positive finite number is needed")
 
 
-def _matrices(
-    blocks: Sequence[Quadrature], readings: Sequence[str], settings: Mapping[str, float]
-) -> dict[str, np.ndarray]:
-    """name -> (B, B), in the order of ``readings``."""
-    found: dict[str, np.ndarray] = {}
+def _matrices(blocks: Sequence[Quadrature], readings: Sequence[str], settings: Mapping[str, float]) -> _Matrices:
+    """In the order of ``readings``."""
+    found: _Matrices = {}
     if "bounded" in readings or "unnormalised" in readings:
         grid = literature_grid(blocks, int(settings["num_points"]), settings["margin"])
         found["bounded"] = js_divergences(probabilities(grid, blocks, float(np.sqrt(settings["variance"]))))
@@ -258,68 +245,51 @@ def _matrices(
     return {name: found[name] for name in readings}
 
 
-def _mean(matrix: np.ndarray) -> float:
-    return float(matrix[np.triu_indices(len(matrix), 1)].mean())
-
-
 def _log10_rms(blocks: Sequence[Quadrature]) -> np.ndarray:
     rms = np.array([block.rms.value for block in blocks])
     return np.log10(rms, out=np.full(len(rms), -np.inf), where=rms > 0)
 
 
-def _spread(log10_rms: np.ndarray) -> float:
+def _means(matrices: _Matrices, log10_rms: np.ndarray) -> dict[str, float]:
+    """The mean of each reading over pairs, and "scale", the spread of scales."""
+    means = {name: float(matrix[np.triu_indices(len(matrix), 1)].mean()) for name, matrix in matrices.items()}
     scales = log10_rms[np.isfinite(log10_rms)]
-    return float(scales.std()) if len(scales) > 1 else float("nan")
+    return means | {"scale": float(scales.std()) if len(scales) > 1 else float("nan")}
 
 
-def _bias(mean: float, replicates: Sequence[float], num_probes: int) -> float:
-    """(k - 1) (mean of the replicates - mean of all): Quenouille's estimate of the O(1 / k) bias."""
+def _jackknife(mean: float, replicates: Sequence[float], num_probes: int) -> tuple[float, float]:
+    """Standard error, and Quenouille's estimate of the O(1 / k) bias of ``mean``: 0 when exact, nan with one probe."""
     if num_probes < 2:
-        return _jackknife(replicates, num_probes)  # 0 when exact, nan with one probe
-    return float((num_probes - 1) * (np.mean(replicates) - mean))
-
-
-def _jackknife(replicates: Sequence[float], num_probes: int) -> float:
-    if num_probes < 2:
-        return float("nan") if num_probes else 0.0
-    return float(np.sqrt((num_probes - 1) * np.var(replicates)))
+        return (float("nan"), float("nan")) if num_probes else (0.0, 0.0)
+    error, bias = np.sqrt((num_probes - 1) * np.var(replicates)), (num_probes - 1) * (np.mean(replicates) - mean)
+    return float(error), float(bias)
 
 
 def _contrast(
-    names: tuple[str, ...], blocks: Sequence[Quadrature], matrices: Mapping[str, np.ndarray], log10_rms: np.ndarray,
-    fraction: float,
-) -> Contrast:  # fmt: skip
+    names: Sequence[str], blocks: Sequence[Quadrature], matrices: _Matrices, log10_rms: np.ndarray, fraction: float
+) -> Contrast:
     """The most distant pair by the most telling reading there is ("wasserstein" does not saturate, JS does)."""
     matrix = next(matrices[name] for name in ("wasserstein", "log", "unnormalised", "bounded") if name in matrices)
     above = np.triu_indices(len(matrix), 1)
-    farthest = np.argmax(matrix[above])
-    large, small = sorted((int(above[0][farthest]), int(above[1][farthest])), key=lambda i: -log10_rms[i])
+    farthest = np.transpose(above)[np.argmax(matrix[above])].tolist()
+    large, small = sorted(farthest, key=lambda i: -log10_rms[i])
     if not np.isfinite(log10_rms[small]):
         factor = float("inf") if np.isfinite(log10_rms[large]) else 1.0
         return Contrast(names[large], names[small], factor, float("nan"))
-    shapes = [_divided(blocks[i], 10.0 ** log10_rms[i]) for i in (large, small)]
+    shapes = [replace(blocks[i], nodes=blocks[i].nodes / 10.0 ** log10_rms[i]) for i in (large, small)]
     shape = float(wasserstein_distances(shapes, symlog_axis(shapes, fraction))[0, 1])
     return Contrast(names[large], names[small], float(10.0 ** (log10_rms[large] - log10_rms[small])), shape)
 
 
-def _divided(block: Quadrature, scale: float) -> Quadrature:
-    return replace(block, nodes=block.nodes / scale, residuals=block.residuals / scale)
-
-
-def _notes(
-    names: tuple[str, ...], blocks: Sequence[Quadrature], log10_rms: np.ndarray, num_probes: int,
-    settings: Mapping[str, float],
-) -> Iterator[str]:  # fmt: skip
+def _notes(names: Sequence[str], log10_rms: np.ndarray, num_probes: int, spacing: float, width: float) -> Iterator[str]:
     zero = [name for name, scale in zip(names, log10_rms, strict=True) if not np.isfinite(scale)]
     if zero:
         yield f"{len(zero)} block(s) with an exactly zero Hessian are left out of the scale spread: {', '.join(zero)}"
     if num_probes == 1:
         yield "one probe: standard errors are unknown (nan); take at least two"
-    dx = literature_grid(blocks, int(settings["num_points"]), settings["margin"]).spacing
-    width = float(np.sqrt(settings["variance"]))
-    if dx > width:
+    if spacing > width:
+        underflow = " (densities may underflow there; computed in log space)" if spacing > 2 * 38 * width else ""
         yield (
-            f"the literature's grid spacing {dx:.3g} exceeds its kernel width {width:.3g}: bounded and unnormalised JS "
-            "depend on which nodes happen to lie near a grid point"
-            + (" (densities may underflow there; computed in log space)" if dx > 2 * 38 * width else "")
+            f"the literature's grid spacing {spacing:.3g} exceeds its kernel width {width:.3g}: bounded and "
+            f"unnormalised JS depend on which nodes happen to lie near a grid point{underflow}"
         )

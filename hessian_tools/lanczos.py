@@ -2,8 +2,7 @@
 
 In exact arithmetic m steps from q_1 = v / |v| give orthonormal Q = [q_1 ... q_m], tridiagonal T (diagonal alpha,
 off-diagonal beta) and
-    A Q = Q T + beta_m q_{m+1} e_m'                                (Golub & Van Loan, Matrix Computations, 4th ed.,
-    10.1)
+    A Q = Q T + beta_m q_{m+1} e_m'                                (Golub & Van Loan, 4th ed., 10.1)
 In floating point orthogonality is lost as soon as a Ritz value converges (Paige 1980). What is done about it,
 ``reorthogonalize``:
 
@@ -11,9 +10,8 @@ In floating point orthogonality is lost as soon as a Ritz value converges (Paige
   the projection of A on a truly orthonormal basis: every Ritz value stands for a different eigenvector, so nodes can be
   counted. Needs the basis, k*m*n.
 - "local": each vector is made orthogonal to its two predecessors once more. Three vectors a probe. Global orthogonality
-  is lost all the
-  same: converged eigenvalues come back as further, nearly equal nodes that share the weight. Densities and moments keep
-  their accuracy (Greenbaum 1989: T is that of a nearby spectrum of clusters), counts of nodes mean nothing.
+  is lost all the same: converged eigenvalues come back as further, nearly equal nodes that share the weight. Densities
+  and moments keep their accuracy (Greenbaum 1989: T is that of a nearby spectrum of clusters), counts of nodes do not.
 - "none": the three-term recurrence alone, the cheapest and the literature's choice; as "local", the copies appear a
   little earlier.
 
@@ -80,13 +78,10 @@ def lanczos(
     if bad.size:
         raise ValueError(f"start row {bad[0]} has norm {norms[bad[0]]}; start vectors must be finite and not zero")
     alphas, betas = np.split(table[:, 4:], 2, axis=1)
-    status = tuple(
-        "nonfinite" if f else "breakdown" if b else "complete" for f, b in zip(nonfinite, broken, strict=True)
-    )
+    status = tuple(np.select([nonfinite > 0, broken > 0], ["nonfinite", "breakdown"], "complete").tolist())
     first = nonfinite.astype(int) if nonfinite.any() else None
-    return LanczosResult(
-        alphas, betas, norms, steps.astype(int), status, first, alphas.size, basis if keep_basis else None
-    )
+    kept = basis if keep_basis else None
+    return LanczosResult(alphas, betas, norms, steps.astype(int), status, first, alphas.size, kept)
 
 
 def ritz(alphas: np.ndarray, betas: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -103,26 +98,23 @@ def ritz(alphas: np.ndarray, betas: np.ndarray, steps: np.ndarray) -> tuple[np.n
         matrices[:, diagonal, diagonal] = alphas[rows, :length]
         matrices[:, diagonal[1:], diagonal[:-1]] = betas[rows, : length - 1]  # eigh reads the lower triangle
         values, vectors = np.linalg.eigh(matrices)
-        first = vectors[:, 0, :] ** 2
-        nodes[rows, :length], nodes[rows, length:] = values, values[:, -1:]
-        weights[rows, :length] = first / first.sum(axis=1, keepdims=True)
         bounds = betas[rows, length - 1, None] * np.abs(vectors[:, -1, :])
-        residuals[rows, :length], residuals[rows, length:] = bounds, bounds[:, -1:]
+        repeated = np.minimum(np.arange(alphas.shape[1]), length - 1)  # the last node pads the row
+        nodes[rows], residuals[rows] = values[:, repeated], bounds[:, repeated]
+        first = vectors[:, 0, :] ** 2
+        weights[rows, :length] = first / first.sum(axis=1, keepdims=True)
     return nodes, weights, residuals
 
 
-def _iterate(
-    operator: Any, start: Tensor, m: int, reorthogonalize: str, keep_basis: bool
-) -> tuple[Tensor, Tensor | None]:
+def _iterate(operator: Any, start: Tensor, m: int, reorthogonalize: str, keep: bool) -> tuple[Tensor, Tensor | None]:
     """The loop; nothing in it may look at a value. Scalars (k, 4 + 2 m) and basis (k, m, n), on the device."""
     k, n = start.shape
     tolerance = _ROUNDING * (1 + float(np.log2(n))) * torch.finfo(start.dtype).eps
     full = reorthogonalize == "full"
-    basis = torch.empty(k, m, n, dtype=start.dtype, device=start.device) if full or keep_basis else None
+    basis = torch.empty(k, m, n, dtype=start.dtype, device=start.device) if full or keep else None
     alphas, betas = torch.zeros(2, k, m, dtype=torch.float64, device=start.device)
     norms = _dots(start, start).sqrt()
-    scale, beta = torch.zeros_like(norms), torch.zeros_like(norms)
-    steps, nonfinite = torch.zeros_like(norms), torch.zeros_like(norms)
+    scale = beta = steps = nonfinite = torch.zeros_like(norms)
     alive, broken = torch.ones_like(norms, dtype=torch.bool), torch.zeros_like(norms, dtype=torch.bool)
     current, previous = start / norms.to(start.dtype)[:, None], torch.zeros_like(start)
     for j in range(m):
@@ -148,8 +140,7 @@ def _iterate(
         beta = torch.where(alive, beta, 1.0)
         # a finished row goes on as the zero vector: its products cost but cannot spoil anything
         previous, current = current, torch.where(alive[:, None], residual / beta.to(residual.dtype)[:, None], 0.0)
-    heads = torch.stack([norms, steps, nonfinite, broken.to(norms.dtype)], dim=1)
-    return torch.cat([heads, alphas, betas], dim=1), basis
+    return torch.column_stack([norms, steps, nonfinite, broken.double(), alphas, betas]), basis
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Letters: b examples, t tokens of a sequence, d model width, c channels, s image side, C classes, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -17,10 +17,8 @@ class MLP(nn.Sequential):
     def __init__(self, sizes: Sequence[int], bias: bool = True, activation: type[nn.Module] = nn.GELU) -> None:
         if len(sizes) < 2 or min(sizes) < 1:
             raise ValueError(f"sizes must be two or more positive widths, input to output, got {list(sizes)}")
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(sizes):
-            layers += [activation(), nn.Linear(fan_in, fan_out, bias=bias)]
-        super().__init__(nn.Flatten(), *layers[1:])
+        pairs = ((activation(), nn.Linear(fan_in, fan_out, bias=bias)) for fan_in, fan_out in pairwise(sizes))
+        super().__init__(nn.Flatten(), *[layer for pair in pairs for layer in pair][1:])
 
 
 def _he_convolutions(network: nn.Module) -> None:
@@ -72,6 +70,15 @@ class SmallResNet(nn.Module):
         return self.head(self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
 
 
+def _normal_weights(network: nn.Module, std: Callable[[str, Tensor], float]) -> None:
+    """Matrices N(0, std(name, matrix)^2), biases 0; the factors of a LayerNorm stay 1."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=std(name, parameter))
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
 class MixerBlock(nn.Module):
     """Token mixing, then channel mixing: GELU MLPs behind a LayerNorm, skip connections; (b, t, d) -> (b, t, d)."""
 
@@ -100,11 +107,7 @@ class MLPMixer(nn.Module):
         self.patches = nn.Conv2d(3, d, patch, stride=patch)
         self.blocks = nn.Sequential(*(MixerBlock(tokens, d, token_hidden, channel_hidden) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, num_classes)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        _normal_weights(self, lambda name, weight: weight[0].numel() ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2)
@@ -151,11 +154,8 @@ class NanoGPT(nn.Module):
         self.tokens, self.positions = nn.Embedding(vocabulary, d), nn.Embedding(context, d)
         self.blocks = nn.Sequential(*(GPTBlock(d, num_heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if name.endswith("proj.weight") else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        last = 0.02 / (2 * layers) ** 0.5
+        _normal_weights(self, lambda name, weight: last if name.endswith("proj.weight") else 0.02)
         if tied:
             self.head.weight = self.tokens.weight
 

@@ -43,11 +43,7 @@ def draw_probes(
     for index in range(num_probes):
         digest = hashlib.blake2b(f"{seed}\0{name}\0{index}".encode(), digest_size=16).digest()
         stream = np.random.Philox(key=int.from_bytes(digest, "little"))
-        entries = (
-            _signs(stream, size)
-            if kind == "rademacher"
-            else np.random.Generator(stream).standard_normal(size, np.float32)
-        )
+        entries = _signs(stream, size) if kind == "rademacher" else _normals(stream, size)
         probes[index] = torch.from_numpy(entries).to(device)
     return probes
 
@@ -59,3 +55,8 @@ def _signs(stream: np.random.Philox, size: int) -> np.ndarray:
     bits *= 2
     bits -= 1
     return bits
+
+
+def _normals(stream: np.random.Philox, size: int) -> np.ndarray:
+    """(n,) float32 entries N(0, 1)."""
+    return np.random.Generator(stream).standard_normal(size, np.float32)

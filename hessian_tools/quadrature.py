@@ -13,14 +13,18 @@ Shapes: k probes, m nodes (Lanczos steps), n size of the operator, B blocks.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from hessian_tools.errors import NumericalError
@@ -103,7 +107,8 @@ class Quadrature:
 
     def moment(self, power: int) -> Estimate:
         """(1/n) tr(A^p), the mean p-th power of the eigenvalues; the quadrature itself is exact up to p = 2m - 1."""
-        return self._estimate(self.per_probe(lambda x: x**power))
+        values = self.per_probe(lambda x: x**power)
+        return Estimate(float(values.mean()), self._standard_error(values))
 
     @property
     def trace(self) -> Estimate:
@@ -125,22 +130,17 @@ class Quadrature:
     @property
     def smallest(self) -> RitzValue:
         """The lowest Ritz value."""
-        return self._extreme(np.argmin)
+        return self._extreme(0, np.argmin)
 
     @property
     def largest(self) -> RitzValue:
         """The highest Ritz value."""
-        return self._extreme(np.argmax)
+        return self._extreme(-1, np.argmax)
 
-    def _estimate(self, values: np.ndarray) -> Estimate:
-        return Estimate(float(values.mean()), self._standard_error(values))
-
-    def _extreme(self, pick: Callable[..., Any]) -> RitzValue:
-        rows = np.arange(self.num_probes)
-        columns = pick(self.nodes, axis=1)
-        values = self.nodes[rows, columns]
+    def _extreme(self, column: int, pick: Callable[[np.ndarray], Any]) -> RitzValue:
+        values = self.nodes[:, column]
         best = pick(values)
-        return RitzValue(float(values[best]), float(self.residuals[best, columns[best]]), self._standard_error(values))
+        return RitzValue(float(values[best]), float(self.residuals[best, column]), self._standard_error(values))
 
     def _standard_error(self, values: np.ndarray) -> float:
         if self.status == "exact":
@@ -191,11 +191,12 @@ class _Settings:
     probes: str
     reorthogonalize: str
     exact: bool | str
+    rows: int | None = None  # start vectors that go through at a time; None: all
 
     def __post_init__(self) -> None:
         for name in ("num_probes", "num_steps", "seed"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or (value < 1 and name != "seed"):
+            if isinstance(value, bool) or not isinstance(value, Integral) or (value < 1 and name != "seed"):
                 need = "any integer" if name == "seed" else "an integer of at least 1"
                 raise ValueError(f"{name} is {value!r}; it must be {need}")
         allowed = {"probes": PROBE_KINDS, "reorthogonalize": REORTHOGONALIZE, "exact": ("auto", True, False)}
@@ -229,10 +230,7 @@ def slq(
         NumericalError: for a product with NaN or inf, naming the Lanczos step (or column) where it appeared first.
     """
     settings = _Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
-    outcome = _solve(operator, (name,), operator.size, settings, num_probes)[name]
-    if isinstance(outcome, NumericalError):
-        raise outcome
-    return outcome
+    return dict(_solve(operator, (name,), operator.size, settings))[name]
 
 
 def blockwise_slq(
@@ -262,80 +260,65 @@ def blockwise_slq(
     settings = _Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
     hessian = problem_or_hessian if hasattr(problem_or_hessian, "stacked") else HessianOperator(problem_or_hessian)
     names, cuts = _names_and_cuts(partition)
-    done = {name: quadrature for name, quadrature in (finished or {}).items() if name in set(names)}
-    todo = [piece for cut in cuts for piece in _unfinished(cut, done)]
-    total = sum(cut.num_blocks * settings.matvecs(cut.block_size) for cut in todo)
+    done = {name: finished[name] for name in names if name in finished} if finished else {}
+    total = sum(settings.matvecs(cut.block_size) for cut in cuts for name in cut.names if name not in done)
     with tqdm(total=total, unit="HVP", disable=None if progress else True, dynamic_ncols=True) as bar:
-        for chunk, chosen, per_call in (c for cut in todo for c in _chunks(cut, settings, hessian)):
+        for chunk, chosen in (c for cut in cuts for c in _chunks(cut, done, settings, hessian)):
             bar.set_postfix_str(chunk.names[0])
-            operator = _Watched(hessian.stacked(chunk), bar)
-            failure = None
-            for name, outcome in _solve(operator, chunk.names, chunk.block_size, chosen, per_call).items():
-                if isinstance(outcome, NumericalError):
-                    failure = failure or outcome
-                    continue
-                done[name] = outcome
+            operator = _watched(hessian.stacked(chunk), bar)
+            for name, quadrature in _solve(operator, chunk.names, chunk.block_size, chosen):
+                done[name] = quadrature
                 if on_block is not None:
-                    on_block(name, outcome)
-            if failure is not None:
-                raise failure
+                    on_block(name, quadrature)
     notes = tuple(note for name in names for note in _notes(name, done[name], settings))
     ordered = {name: done[name] for name in names}
     return BlockSpectra(ordered, num_probes, num_steps, seed, probes, reorthogonalize, hessian.route, notes)
 
 
-class _Watched:
-    """An operator that reports its products to a progress bar."""
+def _watched(operator: Any, bar: Any) -> Any:
+    """``operator``, which then reports its products to a progress bar."""
 
-    def __init__(self, operator: Any, bar: Any) -> None:
-        self.operator, self.bar = operator, bar
-        self.dtype, self.device = operator.dtype, operator.device
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        product = self.operator.matmat(vectors)
-        self.bar.update(len(vectors))
+    def matmat(vectors: Tensor) -> Tensor:
+        product = operator.matmat(vectors)
+        bar.update(len(vectors))
         return product
 
+    return SimpleNamespace(matmat=matmat, dtype=operator.dtype, device=operator.device)
 
-def _names_and_cuts(partition: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+
+def _names_and_cuts(partition: Any) -> tuple[list[str], Iterable[Any]]:
     blocks = list(partition) if isinstance(partition, Iterable) else [partition]
     if not all(hasattr(block, "as_cut") for block in blocks):
         raise TypeError(f"partition is {partition!r:.80}; pass ht.partition(model, ...) or a list of its Blocks")
-    cuts = tuple(partition.cuts) if hasattr(partition, "cuts") else tuple(block.as_cut() for block in blocks)
-    names = tuple(block.name for block in blocks)
+    names = [block.name for block in blocks]
     if not names:
         raise ValueError("partition holds no block; choose at least one")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"partition names {twice!r} twice; pass each block once")
-    return names, cuts
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"partition names {name!r} twice; pass each block once")
+    return names, partition.cuts if hasattr(partition, "cuts") else [block.as_cut() for block in blocks]
 
 
-def _unfinished(cut: Any, done: Mapping[str, Quadrature]) -> Iterator[Any]:
-    """The runs of ``cut`` without a finished block."""
-    missing = np.array([name not in done for name in cut.names])
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], missing, [False]])))
-    for first, last in edges.reshape(-1, 2).tolist():
-        yield cut if last - first == cut.num_blocks else cut.chunk(first, last)
-
-
-def _chunks(cut: Any, settings: _Settings, hessian: Any) -> Iterator[tuple[Any, _Settings, int]]:
-    """Cuts small enough for the memory budget, each with its settings and the probes that go through at a time."""
+def _chunks(cut: Any, done: Collection[str], settings: _Settings, hessian: Any) -> Iterator[tuple[Any, _Settings]]:
+    """The unfinished runs of ``cut`` in pieces that fit the memory budget, each with its settings."""
     size, k, budget = cut.block_size, settings.num_probes, hessian.krylov_bytes
+    missing = np.flatnonzero([name not in done for name in cut.names])
     if settings.is_exact(size):
-        together, per_call = min(budget, _EXACT_BYTES) // (2 * 8 * size * size), k
+        together = min(budget, _EXACT_BYTES) // (2 * 8 * size * size)
     else:
-        vector = size * hessian.dtype.itemsize
-        row = vector * (_WORK_VECTORS + (min(settings.num_steps, size) if settings.reorthogonalize == "full" else 0))
-        if row > budget and settings.reorthogonalize == "full":
-            like = f" and {cut.num_blocks - 1} like it" if cut.num_blocks > 1 else ""
-            warnings.warn(f"{cut.names[0]}{like}: {_local_note(size, settings)}", RuntimeWarning, stacklevel=3)
+        vector, full = size * hessian.dtype.itemsize, settings.reorthogonalize == "full"
+        row = vector * (_WORK_VECTORS + full * min(settings.num_steps, size))
+        if row > budget and full and len(missing):
+            like = f" and {len(missing) - 1} like it" if len(missing) > 1 else ""
+            warnings.warn(f"{cut.names[missing[0]]}{like}: {_local_note(size, settings)}", RuntimeWarning, stacklevel=3)
             settings, row = replace(settings, reorthogonalize="local"), vector * _WORK_VECTORS
-        together, per_call = budget // (k * row), budget // row
-    together, per_call = max(1, together), min(k, max(1, per_call))
-    for first in range(0, cut.num_blocks, together):
-        last = min(first + together, cut.num_blocks)
-        yield cut if last - first == cut.num_blocks else cut.chunk(first, last), settings, per_call
+        together = budget // (k * row)
+        if not together:  # not even one block with all its probes
+            settings = replace(settings, rows=max(1, budget // row))
+    for run in np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1):
+        for piece in np.split(run, range(max(1, together), len(run), max(1, together))):
+            if len(piece):
+                yield cut.chunk(int(piece[0]), int(piece[-1]) + 1), settings
 
 
 def _local_note(size: int, settings: _Settings) -> str:
@@ -352,57 +335,52 @@ def _notes(name: str, quadrature: Quadrature, settings: _Settings) -> Iterator[s
         yield f"{name}: dense block asymmetric by {quadrature.asymmetry:.2g} of its norm: rounding noise, or no Hessian"
 
 
-def _solve(
-    operator: Any, names: tuple[str, ...], size: int, settings: _Settings, per_call: int
-) -> dict[str, Quadrature | NumericalError]:
-    """An outcome for each of the B blocks that ``operator`` stacks, ``per_call`` probes at a time."""
-    if settings.is_exact(size):
-        dense = _dense(operator, len(names), size)
-        return {name: _exact(name, matrix) for name, matrix in zip(names, dense, strict=True)}
-    k, runs = settings.num_probes, []
+def _solve(operator: Any, names: Sequence[str], size: int, settings: _Settings) -> Iterator[tuple[str, Quadrature]]:
+    """The B blocks that ``operator`` stacks; an error for the first that failed comes last."""
+    solve, failed = _exact if settings.is_exact(size) else _stochastic, []
+    for name, outcome in zip(names, solve(operator, names, size, settings), strict=True):
+        if isinstance(outcome, Quadrature):
+            yield name, outcome
+        else:
+            block = f"the Hessian of block {name}" if name else "the operator"
+            failed.append(
+                f"a product with {block} is NaN or inf, first {outcome}; check the loss and the dtype's range"
+            )
+    if failed:
+        raise NumericalError(failed[0])
+
+
+def _stochastic(operator: Any, names: Sequence[str], size: int, settings: _Settings) -> Iterator[Quadrature | str]:
+    """SLQ of each block, or where its products first were not finite."""
     draw = partial(draw_probes, settings.probes, settings.seed, dtype=operator.dtype, device=operator.device)
-    start = torch.cat([draw(name, k, size) for name in names])
-    for rows in [start] if per_call == k else start.split(per_call):  # several blocks always go with all their probes
-        runs.append(lanczos(operator, rows, settings.num_steps, reorthogonalize=settings.reorthogonalize))
+    start = torch.cat([draw(name, settings.num_probes, size) for name in names])
+    runs = [
+        lanczos(operator, rows, settings.num_steps, reorthogonalize=settings.reorthogonalize)
+        for rows in start.split(settings.rows or len(start))
+    ]
     parts = [np.concatenate([getattr(run, part) for run in runs]) for part in ("alphas", "betas", "steps", "status")]
-    found: dict[str, Quadrature | NumericalError] = {}
-    for index, name in enumerate(names):
-        alphas, betas, steps, status = (part[index * k : (index + 1) * k] for part in parts)
+    for alphas, betas, steps, status in zip(*(np.split(part, len(names)) for part in parts), strict=True):
         if "nonfinite" in status:
-            step = int(steps[status == "nonfinite"].min()) + 1
-            found[name] = _not_finite(name, f"at Lanczos step {step} of {alphas.shape[1]}")
+            yield f"at Lanczos step {steps[status == 'nonfinite'].min() + 1} of {alphas.shape[1]}"
             continue
         ended = "breakdown" if "breakdown" in status else "complete"
-        found[name] = Quadrature(
-            *ritz(alphas, betas, steps), steps, size, alphas.size, ended, settings.probes, settings.reorthogonalize
-        )
-    return found
+        spectrum = ritz(alphas, betas, steps)
+        yield Quadrature(*spectrum, steps, size, alphas.size, ended, settings.probes, settings.reorthogonalize)
 
 
-def _dense(operator: Any, num_blocks: int, size: int) -> np.ndarray:
-    """(B, n, n) float64: every stacked block from products with unit vectors."""
-    dense = torch.empty(num_blocks, size, size, dtype=torch.float64, device=operator.device)
-    together = max(1, _EXACT_ROWS // num_blocks)
-    for first in range(0, size, together):
-        count = min(together, size - first)
-        units = torch.zeros(num_blocks, count, size, dtype=operator.dtype, device=operator.device)
-        units[:, torch.arange(count), torch.arange(first, first + count)] = 1
-        dense[:, first : first + count] = operator.matmat(units.reshape(-1, size)).reshape(num_blocks, count, size)
-    return dense.cpu().numpy()
-
-
-def _exact(name: str, matrix: np.ndarray) -> Quadrature | NumericalError:
-    size = len(matrix)
-    if not np.isfinite(matrix).all():
-        column = np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0]
-        return _not_finite(name, f"for unit vector {column} of {size}")
-    norm = np.linalg.norm(matrix)
-    asymmetry = float(np.linalg.norm(matrix - matrix.T) / norm) if norm > 0 else 0.0
-    values = np.linalg.eigvalsh((matrix + matrix.T) / 2)[None]
+def _exact(operator: Any, names: Sequence[str], size: int, settings: _Settings) -> Iterator[Quadrature | str]:
+    """All eigenvalues of each block from its dense matrix, or where its products first were not finite."""
+    dense = torch.empty(len(names), size, size, dtype=torch.float64, device=operator.device)
+    for columns in torch.arange(size, device=operator.device).split(max(1, _EXACT_ROWS // len(names))):
+        units = one_hot(columns, size).to(operator.dtype).repeat(len(names), 1)
+        dense[:, columns] = operator.matmat(units).reshape(len(names), -1, size).double()
     weights, zeros = np.full((1, size), 1 / size), np.zeros((1, size))
-    return Quadrature(values, weights, zeros, np.array([size]), size, size, "exact", "none", "none", asymmetry)
-
-
-def _not_finite(name: str, where: str) -> NumericalError:
-    block = f"the Hessian of block {name}" if name else "the operator"
-    return NumericalError(f"a product with {block} is NaN or inf, first {where}; check the loss and the dtype's range")
+    for matrix in dense.cpu().numpy():
+        finite = np.isfinite(matrix).all(axis=1)
+        if not finite.all():
+            yield f"for unit vector {finite.argmin()} of {size}"
+            continue
+        norm = np.linalg.norm(matrix)
+        asymmetry = float(np.linalg.norm(matrix - matrix.T) / norm) if norm > 0 else 0.0
+        values = np.linalg.eigvalsh((matrix + matrix.T) / 2)[None]
+        yield Quadrature(values, weights, zeros, np.array([size]), size, size, "exact", "none", "none", asymmetry)

@@ -35,7 +35,11 @@ PUBLISHED_JS0 = (
 # Readings of the quadratics on which GD beats Adam (case 4) and Adam beats GD (case 3) of the same paper, kappa = 2000,
 # exact eigenvalues; not published, computed by this package (tests/test_heterogeneity.py recomputes them).
 SCALE_FREE_CASES = {"log": (0.081, 0.693), "wasserstein": (0.11, 2.03)}
-_DECISIONS = ("SGD", "undecided", "Adam")
+_CALIBRATION = (
+    "Calibration: the literature's table alone (arXiv 2402.16788, networks at initialisation), the gap between CNNs "
+    "and Transformers cut in three at {:.2f} and {:.2f}. JS0 depends on the scale of the loss and on the grid, and the "
+    "table's loss was summed over micro-batches: a guide, until the project's own evidence replaces it."
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def decide(
     elif low > upper:
         decision, place = "Adam", f"above {upper:.2f}, with the published Transformers"
     leanings = {name: _leaning(name, mean) for name, mean in scale_free.items()}
-    against = [name for name, leaning in leanings.items() if {decision, leaning} == {"SGD", "Adam"}]
+    opposed = " and ".join(name for name, leaning in leanings.items() if {decision, leaning} == {"SGD", "Adam"})
     uncertainty = "Its uncertainty is unknown."
     if math.isnan(js0):
         reading = "The literature's reading JS0 was not computed, so nothing is decided."
@@ -102,13 +106,11 @@ def decide(
         reading = f"JS0 is {js0:.3g}, {place}."
         source = "jackknife over probes" if standard_error else "exact spectra"
         uncertainty = f"Standard error {standard_error:.2g} and bias {bias:+.2g} ({source}): {low:.3g} to {high:.3g}."
-    if against:
-        reading += (
-            f" That alone would say {decision}, but {' and '.join(against)} speak against it, so nothing is decided."
-        )
+    if opposed:
+        reading += f" That alone would say {decision}, but {opposed} speak against it, so nothing is decided."
         decision = "undecided"
-    reason = f"{reading} {_contrast(contrast)}"
-    return Verdict(decision, reason, uncertainty, _scale_free(scale_free, leanings), _calibration(lower, upper))
+    calibration = _CALIBRATION.format(lower, upper)
+    return Verdict(decision, f"{reading} {_contrast(contrast)}", uncertainty, _scale_free(scale_free), calibration)
 
 
 def _contrast(pair: Contrast) -> str:
@@ -123,25 +125,15 @@ def _contrast(pair: Contrast) -> str:
 
 def _leaning(name: str, mean: float) -> str:
     lower, upper = thirds(*SCALE_FREE_CASES[name])
-    return _DECISIONS[(mean >= lower) + (mean > upper)]
+    return ("SGD", "undecided", "Adam")[(mean >= lower) + (mean > upper)]
 
 
-def _scale_free(means: Mapping[str, float], leanings: Mapping[str, str]) -> str:
+def _scale_free(means: Mapping[str, float]) -> str:
     if not means:
         return "Readings that do not depend on the loss' scale were not computed."
-    units = {"log": "nats", "wasserstein": "decades"}
-    told = [
-        f"{name} {mean:.3g} {units[name]} (two reference quadratics have {SCALE_FREE_CASES[name][0]:g} and "
-        f"{SCALE_FREE_CASES[name][1]:g}: {leanings[name]})"
-        for name, mean in means.items()
-    ]
+    told = []
+    for name, mean in means.items():
+        unit, (low, high) = {"log": "nats", "wasserstein": "decades"}[name], SCALE_FREE_CASES[name]
+        cases = f"two reference quadratics have {low:g} and {high:g}: {_leaning(name, mean)}"
+        told.append(f"{name} {mean:.3g} {unit} ({cases})")
     return f"Scale-free readings, without any published calibration: {'; '.join(told)}."
-
-
-def _calibration(lower: float, upper: float) -> str:
-    return (
-        "Calibration: the literature's table alone (arXiv 2402.16788, networks at initialisation), the gap between "
-        f"CNNs and Transformers cut in three at {lower:.2f} and {upper:.2f}. JS0 depends on the scale of the loss and "
-        "on the grid, and the table's loss was summed over micro-batches: a guide, until the project's own evidence "
-        "replaces it."
-    )

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hessian_tools import data as real_data
 from hessian_tools.networks import MLP, MLPMixer, NanoGPT, SmallResNet, SmallVGG
@@ -60,7 +60,7 @@ class ZooModel:
 
     model: nn.Module
     loss_fn: LossFunction
-    batches: list[tuple[Tensor, Tensor]]
+    batches: list[real_data.Batch]
     batch_stats: bool | None
     description: str
     settings: dict[str, Any]  # every choice as resolved, JSON-able
@@ -90,7 +90,7 @@ _gpt2 = partial(_transformers, "GPT2LMHeadModel", "vocab_size", "n_positions", u
 _bert = partial(_transformers, "BertForMaskedLM", "vocab_size", "max_position_embeddings", pad_token_id=None)
 _vit = partial(_transformers, "ViTForImageClassification", "num_labels", "image_size")
 _FOUR = {"num_hidden_layers": 4, "num_attention_heads": 4}
-_SPECS = (
+SPECS = {spec.name: spec for spec in (
     ModelSpec("resnet18", "CNN", "ResNet-18 of torchvision, BatchNorm by batch statistics", "images",
               _torchvision("resnet18"), 224, 8, batch_stats=True),
     ModelSpec("vgg16", "CNN", "VGG-16 of torchvision, without BatchNorm", "images", _torchvision("vgg16"), 224, 4,
@@ -101,7 +101,7 @@ _SPECS = (
     ModelSpec("bert-base", "Transformer", "BERT base of transformers, masked tokens, vocabulary 30522", "masked text",
               _bert(vocab_size=30522, max_position_embeddings=512), 128, 4, longest=512, tokenizer="bpe"),
     ModelSpec("mlp-mixer", "Mixer", "MLP-Mixer B/16", "images",
-              lambda classes, size: MLPMixer(size, num_classes=classes), 224, 4, step=16),
+              lambda c, s: MLPMixer(s, num_classes=c), 224, 4, step=16),
     ModelSpec("gpt2-nano", "Transformer", "GPT-2 of transformers (fused c_attn), 4 layers of width 128", "text",
               _gpt2(n_embd=128, n_layer=4, n_head=4), 64, 4),
     ModelSpec("gpt-nano", "Transformer", "plain GPT, separate q, k, v, 4 layers of width 128", "text", NanoGPT, 64, 4),
@@ -110,16 +110,14 @@ _SPECS = (
     ModelSpec("vit-nano", "Transformer", "ViT of transformers, patch 4, 4 layers of width 96", "images",
               _vit(hidden_size=96, intermediate_size=384, patch_size=4, **_FOUR), 32, 16, step=4),
     ModelSpec("mixer-nano", "Mixer", "MLP-Mixer, patch 4, 4 layers of width 96", "images",
-              lambda classes, size: MLPMixer(size, 4, 4, 96, 64, 384, classes), 32, 16, step=4),
+              lambda c, s: MLPMixer(s, 4, 4, 96, 64, 384, c), 32, 16, step=4),
     ModelSpec("resnet-nano", "CNN", "ResNet of 4 basic blocks, widths 16 to 128, batch statistics", "images",
-              lambda classes, size: SmallResNet(num_classes=classes), 32, 32, batch_stats=True),
+              lambda c, s: SmallResNet(num_classes=c), 32, 32, batch_stats=True),
     ModelSpec("vgg-nano", "CNN", "4 convolutions with max-pooling, widths 32 to 192, without BatchNorm", "images",
-              lambda classes, size: SmallVGG(num_classes=classes), 32, 32, step=16),
+              lambda c, s: SmallVGG(num_classes=c), 32, 32, step=16),
     ModelSpec("mlp", "MLP", "fully connected, 3 hidden layers of 256, GELU", "images",
-              lambda classes, size: MLP((size * size, 256, 256, 256, classes)), 28, 64, channels=1),
-)  # fmt: skip
-SPECS = {spec.name: spec for spec in _SPECS}
-_Drawn = tuple[list[tuple[Tensor, Tensor]], int, dict[str, Any]]  # batches, number of classes, what was settled
+              lambda c, s: MLP((s * s, 256, 256, 256, c)), 28, 64, channels=1),
+)}  # fmt: skip
 
 
 def names() -> list[str]:
@@ -132,7 +130,7 @@ def describe() -> list[dict[str, Any]]:
     return [
         {"name": spec.name, "family": spec.family, "parameters": spec.num_parameters(), "data": spec.default_data,
          "description": spec.description}
-        for spec in _SPECS
+        for spec in SPECS.values()
     ]  # fmt: skip
 
 
@@ -171,14 +169,10 @@ def load(
     knobs = {"num_examples": count, "batch_size": count if batch_size is None else batch_size, "seed": seed}
     device = _usable(device, dtype)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        if spec.data == "images":
-            batches, classes, settings = _images(spec, size, data, knobs)
-        else:
-            batches, classes, settings = _text(spec, size, data, tokenizer or spec.tokenizer, knobs)
+        batches, classes, settings = _drawn(spec, size, data, tokenizer or spec.tokenizer, knobs)
         torch.default_generator.manual_seed(seed)
         model = spec.build(classes, size)
-    cast = dtype if spec.data == "images" else None
-    batches = [(inputs.to(device, cast), targets.to(device)) for inputs, targets in batches]
+    batches = [(x.to(device, dtype if x.is_floating_point() else None), y.to(device)) for x, y in batches]
     settings = {"model": name, **knobs, **settings, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     description = f"{spec.description}, at random initialisation, on {settings['data']}"
     return ZooModel(model.to(device, dtype).eval(), cross_entropy, batches, spec.batch_stats, description, settings)
@@ -192,17 +186,17 @@ def _find(name: str) -> ModelSpec:
     raise ValueError(f"model {name!r} is not in the zoo; {hint}it has {', '.join(SPECS)}")
 
 
-def _images(spec: ModelSpec, size: int, data: str | None, knobs: dict[str, int]) -> _Drawn:
-    source = real_data.image_source(data)
-    batches = real_data.image_batches(source, image_size=size, channels=spec.channels, **knobs)
-    if size % spec.step:
-        raise ValueError(f"image_size must be a multiple of {spec.step} for {spec.name}, got {size}")
-    return batches, len(source.classes), {"image_size": size, "data": data or source.name}
-
-
-def _text(spec: ModelSpec, size: int, data: str | None, tokenizer: str, knobs: dict[str, int]) -> _Drawn:
-    tokens = real_data.text_tokens(tokenizer, data)
-    vocabulary = real_data.TOKENIZERS[tokenizer]
+def _drawn(
+    spec: ModelSpec, size: int, data: str | None, tokenizer: str, knobs: dict[str, int]
+) -> tuple[list[real_data.Batch], int, dict[str, Any]]:
+    """Batches, number of classes or tokens, and what was settled."""
+    if spec.data == "images":
+        source = real_data.image_source(data)
+        batches = real_data.image_batches(source, image_size=size, channels=spec.channels, **knobs)
+        if size % spec.step:
+            raise ValueError(f"image_size must be a multiple of {spec.step} for {spec.name}, got {size}")
+        return batches, len(source.classes), {"image_size": size, "data": data or source.name}
+    tokens, vocabulary = real_data.text_tokens(tokenizer, data), real_data.TOKENIZERS[tokenizer]
     if spec.data == "text":
         batches = real_data.language_batches(tokens, context=size, **knobs)
     else:

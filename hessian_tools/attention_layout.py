@@ -12,10 +12,11 @@ Letters: T tokens, d features of the attention's result, H heads, G key/value he
 
 import copy
 import inspect
-import itertools
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate, compress, groupby, islice
 
 import torch
 from torch import Tensor, nn
@@ -38,47 +39,32 @@ class Region:
 
 @dataclass(frozen=True)
 class Projection:
-    """The feature axis of one tensor."""
+    """The feature axis of one tensor: G groups one after the other, in each every role's heads side by side."""
 
     roles: tuple[str, ...]  # of "q", "k", "v", "o"
-    sizes: tuple[int, ...]  # features of each role
-    head_size: int = 0  # 0 where it is unknown
-    grouped: bool = False  # (G, H/G + 2, h), a group's queries, key and value side by side; else role after role
-
-    @property
-    def divides(self) -> bool:
-        """Whether every role consists of whole heads."""
-        return self.head_size > 0 and all(size % self.head_size == 0 for size in self.sizes)
+    sizes: tuple[int, ...]  # features of each role, over all groups
+    head_size: int = 0  # 0 unless every role is known to consist of whole heads
+    groups: int = 1  # more only where head_size is known
 
     def regions(self, by: str) -> Iterator[Region]:
-        """Cuts by role (``by=""``), role and head ("head", only if :attr:`divides`) or role and feature ("row")."""
-        labels = self.roles if len(self.roles) > 1 else ("",)
-        if self.grouped:
-            yield from self._grouped(by)
-            return
-        unit = self.head_size if by == "head" else 1
-        tail = (unit,) if unit > 1 else ()
-        if len(set(self.sizes)) == 1:
-            view = (*((len(labels),) if len(labels) > 1 else ()), self.sizes[0] // unit, *tail)
-            axes = tuple(range(len(view) - len(tail)))
-            yield Region(view, whole(view), axes if by else axes[:-1], labels)
-            return
-        start = 0
-        for label, size in zip(labels, self.sizes, strict=True):
-            index = (slice(start // unit, (start + size) // unit), *whole(tail))
-            yield Region((sum(self.sizes) // unit, *tail), index, (0,) if by else (), (label,))
-            start += size
+        """Cuts by role (``by=""``), role and head ("head", if ``head_size`` is known) or role and feature ("row").
 
-    def _grouped(self, by: str) -> Iterator[Region]:
-        queries = self.sizes[0] // self.sizes[1]
-        view = (self.sizes[1] // self.head_size, queries + 2, self.head_size)
-        if queries == 1:
-            yield Region(view, whole(view), {"": (1,), "head": (1, 0), "row": (1, 0, 2)}[by], self.roles)
-            return
-        axes = {"": (), "head": (0, 1), "row": (0, 1, 2)}[by]
-        for label, part in zip(self.roles, (slice(0, queries), slice(-2, -1), slice(-1, None)), strict=True):
-            first, last, _ = part.indices(queries + 2)
-            yield Region(view, (slice(0, view[0]), slice(first, last), slice(0, view[2])), axes, (label,))
+        Roles of equal size are cut together.
+        """
+        labels = self.roles if len(self.roles) > 1 else ("",)
+        unit = self.head_size if by == "head" or self.groups > 1 else 1
+        counts = [size // (self.groups * unit) for size in self.sizes]  # units of each role in a group
+        if len(set(counts)) == 1:
+            view, runs = (self.groups, len(counts), counts[0], unit), [(0, counts[0], labels)]
+        else:
+            ends = zip(accumulate(counts), counts, labels, strict=True)
+            view, runs = (self.groups, 1, sum(counts), unit), [(end - n, end, (label,)) for end, n, label in ends]
+        kept = [size > 1 for size in view]
+        axes = {"": (1,), "head": (1, 0, 2), "row": (1, 0, 2, 3)}[by]
+        axes = tuple(sum(kept[:axis]) for axis in axes if kept[axis])
+        for first, last, names in runs:
+            index = (*whole(view[:2]), slice(first, last), *whole(view[3:]))
+            yield Region(tuple(compress(view, kept)), tuple(compress(index, kept)), axes, names)
 
 
 def whole(view: tuple[int, ...]) -> tuple[slice, ...]:
@@ -88,26 +74,23 @@ def whole(view: tuple[int, ...]) -> tuple[slice, ...]:
 
 @dataclass(frozen=True)
 class Attention:
-    """What was found in a model: ``projections`` by parameter name, and attention modules by path."""
+    """What was found in a model."""
 
-    projections: dict[str, Projection]
-    modules: tuple[str, ...]
-    unknown: tuple[str, ...]  # modules that look like attention, but whose layout nothing tells
+    projections: dict[str, Projection]  # by parameter name
+    layers: tuple[str, ...]  # paths of the transformer layers
+    notes: tuple[str, ...]  # on modules that look like attention, but whose layout nothing tells
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether ``module`` is the (in, out) linear layer of HF GPT-2, known by its class (no import of transformers)."""
-    weight = getattr(module, "weight", None)
-    named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
-    return named and isinstance(weight, Tensor) and weight.ndim == 2 and getattr(module, "nf", None) == weight.shape[1]
+    return hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__)
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of an ``nn.Linear`` or a transposed ``Conv1D``; (0, 0) of anything else."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    weight = module.weight if is_transposed(module) else None
-    return (int(weight.shape[0]), int(weight.shape[1])) if isinstance(weight, Tensor) else (0, 0)
+    return (*module.get_parameter("weight").shape,) if is_transposed(module) else (0, 0)
 
 
 def join(path: str, name: str) -> str:
@@ -136,16 +119,18 @@ def find_attention(model: nn.Module) -> Attention:
             # Outermost modules come first and know most: BERT's output projection lies beside its attention module.
             projections = {join(path, name): projection for name, projection in layout.items()} | projections
     marked = (path for path, module in model.named_modules() if any(name in vars(module) for name in ATTENTION_MARKS))
-    unknown = (path for path in marked if not any(is_inside(path, other) or is_inside(other, path) for other in found))
-    return Attention(projections, tuple(found), tuple(unknown))
+    unknown = [path for path in marked if not any(is_inside(path, other) or is_inside(other, path) for other in found)]
+    problem = "its query/key/value layout is not recognised, so its tensors are not split"
+    notes = tuple(f"{path or '(root)'}: {problem}" for path in unknown)
+    return Attention(projections, _transformer_layers(model, found + unknown), notes)
 
 
-def transformer_layers(model: nn.Module, attention: Attention) -> tuple[str, ...]:
-    """Paths of the transformer layers: members of innermost lists in which every member holds attention."""
+def _transformer_layers(model: nn.Module, attention: list[str]) -> tuple[str, ...]:
+    """Members of the innermost lists of modules in which every member holds one of the ``attention`` modules."""
     stacks: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         members = [join(path, name) for name, _ in module.named_children()]
-        holding = [m for m in members if any(is_inside(a, m) for a in attention.modules + attention.unknown)]
+        holding = [member for member in members if any(is_inside(inner, member) for inner in attention)]
         if isinstance(module, nn.Sequential | nn.ModuleList) and members and holding == members:
             stacks[path] = members
     stacks = {path: members for path, members in stacks.items() if len(members) > 1} or stacks
@@ -183,18 +168,31 @@ class _Leaf(nn.Module):
         return self.output
 
 
-@dataclass(frozen=True)
 class _Trial:
-    leaves: dict[str, Tensor]  # (1, T, out) by name of the linear layer
-    result: Tensor  # (1, T, d)
-    output: str  # name of the linear layer that takes the result, or ""
+    """A run of a copy of ``module`` on random tokens: the leaves, and the result that depends on them."""
 
-    def reach(self, weights: Tensor) -> dict[str, Tensor]:
-        """|d (last token's result @ weights) / d leaf|, (T, out) each."""
+    def __init__(self, module: nn.Module, linears: dict[str, nn.Module], tokens: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        calls: list[_Leaf] = []
+        stand_ins = {name: _Leaf(_features(linear), calls, generator) for name, linear in linears.items()}
+        twin = copy.deepcopy(module, {id(linears[name]): leaf for name, leaf in stand_ins.items()})
+        twin = twin.to("cpu", torch.float64).eval().requires_grad_(False)
+        for parameter in twin.parameters():  # a gain that starts at zero would hide what it multiplies
+            parameter.uniform_(0.5, 1.5, generator=generator)
+        width = _features(next(iter(linears.values())))[0]
+        result = _forward(twin, torch.randn(1, tokens, width, generator=generator, dtype=torch.float64))
+        # The output projection is the linear layer called last, if what it takes depends on the others.
+        last = calls[-1] if calls[-1].input.requires_grad else None
+        self.leaves = {name: leaf.output for name, leaf in stand_ins.items() if leaf in calls and leaf is not last}
+        self.output = next((name for name, leaf in stand_ins.items() if leaf is last), "")  # its name, if there is one
+        self.result = last.input if last else result  # (1, T, d)
+
+    def reach(self, weights: Tensor) -> Tensor:
+        """|d (last token's result @ weights) / d leaf|, (T, F) with the F features of all leaves side by side."""
         leaves = list(self.leaves.values())
         scalar = self.result[0, -1] @ weights
         gradients = torch.autograd.grad(scalar, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-        return {name: gradient[0].abs() for name, gradient in zip(self.leaves, gradients, strict=True)}
+        return torch.cat(gradients, dim=-1)[0].abs()
 
 
 def _by_behaviour(module: nn.Module, linears: dict[str, nn.Module]) -> dict[str, Projection]:
@@ -204,34 +202,19 @@ def _by_behaviour(module: nn.Module, linears: dict[str, nn.Module]) -> dict[str,
         with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                several, single = _run(module, linears, tokens=3), _run(module, linears, tokens=1)
+                several, single = _Trial(module, linears, tokens=3), _Trial(module, linears, tokens=1)
             roles = _feature_roles(several, single)
             size = _head_size(several, roles)
     except Exception:  # a foreign forward may fail in any way on input that it does not expect
         return {}
-    layout = {name: p for name in roles if (p := _from_roles(roles[name], size)) is not None}
+    features = iter(roles)
+    by_name = {name: list(islice(features, leaf.shape[-1])) for name, leaf in several.leaves.items()}
+    layout = {name: p for name, inside in by_name.items() if (p := _from_roles(inside, size))}
     if not {"q", "k", "v"} <= {role for projection in layout.values() for role in projection.roles}:
         return {}
     layout = {f"{name}.{kind}": p for name, p in layout.items() for kind in ("weight", "bias")}
     output = Projection(("o",), (several.result.shape[-1],), size)
     return layout | ({f"{several.output}.weight": output} if several.output else {})
-
-
-def _run(module: nn.Module, linears: dict[str, nn.Module], tokens: int) -> _Trial:
-    generator = torch.Generator().manual_seed(0)
-    calls: list[_Leaf] = []
-    stand_ins = {name: _Leaf(_features(linear), calls, generator) for name, linear in linears.items()}
-    twin = copy.deepcopy(module, {id(linears[name]): leaf for name, leaf in stand_ins.items()})
-    twin = twin.to("cpu", torch.float64).eval().requires_grad_(False)
-    for parameter in twin.parameters():  # a gain that starts at zero would hide what it multiplies
-        parameter.uniform_(0.5, 1.5, generator=generator)
-    width = _features(next(iter(linears.values())))[0]
-    result = _forward(twin, torch.randn(1, tokens, width, generator=generator, dtype=torch.float64))
-    # The output projection is the linear layer called last, if what it takes depends on the others.
-    last = calls[-1] if calls[-1].input.requires_grad else None
-    leaves = {name: leaf.output for name, leaf in stand_ins.items() if leaf in calls and leaf is not last}
-    output = next((name for name, leaf in stand_ins.items() if leaf is last), "")
-    return _Trial(leaves, last.input if last else result, output)
 
 
 def _forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -242,63 +225,50 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
     # What the transformers library calls its arguments: no rotation (cos, sin), positions, and tokens to attend to.
     known = {"position_embeddings": (ones, 0 * ones), "position_ids": torch.arange(x.shape[1])[None]}
     usual = {p.name: known[p.name] for p in parameters if p.name in known}
-    across = {p.name: x for p in parameters if p.name == "encoder_hidden_states"}
-    attempts = [dict.fromkeys(required, value) | usual | extra for extra in ({}, across) for value in (None, x, zeros)]
-    for arguments in attempts:
-        try:
-            result = module.forward(x, **arguments)
-            break
-        except Exception as error:
-            failure = error
-    else:
-        raise failure
-    while not isinstance(result, Tensor):
-        result = result[0]
-    return result
+    for extra in ({}, {p.name: x for p in parameters if p.name == "encoder_hidden_states"}):
+        for value in (None, x, zeros):
+            with suppress(Exception):  # the next arguments may fit
+                result = module.forward(x, **dict.fromkeys(required, value) | usual | extra)
+                while not isinstance(result, Tensor):
+                    result = result[0]
+                return result
+    raise ValueError(f"{type(module).__name__} takes no such arguments")
 
 
-def _feature_roles(several: _Trial, single: _Trial) -> dict[str, list[str]]:
+def _feature_roles(several: _Trial, single: _Trial) -> list[str]:
     """The role of every feature of every leaf: "q", "k", "v", or "" for anything else."""
     # Four random combinations of result features, so that no derivative vanishes by accident.
     weights = torch.randn(4, several.result.shape[-1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    among = [several.reach(w) for w in weights]
-    alone = [single.reach(w) for w in weights]
-    tolerance = TOLERANCE * max(float(reach.max()) for reach in among[0].values())
-    roles = {}
-    for name in several.leaves:
-        strength = torch.stack([reach[name] for reach in among]).amax(0)
-        by_itself = torch.stack([reach[name] for reach in alone]).amax(0)[-1] > tolerance
-        codes = 4 * (strength[-1] > tolerance) + 2 * (strength[:-1].amax(0) > tolerance) + by_itself
-        roles[name] = [{4: "q", 6: "k", 7: "v"}.get(code, "") for code in codes.tolist()]
-    return roles
+    among = torch.stack([several.reach(w) for w in weights]).amax(0)
+    alone = torch.stack([single.reach(w) for w in weights]).amax(0)
+    tolerance = TOLERANCE * among.max()
+    codes = 4 * (among[-1] > tolerance) + 2 * (among[:-1].amax(0) > tolerance) + (alone[-1] > tolerance)
+    return [{4: "q", 6: "k", 7: "v"}.get(code, "") for code in codes.tolist()]
 
 
-def _head_size(trial: _Trial, roles: dict[str, list[str]]) -> int:
+def _head_size(trial: _Trial, roles: list[str]) -> int:
     """Features of one head; 0 unless heads are equal runs of neighbouring features in query and result alike."""
     width = trial.result.shape[-1]
-    is_query = torch.tensor([role == "q" for name in trial.leaves for role in roles[name]])
+    is_query = torch.tensor([role == "q" for role in roles])
 
     def queries_behind(feature: int) -> list[int]:
-        reach = torch.cat([r[-1] for r in trial.reach((torch.arange(width) == feature).double()).values()])
+        reach = trial.reach((torch.arange(width) == feature).double())[-1]
         return (reach[is_query] > TOLERANCE * reach.max()).nonzero().flatten().tolist()
 
     size = len(queries_behind(0))
     if not size or width % size or int(is_query.sum()) != width:
         return 0
-    last = width - size
-    checks = {0: 0, size - 1: 0, last: last, width - 1: last}  # feature: the first query of its head
-    return size if all(queries_behind(f) == list(range(at, at + size)) for f, at in checks.items()) else 0
+    corners = (0, size - 1, width - size, width - 1)  # first and last feature of the first and the last head
+    return size if all(queries_behind(f) == list(range(f - f % size, f - f % size + size)) for f in corners) else 0
 
 
 def _from_roles(roles: list[str], head_size: int) -> Projection | None:
-    runs = [(role, len(list(group))) for role, group in itertools.groupby(roles)]
-    names, sizes = tuple(role for role, _ in runs), tuple(size for _, size in runs)
-    if "" in names:
+    runs = [(role, len(list(run))) for role, run in groupby(roles)]
+    names, sizes = zip(*runs, strict=True)
+    count = len(set(names))
+    groups = len(runs) // count
+    divides = head_size > 0 and all(size % head_size == 0 for size in sizes)
+    grouped = divides and names[:3] == ("q", "k", "v") and sizes[1] == sizes[2] == head_size
+    if "" in names or runs != runs[:count] * groups or (groups > 1 and not grouped):
         return None
-    if len(set(names)) == len(names):
-        return Projection(names, sizes, head_size)
-    groups = len(runs) // 3
-    periodic = runs == runs[:3] * groups and names[:3] == ("q", "k", "v")
-    if periodic and sizes[1] == sizes[2] == head_size and sizes[0] % head_size == 0:
-        return Projection(names[:3], tuple(size * groups for size in sizes[:3]), head_size, grouped=True)
-    return None
+    return Projection(names[:count], tuple(n * groups for n in sizes[:count]), head_size if divides else 0, groups)

@@ -9,31 +9,23 @@ Letters: B blocks of a cut, n entries of a block; ``...`` are leading batch axes
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.attention_layout import (
-    Attention,
-    Region,
-    find_attention,
-    is_inside,
-    is_transposed,
-    transformer_layers,
-    whole,
-)
+from hessian_tools.attention_layout import Attention, Region, find_attention, is_inside, is_transposed, whole
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Modules whose tensors of two or more dimensions have one row an output neuron; these and others that map features.
+# Modules whose tensors of two or more dimensions have one row an output neuron.
 WITH_ROWS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-MATRICES = (*WITH_ROWS, *TRANSPOSED)
+MATRICES = (*WITH_ROWS, *TRANSPOSED)  # those and others that map features
 
 
 @dataclass(frozen=True)
@@ -43,12 +35,9 @@ class Part:
     parameter: str  # name in model.named_parameters()
     shape: tuple[int, ...]  # of the tensor
     view: tuple[int, ...]  # the shape to view it as: axes of ``shape``, some split
-    index: tuple[slice, ...]  # the region inside the view, one slice an axis, step 1
+    index: tuple[slice, ...] = field(hash=False)  # the region inside the view, one slice an axis, step 1
     axes: tuple[int, ...] = ()  # axes of the view that enumerate pieces, row-major; () is one piece
     window: tuple[int, int] | None = None  # the run of these pieces that is meant, if not all
-
-    def __hash__(self) -> int:  # slices have no hash before Python 3.12
-        return hash((self.parameter, self.view, self.axes, self.window, *((s.start, s.stop) for s in self.index)))
 
     @property
     def _grid(self) -> tuple[int, ...]:
@@ -68,42 +57,36 @@ class Part:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The pieces of ``tensor``, (..., *shape) -> (..., B, n); a view where torch allows it."""
-        pieces, key, batch = self._pieces(tensor)
-        return pieces[key].reshape(*batch, self.num_blocks, self.block_size)
+        pieces, picked = self._pieces(tensor)
+        return pieces[picked].reshape(*tensor.shape[: tensor.ndim - len(self.shape)], self.num_blocks, self.block_size)
 
     def place(self, rows: Tensor, out: Tensor) -> None:
         """Writes ``rows``, (..., B, n), to their places in ``out``, (..., *shape); the rest of ``out`` stays."""
-        pieces, key, batch = self._pieces(out)
+        pieces, picked = self._pieces(out)
         grid = (self.num_blocks,) if self.window else self._grid
-        pieces[key] = rows.reshape(*batch, *grid, *self.block_shape).to(out.dtype)
+        pieces[picked] = rows.reshape(*rows.shape[:-2], *grid, *self.block_shape).to(out.dtype)
 
     def chunk(self, first: int, last: int) -> "Part":
         """Pieces ``first`` to ``last - 1`` alone."""
-        if self.window:
-            return replace(self, window=None).chunk(self.window[0] + first, self.window[0] + last)
-        index, inner = list(self.index), self.num_blocks
-        for axis, count in zip(self.axes, self._grid, strict=True):
-            inner //= count
-            low, high = first // inner, -(-last // inner)
-            index[axis] = slice(self.index[axis].start + low, self.index[axis].start + high)
-            first, last = first - low * inner, last - low * inner
-            if high - low > 1:
-                break
-        part = replace(self, index=tuple(index))
-        return part if last - first == part.num_blocks else replace(part, window=(first, last))
+        if last - first == self.num_blocks:
+            return self
+        start = self.window[0] if self.window else 0
+        return replace(self, window=(start + first, start + last))
 
-    def _pieces(self, tensor: Tensor) -> tuple[Tensor, tuple[Any, ...], tuple[int, ...]]:
-        """(..., *grid, *block_shape) as a view, the index that picks the window from it, and the batch axes."""
+    def _pieces(self, tensor: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """(..., *grid, *block_shape) as a view, and the index that picks the window from it."""
         rank = tensor.ndim - len(self.shape)
         if rank < 0 or tuple(tensor.shape[rank:]) != self.shape:
             raise ValueError(f"tensor has shape {tuple(tensor.shape)}; {self.parameter} has shape {self.shape}")
-        batch, every = tuple(tensor.shape[:rank]), (slice(None),) * rank
-        region = tensor.view((*batch, *self.view))[(*every, *self.index)]
+        every = (slice(None),) * rank
+        region = tensor.view((*tensor.shape[:rank], *self.view))[(*every, *self.index)]
         pieces = region.movedim([rank + axis for axis in self.axes], list(range(rank, rank + len(self.axes))))
         if self.window is None:
-            return pieces, (...,), batch
-        chosen = torch.arange(*self.window, device=tensor.device)
-        return pieces, (*every, *torch.unravel_index(chosen, self._grid)), batch
+            return pieces, (...,)
+        if len(self.axes) == 1:
+            return pieces, (*every, slice(*self.window))
+        numbers = torch.arange(*self.window, device=tensor.device)
+        return pieces, (*every, *torch.unravel_index(numbers, self._grid))
 
 
 @dataclass(frozen=True)
@@ -209,34 +192,31 @@ class Partition:
 
     def __init__(self, cuts: Iterable[Cut], preset: str = "", notes: Iterable[str] = ()) -> None:
         self.cuts, self.preset, self.notes = tuple(cuts), preset, tuple(notes)
-        self._num_blocks = sum(cut.num_blocks for cut in self.cuts)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for cut in self.cuts for name in cut.names)
 
+    @cached_property
+    def _by_name(self) -> dict[str, Block]:
+        return {block.name: block for block in self}
+
     def __len__(self) -> int:
-        return self._num_blocks
+        return sum(cut.num_blocks for cut in self.cuts)
 
     def __iter__(self) -> Iterator[Block]:
         return (cut[i] for cut in self.cuts for i in range(cut.num_blocks))
 
     def __contains__(self, item: object) -> bool:
-        return self._find(item.name if isinstance(item, Block) else str(item)) is not None
+        return (item.name if isinstance(item, Block) else item) in self._by_name
 
     def __getitem__(self, name: str) -> Block:
-        block = self._find(name)
-        if block is None:
+        if name not in self._by_name:
             raise KeyError(f"no block is named {name!r}{_close(name, _examples(self.cuts))}")
-        return block
+        return self._by_name[name]
 
     def __repr__(self) -> str:
         return f"Partition({self.preset or 'own blocks'}: {len(self)} blocks in {len(self.cuts)} cuts)"
-
-    def _find(self, name: str) -> Block | None:
-        stems = {name, name.rpartition("[")[0]}
-        near = (cut for cut in self.cuts if cut.name in stems)
-        return next((cut[cut.names.index(name)] for cut in near if name in cut.names), None)
 
 
 @dataclass(frozen=True)
@@ -247,16 +227,21 @@ class _Site:
     shape: tuple[int, ...]
     module: nn.Module
 
-    def cut(self, axis: int, region: Region, counter: str = "", covers: int = 1) -> Cut:
-        """``region`` applied to ``covers`` axes from ``axis`` on."""
-        before, after = self.shape[:axis], self.shape[axis + covers :]
+    def cut(self, axis: int, region: Region, counter: str = "") -> Cut:
+        """``region`` of one axis."""
+        before, after = self.shape[:axis], self.shape[axis + 1 :]
         index = (*whole(before), *region.index, *whole(after))
         axes = tuple(axis + a for a in region.axes)
         part = Part(self.name, self.shape, (*before, *region.view, *after), index, axes)
         return Cut((part,), self.name, region.labels, counter, part.num_blocks // len(region.labels))
 
     def uncut(self) -> Cut:
-        return self.cut(0, Region((), (), ()), covers=0)
+        return _together([self], self.name)
+
+
+def _together(sites: Iterable[_Site], name: str) -> Cut:
+    """One block of all of ``sites``."""
+    return Cut(tuple(Part(site.name, site.shape, site.shape, whole(site.shape)) for site in sites), name)
 
 
 class _Survey:
@@ -272,33 +257,30 @@ class _Survey:
     @cached_property
     def attention(self) -> Attention:
         attention = find_attention(self.model)
-        self.notes += [
-            f"{path or '(root)'}: its query/key/value layout is not recognised, so its tensors are not split"
-            for path in attention.unknown
-        ]
+        self.notes += attention.notes
         return attention
 
     def cuts(self, site: _Site, by: str = "") -> list[Cut]:
         """Cuts of one tensor: query, key and value apart, then ``by`` "" (nothing else), "head" or "row"."""
         projection = self.attention.projections.get(site.name)
-        axis = int(is_transposed(site.module)) if len(site.shape) > 1 else 0
+        matrix = len(site.shape) > 1
+        axis = int(matrix and is_transposed(site.module))
+        by = "" if by == "row" and not matrix else by
         across = projection is not None and projection.roles == ("o",)  # cut along its inputs, the heads' results
         if projection is None or (across and by != "head"):
-            return [self._rows(site, axis) if by == "row" and len(site.shape) > 1 else site.uncut()]
-        if by == "head" and not projection.divides:
+            return [self._rows(site, axis) if by == "row" else site.uncut()]
+        if by == "head" and not projection.head_size:
             self.notes.append(f"{site.name}: its {sum(projection.sizes)} features are not known to divide into heads")
             by = ""
-        by = "" if by == "row" and len(site.shape) == 1 else by
         return [site.cut(1 - axis if across else axis, region, by) for region in projection.regions(by)]
 
     def _rows(self, site: _Site, axis: int) -> Cut:
-        if isinstance(site.module, TRANSPOSED):
-            groups, (inputs, outputs) = site.module.groups, site.shape[:2]
-            view = (groups, inputs // groups, outputs)
-            return site.cut(0, Region(view, whole(view), (0, 2)), "row", covers=2)
+        if isinstance(site.module, TRANSPOSED):  # (in, out / groups, ...)
+            view: tuple[int, ...] = (site.module.groups, site.shape[0] // site.module.groups)
+            return site.cut(0, Region(view, whole(view), (0, 2)), "row")  # 2: the tensor's own axis of outputs
         if axis or isinstance(site.module, (*WITH_ROWS, *EMBEDDINGS)):
-            size = site.shape[axis]
-            return site.cut(axis, Region((size,), (slice(0, size),), (0,)), "row")
+            view = (site.shape[axis],)
+            return site.cut(axis, Region(view, whole(view), (0,)), "row")
         self.notes.append(f"{site.name}: a {type(site.module).__name__} has no known output axis, so it is left whole")
         return site.uncut()
 
@@ -309,36 +291,34 @@ def _weights(survey: _Survey) -> Iterable[Cut]:
 
 def _layer(survey: _Survey) -> Iterable[Cut]:
     for path, sites in groupby(survey.sites, key=lambda site: site.name.rpartition(".")[0]):
-        yield Cut(tuple(site.uncut().parts[0] for site in sites), path or "(root)")
+        yield _together(sites, path or "(root)")
 
 
 def _official(survey: _Survey) -> Iterable[Cut]:
-    layers = transformer_layers(survey.model, survey.attention)
+    layers = survey.attention.layers
     count = len(layers)
     if not layers:
         survey.notes.append("no stack of transformer layers found: every tensor of two or more dimensions is a block")
         return _weights(survey)
 
-    def outside(path: str) -> bool:
-        return not any(is_inside(path, layer) for layer in layers)
+    def layer_of(path: str) -> int | None:
+        return next((number for number, layer in enumerate(layers) if is_inside(path, layer)), None)
 
-    tables = [site for site in survey.sites if isinstance(site.module, EMBEDDINGS) and outside(site.name)]
+    tables = [site for site in survey.sites if isinstance(site.module, EMBEDDINGS) and layer_of(site.name) is None]
     # Of several embeddings (tokens, positions, segments) the tokens' has as many rows as the model has outputs.
-    outputs = {m.out_features for path, m in survey.model.named_modules() if isinstance(m, nn.Linear) and outside(path)}
+    linears = [(path, module) for path, module in survey.model.named_modules() if isinstance(module, nn.Linear)]
+    outputs = {module.out_features for path, module in linears if layer_of(path) is None}
     tokens = [site for site in tables if site.shape[0] in outputs][:1] or tables[:1]
-    numbers = (0, count // 4, 7 * count // 12, count - 1) if tokens else (0, count // 2, count - 1)
-    used = {layers[number] for number in numbers}
+    used = {None, 0, count // 4, 7 * count // 12, count - 1} if tokens else {None, 0, count // 2, count - 1}
 
     def chosen(site: _Site) -> bool:
         matrix = len(site.shape) > 1 and (isinstance(site.module, MATRICES) or is_transposed(site.module))
-        return site in tokens or (matrix and (outside(site.name) or any(is_inside(site.name, layer) for layer in used)))
+        return site in tokens or (matrix and layer_of(site.name) in used)
 
     return [cut for site in filter(chosen, survey.sites) for cut in (survey.cuts(site) if tokens else [site.uncut()])]
 
 
-def _model(survey: _Survey) -> Iterable[Cut]:
-    yield Cut(tuple(site.uncut().parts[0] for site in survey.sites), "(model)")
-
+Spec = Mapping[str, Any] | Iterable[str | Block]  # own blocks
 
 PRESETS: dict[str, Callable[[_Survey], Iterable[Cut]]] = {
     "tensor": lambda survey: [site.uncut() for site in survey.sites],
@@ -348,16 +328,11 @@ PRESETS: dict[str, Callable[[_Survey], Iterable[Cut]]] = {
     "head": lambda survey: [cut for site in survey.sites for cut in survey.cuts(site, "head")],
     "neuron": lambda survey: [cut for site in survey.sites for cut in survey.cuts(site, "row")],
     "official": _official,
-    "model": _model,
+    "model": lambda survey: [_together(survey.sites, "(model)")],
 }
 
 
-def partition(
-    model: nn.Module,
-    spec: str | Mapping[str, Any] | Iterable[str | Block] = "semantic",
-    *,
-    only: str | Sequence[str] | None = None,
-) -> Partition:
+def partition(model: nn.Module, spec: str | Spec = "semantic", *, only: str | Sequence[str] | None = None) -> Partition:
     """Cuts the trainable parameters of ``model`` into named, disjoint blocks.
 
     Args:
@@ -401,37 +376,35 @@ def partition(
     else:
         cuts, preset = _own(survey, spec), ""
     if only is not None:
-        cuts = _chosen(cuts, [only] if isinstance(only, str) else list(only))
+        cuts = _chosen(cuts, [only] if isinstance(only, str) else only)
     return Partition(cuts, preset, survey.notes)
 
 
-def _own(survey: _Survey, spec: Mapping[str, Any] | Iterable[str | Block]) -> list[Cut]:
+def _own(survey: _Survey, spec: Spec) -> list[Cut]:
     sites = {site.name: site for site in survey.sites}
-    cuts: list[Cut] = []
-    globs: list[str] = []
     if isinstance(spec, Mapping):
         cuts = [_sliced(sites, name, chosen) for name, chosen in spec.items()]
-    elif not isinstance(spec, Iterable):
-        raise TypeError(f"spec is a {type(spec).__name__}; pass a preset, a list of names, globs or Blocks, or a dict")
+    elif isinstance(spec, Iterable):
+        items = list(spec)
+        globs = [item for item in items if isinstance(item, str) and item not in sites]
+        cuts = [_named(sites, item) for item in items if item not in globs]
+        cuts += _chosen(PRESETS["semantic"](survey), globs)
     else:
-        for item in spec:
-            if isinstance(item, Block):
-                for part in item.as_cut().parts:
-                    if part.parameter not in sites or sites[part.parameter].shape != part.shape:
-                        raise ValueError(f"spec holds {item}, which is no block of this model's trainable parameters")
-                cuts.append(item.as_cut())
-            elif not isinstance(item, str):
-                raise TypeError(f"spec holds a {type(item).__name__}; a list of names, globs or Blocks is needed")
-            elif item in sites:
-                cuts.append(sites[item].uncut())
-            else:
-                globs.append(item)
-    if globs:
-        cuts += _chosen([cut for site in survey.sites for cut in survey.cuts(site)], globs)
+        raise TypeError(f"spec is a {type(spec).__name__}; pass a preset, a list of names, globs or Blocks, or a dict")
     if not cuts:
         raise ValueError("spec is empty; name at least one block")
     _check_disjoint(cuts)
     return cuts
+
+
+def _named(sites: Mapping[str, _Site], item: str | Block) -> Cut:
+    if isinstance(item, str):
+        return sites[item].uncut()
+    if not isinstance(item, Block):
+        raise TypeError(f"spec holds a {type(item).__name__}; a list of names, globs or Blocks is needed")
+    if any(part.parameter not in sites or sites[part.parameter].shape != part.shape for part in item.cut.parts):
+        raise ValueError(f"spec holds {item}, which is no block of this model's trainable parameters")
+    return item.as_cut()
 
 
 def _sliced(sites: Mapping[str, _Site], name: str, chosen: Any) -> Cut:
@@ -446,59 +419,46 @@ def _sliced(sites: Mapping[str, _Site], name: str, chosen: Any) -> Cut:
     if len(index) > len(site.shape) or any(step != 1 or start >= stop for start, stop, step in bounds):
         raise ValueError(f"spec[{name!r}] is {index}; non-empty slices of step 1 into shape {site.shape} are needed")
     picked = tuple(slice(start, stop) for start, stop, _ in bounds)
-    region = Region(site.shape, (*picked, *whole(site.shape[len(picked) :])), ())
-    return replace(site.cut(0, region, covers=len(site.shape)), name=name)
+    return Cut((Part(parameter, site.shape, site.shape, (*picked, *whole(site.shape[len(picked) :]))),), name)
 
 
-def _chosen(cuts: Sequence[Cut], patterns: Sequence[str]) -> list[Cut]:
+def _chosen(cuts: Iterable[Cut], patterns: Sequence[str]) -> list[Cut]:
     """What of ``cuts`` one of ``patterns`` matches, by block or parameter name; every pattern must match something."""
-    # Names have brackets, so brackets are no wildcards.
-    globs = [pattern.replace("[", "[[]") for pattern in patterns]
-    used: set[str] = set()
-
-    def hit(name: str) -> bool:
-        matching = {glob for glob in globs if fnmatchcase(name, glob)}
-        used.update(matching)
-        return bool(matching)
-
-    chosen = []
-    for cut in cuts:
-        everything = {parameter for parameter in cut.parameters if hit(parameter)}
-        hits = [hit(name) or bool(everything) for name in cut.names]
-        first = 0
-        for wanted, run in groupby(hits):
-            last = first + len(list(run))
-            if wanted:
-                chosen.append(cut if last - first == cut.num_blocks else cut.chunk(first, last))
-            first = last
-    for pattern, glob in zip(patterns, globs, strict=True):
-        if glob not in used:
+    cuts = list(cuts)
+    wanted: list[set[int]] = [set() for _ in cuts]  # positions in each cut
+    for pattern in patterns:
+        glob = partial(fnmatchcase, pat=pattern.replace("[", "[[]"))  # names have brackets, so they are no wildcards
+        hits = [{i for i, name in enumerate(cut.names) if any(map(glob, (name, *cut.parameters)))} for cut in cuts]
+        if not any(hits):
             raise ValueError(f"{pattern!r} matches no block or trainable parameter{_close(pattern, _examples(cuts))}")
+        wanted = [before | new for before, new in zip(wanted, hits, strict=True)]
+    chosen = []
+    for cut, positions in zip(cuts, wanted, strict=True):
+        for is_wanted, run in groupby(range(cut.num_blocks), key=positions.__contains__):
+            if is_wanted:
+                first, *rest = run
+                chosen.append(cut.chunk(first, first + len(rest) + 1))
     return chosen
 
 
 def _check_disjoint(cuts: Sequence[Cut]) -> None:
-    blocks = [cut[i] for cut in cuts for i in range(cut.num_blocks)]
-    parts: dict[str, list[tuple[int, Part]]] = {}
-    for number, block in enumerate(blocks, start=1):
-        for part in block.as_cut().parts:
-            parts.setdefault(part.parameter, []).append((number, part))
-    for pieces in parts.values():
-        if len(pieces) == 1:
-            continue
-        owner = torch.zeros(pieces[0][1].shape, dtype=torch.int32)
-        for number, part in pieces:
-            earlier = int(part.rows(owner).max())
-            if earlier:
-                names = f"{blocks[earlier - 1].name!r} and {blocks[number - 1].name!r}"
-                raise ValueError(f"spec has blocks {names}, which overlap; blocks must be disjoint")
-            part.place(torch.full((1, part.block_size), number), owner)
-
-
-def _examples(cuts: Sequence[Cut]) -> Iterator[str]:
+    names = [""]  # by number of the block; 0 is none
+    owners: dict[str, Tensor] = {}  # the number of the block that has an entry
     for cut in cuts:
-        yield from cut.parameters
-        yield from map(cut.block_name, range(min(cut.num_blocks, 32)))  # comparing thousands of names takes seconds
+        numbers = torch.arange(len(names), len(names) + cut.num_blocks)[:, None]
+        names += cut.names
+        for part in cut.parts:
+            owner = owners.setdefault(part.parameter, torch.zeros(part.shape, dtype=torch.int32))
+            earlier, position = part.rows(owner).amax(dim=1).max(dim=0)
+            if earlier:
+                both = f"{names[int(earlier)]!r} and {cut.block_name(int(position))!r}"
+                raise ValueError(f"spec has blocks {both}, which overlap; blocks must be disjoint")
+            part.place(numbers.expand(-1, part.block_size), owner)
+
+
+def _examples(cuts: Iterable[Cut]) -> Iterator[str]:
+    # Comparing thousands of names takes seconds.
+    return (name for cut in cuts for name in (*cut.parameters, *cut.chunk(0, min(cut.num_blocks, 32)).names))
 
 
 def _close(name: str, known: Iterable[str]) -> str:

@@ -213,9 +213,9 @@ class HessianOperator(SymmetricOperator):
         products = self._engine.products({name: piece.reshape(-1, *p.shape) for (name, p), piece in pieces})
         return torch.cat([p.reshape(vectors.shape[0], -1).to(self.dtype) for p in products.values()], dim=1)
 
-    def block(self, block: Block) -> "BlockHessian":
+    def block(self, block: Block) -> "StackedBlocks":
         """The diagonal block H_bb of one Block, an (n, n) operator."""
-        return BlockHessian(self, block.as_cut())
+        return StackedBlocks(self, block.as_cut())
 
     def stacked(self, cut: Cut) -> "StackedBlocks":
         """All diagonal blocks of a Cut, whose products go through the engine together."""
@@ -241,25 +241,21 @@ class HessianOperator(SymmetricOperator):
         return self._engine.plan.krylov_bytes
 
 
-class StackedBlocks:
+class StackedBlocks(SymmetricOperator):
     """The B diagonal blocks of a Cut side by side: row i of a batch of r = B k belongs to block i // k.
 
-    To Lanczos it is an operator like any other: it maps (r, n) to (r, n), row by row.
+    One block (B = 1) is an (n, n) operator H_bb like any other; to Lanczos, which works row by row, several are one as
+    well. ``names`` are the blocks'. ``matmat`` raises ValueError for a number of rows that is no multiple of B.
     """
 
     def __init__(self, hessian: HessianOperator, cut: Cut) -> None:
+        super().__init__(cut.block_size, hessian.dtype, hessian.device)
         self._engine = hessian._engine
-        self.cut = cut
-        self.num_blocks, self.names = cut.num_blocks, cut.names
-        self.size, self.dtype, self.device = cut.block_size, hessian.dtype, hessian.device
-        self.shape = (self.size, self.size)
+        self.cut, self.num_blocks, self.names = cut, cut.num_blocks, cut.names
 
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """(B k, n) -> (B k, n). Raises ValueError for another shape."""
-        if vectors.ndim != 2 or vectors.shape[1] != self.size or vectors.shape[0] % self.num_blocks:
-            raise ValueError(
-                f"vectors has shape {tuple(vectors.shape)}; expected (k * {self.num_blocks} blocks, {self.size})"
-            )
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        if vectors.shape[0] % self.num_blocks:
+            raise ValueError(f"vectors has {vectors.shape[0]} rows; {self.num_blocks} blocks need a multiple of that")
         pieces = vectors.split([part.block_size for part in self.cut.parts], dim=1)
         if self.num_blocks == 1:
             products = self._products([piece[:, None] for piece in pieces])
@@ -292,18 +288,6 @@ class StackedBlocks:
             part.place(rows, cotangents[part.parameter])
         products = self._engine.products(cotangents)
         return [part.rows(products[part.parameter]).to(self.dtype) for part in self.cut.parts]
-
-
-class BlockHessian(SymmetricOperator):
-    """One diagonal block H_bb as an (n, n) operator."""
-
-    def __init__(self, hessian: HessianOperator, cut: Cut) -> None:
-        super().__init__(cut.block_size, hessian.dtype, hessian.device)
-        self._stack = StackedBlocks(hessian, cut)
-        self.name = cut.names[0]
-
-    def _matmat(self, vectors: Tensor) -> Tensor:
-        return self._stack.matmat(vectors)
 
 
 def _nodes(outputs: Sequence[Tensor]) -> set[Any]:

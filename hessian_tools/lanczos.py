@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 REORTHOGONALIZE = ("full", "local", "none")
-_COLUMNS = 1 << 18  # columns of a float64 copy made at a time by _dots
+_COLUMNS = 1 << 22  # columns that _dots takes at a time, so that no copy of the whole batch is made
 _ROUNDING = 8.0  # breakdown below this times (1 + log2 n) roundings of the operator's scale
 
 
@@ -144,9 +144,9 @@ def _iterate(operator: Any, start: Tensor, m: int, reorthogonalize: str, keep: b
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:
-    """Row-wise dot products, (k,) float64, in slices so that no float64 copy of the whole batch is made."""
+    """Row-wise dot products, (k,) float64: products in their own dtype (roundings average out), float64 sums."""
     pieces = zip(left.split(_COLUMNS, dim=1), right.split(_COLUMNS, dim=1), strict=True)
-    return torch.stack([(a.double() * b.double()).sum(1) for a, b in pieces]).sum(0)
+    return torch.stack([(a * b).sum(1, dtype=torch.float64) for a, b in pieces]).sum(0)
 
 
 def _minus(vectors: Tensor, factors: Tensor, directions: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def draw(folder: Path, spectra: BlockSpectra, js: JSHeterogeneity | None, title:
     if len(spectra) == 1:
         (name,) = spectra.names
         figure = Figure((8, 4.4), layout="constrained")
-        spectrum(figure.subplots(), spectra[name], title=f"{title}: Hessian spectrum of {name}")
+        spectrum(figure.subplots(), spectra[name])
+        _title(figure, f"{title}: Hessian spectrum of {name}")
         return [_saved(figure, folder / "spectrum.png")]
     paths = [_saved(block_spectra(spectra, title=f"{title}: Hessian spectra by block"), folder / "block_spectra.png")]
     if js is not None:
@@ -41,7 +43,7 @@ def draw(folder: Path, spectra: BlockSpectra, js: JSHeterogeneity | None, title:
         panels = figure.subplots(1, len(readings), sharey=True, squeeze=False)[0]
         for panel, reading in zip(panels, readings, strict=True):
             js_matrix(panel, js, reading)
-        figure.suptitle(f"{title}: distances between block spectra", fontsize=10)
+        _title(figure, f"{title}: distances between block spectra")
         paths.append(_saved(figure, folder / "js_matrix.png"))
     return paths
 
@@ -79,7 +81,7 @@ def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
     panels[0, 0].set_yticks([10.0**power for power in range(0, lowest - 1, -max(1, round(-lowest / 3)))])
     panels[0, 0].yaxis.set_minor_locator(NullLocator())
     missing = f" ({len(shown)} of {len(spectra)} shown)" if len(shown) < len(spectra) else ""
-    figure.suptitle(f"{title}{missing}", fontsize=10)
+    _title(figure, f"{title}{missing}")
     linear = f"logarithmic beyond ±{density.axis.linthresh:.1g}, linear between"
     figure.supxlabel(f"eigenvalue ({linear})\nsmallest and largest of each block marked", fontsize=8)
     figure.supylabel(f"share of eigenvalues per decade\n(kernel of {density.width:g} decades)", fontsize=8)
@@ -100,7 +102,7 @@ def js_matrix(axes: Axes, js: JSHeterogeneity, reading: str) -> None:
     axes.set_title(f"{TITLES[reading]}\nmean over pairs {found.mean:.3g}{error} {found.unit}", fontsize=9)
 
 
-def spectrum(axes: Axes, quadrature: Quadrature, *, title: str = "", num_outliers: int = 10) -> None:
+def spectrum(axes: Axes, quadrature: Quadrature, *, num_outliers: int = 10) -> None:
     """One spectrum: density over a linear eigenvalue axis, logarithmic upwards, outliers marked (see :func:`outliers`).
 
     The kernel is 0.6 of the mean distance of the nodes, so that the density shows none of the single nodes, but for
@@ -117,7 +119,7 @@ def spectrum(axes: Axes, quadrature: Quadrature, *, title: str = "", num_outlier
         axes.plot(marked, np.full(len(marked), 2 * floor), "v", color=MARK, markersize=5, label=label)
         axes.legend(fontsize=8, frameon=False)
     ends = f"smallest {quadrature.smallest.value:.4g}, largest {quadrature.largest.value:.4g}"
-    axes.set_title(f"{title}\nn = {quadrature.size:,}, {ends}", fontsize=9)
+    axes.set_title(f"n = {quadrature.size:,}, {ends}", fontsize=9)
     axes.set_xlabel("eigenvalue of the mean loss's Hessian", fontsize=9)
     axes.set_ylabel(f"density per unit of eigenvalue\n(Gaussian kernel of {density.width:.2g})", fontsize=9)
     axes.set_ylim(floor, None)
@@ -161,6 +163,12 @@ def shortened(names: Sequence[str]) -> list[str]:
     while prefix and not all(name.startswith(".".join([*prefix, ""])) for name in names):
         prefix.pop()
     return [name[len(".".join([*prefix, ""])) if prefix else 0 :] for name in names]
+
+
+def _title(figure: Figure, title: str) -> None:
+    lines = textwrap.wrap(title, int(12 * figure.get_figwidth()))  # letters an inch at this size
+    figure.set_figheight(figure.get_figheight() + 0.17 * (len(lines) - 1))
+    figure.suptitle("\n".join(lines), fontsize=10)
 
 
 def _filled(axes: Axes, grid: np.ndarray, values: np.ndarray, floor: float) -> None:

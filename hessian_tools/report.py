@@ -71,10 +71,10 @@ def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]
 
 def plus_minus(value: float, error: float) -> str:
     """``value`` to the digit that its ``error``, given to one digit, reaches: 12.3 ± 0.4, -100 ± 30."""
-    if not (math.isfinite(value) and 1e-6 < error < 1e6):
+    if not 1e-6 < error < 1e6:
         return f"{value:.3g} ± {error:.1g}"
     digit = -math.floor(math.log10(float(f"{error:.0e}")))  # 0.96 becomes 1
-    return f"{round(value, digit):.{max(digit, 0)}f} ± {round(error, digit):.{max(digit, 0)}f}"
+    return f"{round(value, digit) + 0.0:.{max(digit, 0)}f} ± {round(error, digit):.{max(digit, 0)}f}"
 
 
 def _spectrum_row(name: str, q: Quadrature) -> list[str]:

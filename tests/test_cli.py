@@ -38,14 +38,22 @@ def net(width=8, depth=2, **keywords):
     shift = float(os.environ.get("SHIFT", 0))
     return model, ht.cross_entropy, [(shift + torch.randn(n, 6), torch.randint(3, (n,))) for n in (16, 5)]
 
+def loud(model, batch):
+    print("a model's noise")
+    return ht.cross_entropy(model, batch)
+
 def problem():
-    return ht.Problem(*net())
+    model, _, batches = net()
+    return ht.Problem(model, loud, batches)
 
 def large():
     return net(64, 16)
 
 def fails():
     return {}["nothing"]
+
+def fails_at_length():
+    raise OSError("first line\\nsecond line")
 
 def three():
     return 3
@@ -62,6 +70,9 @@ def nan():
 def norm():
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     return model, ht.mse, [(torch.randn(4, 2), torch.randn(4, 2))]
+
+def stated():
+    return ht.Problem(*norm(), batch_stats=True)
 
 class Once(torch.autograd.Function):
     @staticmethod
@@ -216,7 +227,8 @@ BAD = {
     "js0 --model own.py:missing": "the file has no function missing",
     "js0 --model own.py:three": "it returned a int",
     "js0 --model own.py:no_model": "model is a int; pass a torch.nn.Module",
-    "js0 --model own.py:fails": "line 22: KeyError: 'nothing'",
+    "js0 --model own.py:fails": "line 27: KeyError: 'nothing'",
+    "js0 --model own.py:fails_at_length": "line 30: OSError: first line",
     "js0 --model own.py:quits": "SystemExit: no",
     "js0 --model own.py:no_scalar": "not a scalar tensor",
     "js0 --model own.py:norm": "batch_stats=True",
@@ -280,10 +292,10 @@ def test_tracebacks_on_demand_and_for_bugs(capsys, monkeypatch):
     monkeypatch.delenv("HESSIAN_TOOLS_TRACEBACK")
 
     def bug(*arguments, **keywords):
-        raise TypeError("a mistake of this package")
+        raise KeyError("a mistake of this package")
 
     monkeypatch.setattr(cli, "blockwise_slq", bug)
-    with pytest.raises(TypeError):
+    with pytest.raises(KeyError, match="a mistake"):
         run("js0", "--model", "own.py:net", *FAST)
 
 
@@ -323,7 +335,7 @@ def test_a_finished_run_repeated_computes_nothing(capsys, monkeypatch):
     command = ("js0", "--model", "own.py:net", "--out", "out", *FAST)
     assert run(*command) == 0
     out, _ = said(capsys)
-    files = {path.name: path.read_bytes() for path in Path("out").glob("*.[jn]*")}
+    files = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("out").glob("result.*")}
     Path("out/js_matrix.png").unlink()
 
     def forbidden(*arguments, **keywords):
@@ -335,13 +347,15 @@ def test_a_finished_run_repeated_computes_nothing(capsys, monkeypatch):
     again, err = said(capsys)
     assert again == out and "nothing is computed" in err[0]
     assert Path("out/js_matrix.png").exists()  # drawing may have been what was interrupted
-    assert files == {path.name: path.read_bytes() for path in Path("out").glob("*.[jn]*")}
+    assert files == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("out").glob("result.*")}
 
 
 @pytest.mark.parametrize(
     "change, told",
     [
         (("--probes", "3"), "another probes (probes was 2, is now 3)"),
+        (("--steps", "4"), "another steps (steps was 3, is now 4)"),
+        (("--probe-kind", "gaussian"), 'another probe_kind (probe_kind was "rademacher", is now "gaussian")'),
         (("--seed", "1"), "another seed, network_and_data (seed was 0, is now 1)"),
         (("--blocks", "semantic"), 'another blocks (blocks was ["weights"], is now ["semantic"])'),
         (("--dtype", "float64"), 'another dtype, network_and_data (dtype was "float32", is now "float64")'),
@@ -402,8 +416,8 @@ def test_interrupted_before_any_block_the_folder_takes_any_configuration(capsys,
 
 @pytest.mark.parametrize("where", ["npz", "json", "journal", "pictures"])
 def test_interrupted_while_saving_a_run_goes_on_without_computing(where, capsys, monkeypatch):
-    command = ("js0", "--model", "own.py:net", "--out", "out", *FAST)
-    assert run("js0", "--model", "own.py:net", "--out", "whole", *FAST) == 0
+    command = ("js0", "--model", "own.py:net", "--out", "out", *FAST[:4])
+    assert run("js0", "--model", "own.py:net", "--out", "whole", *FAST[:4]) == 0
     replace, unlink = os.replace, Path.unlink
 
     def crash_replacing(source, target):
@@ -529,6 +543,7 @@ def test_own_problem_is_seeded_and_overridden():
     assert again.dtype == torch.float64 and again.batches[0][0].dtype == torch.float64
     assert again.batches[0][1].dtype == torch.int64 and again.loss == pytest.approx(first.loss, rel=1e-6)
     assert runs.own_problem("own.py:problem", seed=4)[0].loss != first.loss
+    assert [runs.own_problem("own.py:stated", batch_stats=x)[0].batch_stats for x in (None, False)] == [True, False]
     assert [runs.own_problem("own.py:norm", batch_stats=stats)[0].batch_stats for stats in (True, False)] == [
         True,
         False,

@@ -142,9 +142,9 @@ class _Engine:
             for name, gradient in found.items():
                 if not torch.isfinite(gradient).all():
                     raise NumericalError(f"the gradient of {name} is not finite, but the loss is {loss.item():.6g}")
-            # autograd's Error node lies off the way to the parameters, so that no product would run into it
-            if any(node.name().endswith("::Error") for node in _nodes(list(found.values()))):
-                raise NotTwiceDifferentiable(_undifferentiable("a backward in it is once_differentiable", [loss]))
+            # autograd would leave these functions out of the second derivative without a word
+            if once := [c.__name__ for c in _custom_functions([loss]) if _is_once_differentiable(c)]:
+                raise NotTwiceDifferentiable(_undifferentiable(f"the backward of {once[0]} is once_differentiable", []))
             self.checked = True
         return {name: g for name, g in found.items() if g.requires_grad}  # others are constant: zero rows
 
@@ -290,8 +290,8 @@ class StackedBlocks(SymmetricOperator):
         return [part.rows(products[part.parameter]).to(self.dtype) for part in self.cut.parts]
 
 
-def _nodes(outputs: Sequence[Tensor]) -> set[Any]:
-    """All nodes of the autograd graph behind ``outputs``."""
+def _custom_functions(outputs: Sequence[Tensor]) -> list[type]:
+    """The Python autograd Functions in the graph behind ``outputs``, by name."""
     seen: set[Any] = set()
     stack = [t.grad_fn for t in outputs]
     while stack:
@@ -299,18 +299,21 @@ def _nodes(outputs: Sequence[Tensor]) -> set[Any]:
         if node is not None and node not in seen:
             seen.add(node)
             stack += [following for following, _ in node.next_functions]
-    return seen
+    kinds = {type(node) for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction)}
+    return sorted((kind._forward_cls for kind in kinds), key=lambda c: c.__name__)  # type: ignore[attr-defined]
+
+
+def _is_once_differentiable(function: type) -> bool:
+    code = getattr(function.backward, "__code__", None)  # type: ignore[attr-defined]
+    return code is not None and code.co_filename == torch.autograd.function.__file__  # the decorator's wrapper
 
 
 def _undifferentiable(reason: str, outputs: Sequence[Tensor]) -> str:
-    custom = {
-        type(node).__name__ for node in _nodes(outputs) if isinstance(node, torch.autograd.function.BackwardCFunction)
-    }
-    names = ", ".join(sorted(name.removesuffix("Backward") for name in custom))
+    names = ", ".join(c.__name__ for c in _custom_functions(outputs))
     culprits = f"; it uses the custom autograd Function(s) {names}" if names else ""
     return (
-        f"the model cannot be differentiated twice: {reason}{culprits}; "
-        "replace that operation by one whose backward is itself made of differentiable operations"
+        f"the model cannot be differentiated twice: {reason}{culprits}; replace that operation by one whose backward "
+        "is itself made of differentiable operations"
     )
 
 

@@ -142,10 +142,21 @@ def test_a_route_that_fails_is_left_for_the_next(monkeypatch):
     assert "one by one" in hessian.route and "made_up" in hessian.route
 
 
-def test_a_function_without_second_derivative_is_named():
+@pytest.mark.parametrize(
+    "loss_fn", [ht.mse, lambda model, batch: model(batch[0]).sum()]
+)  # a varying, a constant gradient
+def test_a_function_without_second_derivative_is_named(loss_fn):
     x = torch.randn(4, 3, dtype=torch.float64)
-    problem = ht.Problem(Cubed(OnceOnly), ht.mse, [(x, torch.zeros(4, 2, dtype=torch.float64))])
-    with pytest.raises(ht.NotTwiceDifferentiable, match="OnceOnly"):
+    problem = ht.Problem(Cubed(OnceOnly), loss_fn, [(x, torch.zeros(4, 2, dtype=torch.float64))])
+    with pytest.raises(ht.NotTwiceDifferentiable, match="backward of OnceOnly is once_differentiable"):
+        ht.HessianOperator(problem).to_dense()
+
+
+def test_an_operation_without_second_derivative_is_named():
+    problem = ht.Problem(
+        nn.Sequential(nn.Linear(3, 2), nn.Hardsigmoid()), ht.mse, [(torch.randn(4, 3), torch.zeros(4, 2))]
+    )
+    with pytest.raises(ht.NotTwiceDifferentiable, match="hardsigmoid_backward"):
         ht.HessianOperator(problem).to_dense()
 
 

@@ -85,3 +85,6 @@ def test_the_model_is_left_as_it_was():
 def test_what_cannot_be_checked_is_said():
     report = ht.HessianOperator(network("batchnorm-batch")).verify()
     assert any("batch statistics" in reason for reason in report.skipped)
+    no_mean = ht.Problem(nn.Linear(3, 2), lambda m, x: m(x).sum() ** 2, [torch.randn(4, 3)])
+    report = ht.HessianOperator(no_mean).verify()
+    assert report.passed and "pooled loss" in report.skipped[0]

@@ -107,7 +107,7 @@ def decide(
         source = "jackknife over probes" if standard_error else "exact spectra"
         uncertainty = f"Standard error {standard_error:.2g} and bias {bias:+.2g} ({source}): {low:.3g} to {high:.3g}."
     if opposed:
-        reading += f" That alone would say {decision}, but {opposed} speak against it, so nothing is decided."
+        reading += f" That alone would say {decision}; contradicted by {opposed}, it decides nothing."
         decision = "undecided"
     calibration = _CALIBRATION.format(lower, upper)
     return Verdict(decision, f"{reading} {_contrast(contrast)}", uncertainty, _scale_free(scale_free), calibration)

@@ -292,7 +292,7 @@ def test_words():
 def test_contradicting_readings_leave_it_undecided():
     verdict = decide(20.9, 1.2, PAIR, {"wasserstein": 0.05, "log": 0.6})
     assert verdict.decision == "undecided"
-    assert "would say Adam, but wasserstein speak against it" in verdict.reason
+    assert "would say Adam; contradicted by wasserstein, it decides nothing" in verdict.reason
     assert decide(0.1, 0.0, PAIR, {"log": 0.6}).decision == "undecided"
     assert decide(0.1, 0.0, PAIR, {"log": 0.1, "wasserstein": 0.5}).decision == "SGD"
 

@@ -18,19 +18,22 @@ from typing import Any, NoReturn
 import torch
 
 from hessian_tools import report, zoo
+from hessian_tools.adaptive import TOLERANCES, adaptive_js0
 from hessian_tools.errors import NumericalError
 from hessian_tools.hessian import HessianOperator
 from hessian_tools.heterogeneity import JSHeterogeneity, js_heterogeneity
 from hessian_tools.lanczos import REORTHOGONALIZE
 from hessian_tools.partition import PRESETS, Partition, partition
+from hessian_tools.precision import PRECISIONS
 from hessian_tools.probes import PROBE_KINDS
 from hessian_tools.problem import Problem
 from hessian_tools.quadrature import BlockSpectra, blockwise_slq
 from hessian_tools.runs import RunFolder, fingerprint, own_problem
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 _ZOO_KNOBS = ("num_examples", "batch_size", "context", "image_size", "tokenizer", "data")
-_SLQ_KNOBS = ("command", "blocks", "probes", "steps", "probe_kind", "reorthogonalize", "seed")
+_SLQ_KNOBS = ("command", "blocks", "probes", "steps", "probe_kind", "reorthogonalize", "seed", "precision")
+_LIMITS = {"probes": 10, "steps": 100}  # of --tolerance: the literature's setting
 _EPILOG = """Defaults are this package's own choices, for a first answer in minutes; where a source has others they are
 named: "paper" is Zhang et al., Why Transformers Need Adam, NeurIPS 2024, arXiv 2402.16788. Exit codes: 0 done, 2 bad
 input (one line says what to change), 3 numerical failure, 130 interrupted. HESSIAN_TOOLS_TRACEBACK=1 in the environment
@@ -99,6 +102,13 @@ def _models(arguments: argparse.Namespace) -> None:
 
 def _spectra(arguments: argparse.Namespace) -> None:
     """js0 and spectrum. All models are built before any is computed, so that bad input costs no time."""
+    for knob, fixed in {"probes": 4, "steps": 40}.items():
+        if getattr(arguments, knob) is None:
+            setattr(arguments, knob, fixed if arguments.tolerance is None else _LIMITS[knob])
+    if arguments.tolerance is None and arguments.reading is not None:
+        raise ValueError(
+            f"--reading {' '.join(arguments.reading)} is what --tolerance is about; give --tolerance as well"
+        )
     twice = next((name for name in arguments.model if arguments.model.count(name) > 1), None)
     if twice:
         raise ValueError(f"--model names {twice} twice; name each model once")
@@ -129,7 +139,8 @@ def _run(arguments: argparse.Namespace, reference: str) -> _Run:
         raise ValueError(f"--blocks {' '.join(given)} is one block of {reference}; js0 compares two or more")
     if arguments.out:
         path = arguments.out / re.sub(r"[/\\:]", "_", reference) if len(arguments.model) > 1 else arguments.out
-        folder = RunFolder(path, {knob: getattr(arguments, knob) for knob in _SLQ_KNOBS} | settings)
+        adapting = {"tolerance": arguments.tolerance, "reading": arguments.reading} if arguments.tolerance else {}
+        folder = RunFolder(path, {knob: getattr(arguments, knob) for knob in _SLQ_KNOBS} | adapting | settings)
     data = settings.get("data", "data of its own")
     described = f"{reference} ({problem.num_parameters:,} parameters, {data}, loss {problem.loss:.4g})"
     return _Run(reference, described, problem, blocks, folder)
@@ -180,22 +191,32 @@ def _block_spectra(arguments: argparse.Namespace, run: _Run) -> BlockSpectra:
     finished = run.folder.journal.finished if run.folder else {}
     left = [name for name in run.blocks.names if name not in finished]
     started = time.monotonic()
-    hessian = HessianOperator(run.problem, memory=arguments.memory)
+    hessian = HessianOperator(run.problem, memory=arguments.memory, precision=arguments.precision or PRECISIONS[0])
     if sys.stderr.isatty():
         _say(f"{run.described}: {len(left)} of {len(run.blocks)} blocks to compute")
     if arguments.verify and left:
         _verify(hessian)
     for note in run.blocks.notes:
         _say(f"note: {note}")
-    spectra = blockwise_slq(
-        hessian, run.blocks, num_probes=arguments.probes, num_steps=arguments.steps, seed=arguments.seed,
-        probes=arguments.probe_kind, reorthogonalize=arguments.reorthogonalize, finished=finished,
-        on_block=run.folder.journal.append if run.folder else None,
-    )  # fmt: skip
+    before = {name: quadrature.num_matvecs for name, quadrature in finished.items()}
+    slq: dict[str, Any] = {
+        "seed": arguments.seed, "probes": arguments.probe_kind, "reorthogonalize": arguments.reorthogonalize,
+        "finished": finished, "on_block": run.folder.journal.append if run.folder else None,
+    }  # fmt: skip
+    if arguments.tolerance is None:
+        spectra = blockwise_slq(hessian, run.blocks, num_probes=arguments.probes, num_steps=arguments.steps, **slq)
+    else:
+        most = {"max_matvecs": arguments.probes * arguments.steps, "max_steps": arguments.steps}
+        reading = arguments.reading or ["unnormalised"]
+        found = adaptive_js0(hessian, run.blocks, tolerance=arguments.tolerance, reading=reading, **most, **slq)
+        spectra = found.spectra
+        _say(str(found))
     hessian.release()
     _say(f"route: {hessian.route}")
-    products = sum(spectra[name].num_matvecs for name in left)
+    products = spectra.num_matvecs - sum(before.get(name, 0) for name in spectra)
     kept = f" ({len(spectra) - len(left)} were finished before)" if len(left) < len(spectra) else ""
+    if arguments.tolerance is not None:  # blocks that an earlier run had begun may have grown further
+        left, kept = list(spectra), f" (after {sum(before.values())} before)" if before else ""
     seconds = time.monotonic() - started
     _say(f"{run.label}: {products} Hessian-vector products for {len(left)} blocks{kept}, {seconds:.0f} s")
     return spectra
@@ -232,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (short, blocks, long) in described.items():
         command = commands.add_parser(name, help=short, description=long, epilog=_EPILOG)
         _add_options(command, blocks)
-        command.set_defaults(run=_spectra)
+        command.set_defaults(run=_spectra, **({} if name == "js0" else {"tolerance": None, "reading": None}))
     models = commands.add_parser("models", help="the networks that --model knows")
     models.add_argument("--json", action="store_true", help="print JSON on stdout instead of a table")
     models.set_defaults(run=_models, out=None)
@@ -255,13 +276,22 @@ def _add_options(command: argparse.ArgumentParser, blocks: str) -> None:
     add("--batch-stats", choices=("batch", "running"), help="BatchNorm normalises by each batch, as in training, or "
         "by its running statistics (default: batch for networks of `hessian-tools models`; paper: running)")
     add("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: cpu, or what your function chose)")
-    add("--dtype", choices=DTYPES, help="of network and products (default: float32, or what your function chose)")
+    add("--dtype", choices=DTYPES, help="of network and products; vectors and sums are float32 at least (default: "
+        "float32, or what your function chose)")
+    add("--precision", choices=PRECISIONS[1:], help="of float32 matrix products and convolutions on CUDA: tf32, or "
+        "ieee, which is true float32 (default: as PyTorch is set, TF32 for convolutions only)")
     add("--seed", type=_whole(0), metavar="N", default=0, help="of initialisation, data and probes (default: 0)")
     add = command.add_argument_group("spectra").add_argument
     add("--blocks", nargs="+", default=[blocks], metavar="PRESET|GLOB", help=f"a preset ({', '.join(PRESETS)}), or "
         f"names and globs of blocks; model is the whole Hessian as one block (default: {blocks}; paper: official)")
-    add("--probes", **count, default=4, help="random vectors a block (default: 4; paper: 10)")
-    add("--steps", **count, default=40, help="Lanczos steps a probe (default: 40; paper: 100)")
+    add("--probes", **count, help="random vectors a block (default: 4, with --tolerance 10; paper: 10)")
+    add("--steps", **count, help="Lanczos steps a probe (default: 40, with --tolerance 100; paper: 100)")
+    if blocks == "weights":
+        add("--tolerance", type=_positive, metavar="FRACTION", help="add probes and steps where they are needed until "
+            "standard error, bias left and change over the last steps sum to this fraction of the mean; a block then "
+            "gets at most --probes times --steps products (default: none, the same for every block)")
+        add("--reading", nargs="+", choices=TOLERANCES, help="what shall meet --tolerance; scale is the spread of "
+            "block scales (default: unnormalised)")
     add("--probe-kind", choices=PROBE_KINDS, default="rademacher", help="distribution of the probes (default: "
         "rademacher, which has the least variance for traces, Hutchinson 1989; paper: gaussian)")
     add("--reorthogonalize", choices=REORTHOGONALIZE, default="full", help="full makes nodes countable, the others "
@@ -284,6 +314,16 @@ def _whole(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parsed
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number, such as 0.05 for 5 %")
+    return value
 
 
 def _device(text: str) -> str:

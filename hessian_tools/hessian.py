@@ -1,183 +1,314 @@
 """HessianOperator: products with the Hessian of a Problem's loss and with its diagonal blocks.
 
-    H v = d/dw <g(w), v>,  g = dL/dw                                  (Pearlmutter 1994, "double backward")
-
-The graph of g is recorded once per (micro-)batch and is then differentiated again for every probe, every Lanczos step
-and every block: 6 F a probe for the whole Hessian, F being the cost of one forward pass. For a diagonal block only
-d g_block / d w_block is asked for, so autograd prunes to what lies downstream of the block: about 1 to 2 F. Probes go
-through as one batch (``is_grads_batched``), or one after the other where a model has no batching rule.
+The engine goes through micro-batches and chunks of rows as the plan says (:mod:`hessian_tools.plan`: what is recorded,
+cut and recomputed within the memory budget); a route does the differentiation on one micro-batch
+(:mod:`hessian_tools.double_backward`). Once products have cost enough to pay for tracing, and where memory allows, a
+linear program takes over (:mod:`hessian_tools.linear_route`), after it has given the same product. Another route is
+another class with ``products``, ``holds``, ``release`` and ``name``.
 
 Letters: P parameters, k probes, n size of a block, B blocks of a cut, r = B k rows.
 """
 
 import math
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
-from hessian_tools.memory import budget_bytes, counting_saved_bytes, format_bytes
+from hessian_tools.double_backward import DoubleBackward, refuse_once_differentiable
+from hessian_tools.gradient_graph import Untraceable
+from hessian_tools.linear_route import Linearised
+from hessian_tools.memory import (
+    OverBudget,
+    budget_bytes,
+    format_bytes,
+    is_out_of_memory,
+    keep_freed_memory,
+    measuring,
+    return_freed_memory,
+)
 from hessian_tools.operators import SymmetricOperator
 from hessian_tools.partition import Block, Cut
+from hessian_tools.plan import MAX_ROWS, MEASURED_ROWS, PRODUCT_SHARE, Footprint, Plan, Wishes, choose, planned
+from hessian_tools.precision import Arithmetic, arithmetic
 from hessian_tools.problem import Problem, batch_length
+from hessian_tools.recompute import LAYERED, NONE, STREAMED, Segments, repeated_layers
 from hessian_tools.verification import Verification, verify
 
-MAX_ROWS = 64  # more probes at once bring no further speed and cost memory
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How products are computed within the memory budget; bytes are counted from what autograd saves."""
-
-    recorded: bool  # graphs of the gradient kept for all products (else rebuilt for each)
-    pieces: tuple[tuple[float, Any], ...]  # (weight in L, micro-batch)
-    rows: int  # probes that go through together
-    graph_bytes: int  # of all graphs (recorded) or of the largest (rebuilt)
-    krylov_bytes: int  # what the budget leaves for Lanczos vectors
-
-    def __str__(self) -> str:
-        kind = "recorded once" if self.recorded else "rebuilt for every product"
-        graphs = f"{len(self.pieces)} gradient graph(s) {kind} ({format_bytes(self.graph_bytes)})"
-        return f"{graphs}, up to {self.rows} probes at once"
+Spread = Callable[[slice], Sequence[Tensor]]
+Collect = Callable[[slice, Sequence[Tensor | None], float], None]
+Todo = list[tuple[float, Any, int]]  # weight in L, micro-batch, rows that are done
+ROUTES = ("auto", "linear program", "double backward")
+# operations of products after which "auto" traces: seconds of work, as tracing takes; counted, so that runs agree
+_WORTH_TRACING = {"cpu": 4e11, "cuda": 1e14}
+_MEASURED: WeakKeyDictionary[Problem, dict[Segments, Footprint]] = WeakKeyDictionary()
 
 
 class _Engine:
-    """Second derivatives of a Problem between chosen parameter tensors; shared by the Hessian and all its blocks."""
+    """Second derivatives of a Problem between chosen parameter tensors; shared by the Hessian and all its blocks.
 
-    def __init__(self, problem: Problem, memory: str | int, record: bool | None, microbatch: int | None) -> None:
-        self.problem = problem
-        self.batched, self.fallback = True, ""
-        self.plan = self._planned(budget_bytes(memory, problem.device), record, microbatch)
-        self.checked = False
-        self._recorded: list[tuple[float, dict[str, Tensor]]] = []
-        self._versions: tuple[int, ...] = ()
+    It follows the plan over micro-batches and chunks of rows, and changes the plan where memory runs out; the route
+    does the differentiation on one micro-batch.
+    """
 
-    def products(self, cotangents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """sum_b H_ab v_b for all parameters a and b in ``cotangents``: {name: (r, *shape)} both ways."""
-        names = list(cotangents)
-        chunks = list(zip(*(cotangents[name].split(self.plan.rows) for name in names), strict=True))
-        total: dict[str, Tensor] = {}
-        for weight, gradients in self._graphs(names):
-            found = [self._differentiated(gradients, names, chunk) for chunk in chunks]
-            for name, pieces in zip(names, zip(*found, strict=True), strict=True):
-                if pieces[0] is None:
-                    continue
-                product = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                # the first is a new tensor: a product may be the very vector that came in
-                total[name] = total[name].add_(product, alpha=weight) if name in total else product * weight
-        return {name: total[name] if name in total else torch.zeros_like(cotangents[name]) for name in names}
+    def __init__(
+        self, problem: Problem, arithmetic: Arithmetic, memory: str | int, wishes: Wishes, wanted: str
+    ) -> None:
+        self.problem, self.arithmetic, self.wanted = problem, arithmetic, wanted
+        self.budget = budget_bytes(memory, problem.device)
+        self.refused: dict[Segments, str] = {}
+        self.double_backward = DoubleBackward(problem)
+        self.route: DoubleBackward | Linearised = self.double_backward
+        self.without_linear: Plan | None = None  # the plan to go back to from a linear program
+        self.not_linear = ""  # why no linear program is used
+        self._operations = 0.0  # of the products so far, by counted cost
+        self._forward_operations = math.nan
+        if wishes.segments and self._footprint(wishes.segments) is None and self.refused[wishes.segments]:
+            raise ValueError(f"segments is {wishes.segments!r}, but layers cannot be: {self.refused[wishes.segments]}")
+        plan = choose(problem, self.budget, self._footprint, wishes)
+        reasons = [f"layers cannot be recomputed: {why}" for kind, why in self.refused.items() if why and kind.layers]
+        self._adopt(replace(plan, notes=tuple(reasons)))
+
+    def products(self, names: Sequence[str], count: int, spread: Spread, collect: Collect) -> None:
+        """sum_b H_ab v_b for all a and b among ``names``, for ``count`` rows v, a part at a time.
+
+        ``spread(part)`` gives the tensors v_b of a part of the rows, ``collect(part, products, weight)`` takes weight
+        times their products. What is collected is kept when memory runs out; the rest is done in another way.
+        """
+        if self.problem.device.type == "cpu":
+            keep_freed_memory()
+        if self._linear_is_due(count, len(names) == len(self.problem.parameters)):
+            self._linearise()
+        todo = [(weight, batch, 0) for weight, batch in self.plan.pieces]
+        while todo and count:
+            weight, batch, first = todo[0]
+            parts = [slice(i, min(i + self.plan.rows, count)) for i in range(first, count, self.plan.rows)]
+            failure = ""
+            try:
+                with self.arithmetic.active(), closing(self.route.products(batch, names, map(spread, parts))) as found:
+                    for part in parts:
+                        collect(part, next(found), weight)
+                        first = part.stop
+                todo.pop(0)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error).split("\n")[0] or type(error).__name__
+            if failure:  # here the exception, and with it what the failed pass held, is gone
+                todo[0] = weight, batch, first
+                todo = self._retreat(todo, count - first, failure)
 
     def release(self) -> None:
         """Frees the recorded graphs; the next product records them again."""
-        self._recorded = []
+        self.route.release()
+        if self.problem.device.type == "cpu":
+            return_freed_memory()
 
     @property
-    def route(self) -> str:
-        batching = "batched over probes" if self.batched else f"probes one by one ({self.fallback})"
-        return f"double backward, {batching}; {self.plan}"
+    def described(self) -> str:
+        why = f" (no linear program: {self.not_linear})" if self.not_linear else ""
+        return f"{self.route.name}{why}; {self.plan}; {self.arithmetic}"
 
-    def _planned(self, budget: int, record: bool | None, microbatch: int | None) -> Plan:
-        problem = self.problem
-        fixed, slope = self._graph_size()
-        sizes = [fixed + slope * (batch_length(batch) or 1) for batch in problem.batches]
-        total, largest = sum(sizes), max(sizes)
-        # a product holds, for each probe, at most one cotangent for every tensor of the graph
-        fits = total + largest <= 0.6 * budget
-        recorded = fits if record is None else record
-        size = microbatch
-        if size is None and not recorded and 2 * largest > 0.5 * budget:
-            size = int((0.25 * budget - fixed) / slope) if slope > 0 else 0
-            if size < 1:
-                one = fixed + slope
-                raise ValueError(
-                    f"memory={format_bytes(budget)} is too little: one example's gradient graph and a probe's pass "
-                    f"over it take {format_bytes(2 * one)}; allow at least {format_bytes(4.1 * one)}"
-                )
-        pieces: list[tuple[float, Any]] = []
-        for index in range(len(problem.batches)):
-            pieces += problem.split(index, size) if size else [(problem.weights[index], problem.batches[index])]
-        lengths = [fixed + slope * (batch_length(batch) or 1) for _, batch in pieces]
-        graphs = sum(lengths) if recorded else max(lengths)
-        rows = int(max(1, min(MAX_ROWS, (0.6 * budget - graphs) // max(lengths))))
-        krylov = int(max(0, budget - graphs - rows * max(lengths)))
-        return Plan(recorded, tuple(pieces), rows, int(graphs), krylov)
+    def _adopt(self, plan: Plan) -> None:
+        if self.route is not self.double_backward:
+            self.route.release()
+        self.plan, self.without_linear, self.route, route = plan, None, self.double_backward, self.double_backward
+        if (plan.recorded, plan.segments) != (route.recorded, route.segments):
+            route.release()
+            route.recorded, route.segments = plan.recorded, plan.segments
 
-    def _graph_size(self) -> tuple[float, float]:
-        """Bytes of a recorded gradient graph as (constant part, part per example), counted on one and two examples."""
-        parameters = list(self.problem.parameters.values())
-        counts = []
-        with self.problem.evaluating(), torch.enable_grad(), counting_saved_bytes(parameters) as saved:
-            for examples, loss in self.problem.small_losses():
-                torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-                counts.append((examples, saved.taken()))
-        (n, low), (m, high) = counts[0], counts[-1]
-        if m == n:
-            return 0.0, max(low, 1) / n
-        slope = max((high - low) / (m - n), 1.0)
-        return max(low - slope * n, 0.0), slope
+    def _linear_is_due(self, rows: int, whole: bool) -> bool:
+        """Whether to change to a linear program now; counts the work of the product that comes."""
+        if self.route is not self.double_backward or self.wanted == "double backward" or self.not_linear:
+            return False
+        if self.wanted == "auto":
+            if not self.plan.recorded or self.plan.segments:
+                return False
+            if math.isnan(self._forward_operations):
+                self._forward_operations = self._counted_forward()
+            self._operations += rows * self._forward_operations * (6 if whole else 1.3)
+            return self._operations > _WORTH_TRACING.get(self.problem.device.type, 4e11)
+        return True
 
-    def _graphs(self, names: Sequence[str]) -> Iterator[tuple[float, dict[str, Tensor]]]:
-        if not self.plan.recorded:
-            for weight, batch in self.plan.pieces:
-                yield weight, self._gradients(batch, names)
-            return
-        versions = tuple(p._version for p in self.problem.parameters.values())
-        if not self._recorded or versions != self._versions:  # a step of an optimizer makes recorded graphs stale
-            self._recorded = []
-            self._recorded = [(w, self._gradients(b, list(self.problem.parameters))) for w, b in self.plan.pieces]
-            self._versions = versions
-        yield from self._recorded
+    def _counted_forward(self) -> float:
+        """Floating-point operations of a forward pass over all data."""
+        examples, batch = self.problem.samples[0]
+        with self.problem.evaluating(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.problem.batch_loss(batch)
+        return counter.get_total_flops() / examples * sum(batch_length(b) or 1 for _, b in self.plan.pieces)
 
-    def _gradients(self, batch: Any, names: Sequence[str]) -> dict[str, Tensor]:
-        parameters = [self.problem.parameters[name] for name in names]
-        with self.problem.evaluating(), torch.enable_grad():
-            loss = self.problem.batch_loss(batch)
-            gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        found = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
-        if not self.checked:  # once: on every product it would make the device wait
-            for name, gradient in found.items():
-                if not torch.isfinite(gradient).all():
-                    raise NumericalError(f"the gradient of {name} is not finite, but the loss is {loss.item():.6g}")
-            # autograd would leave these functions out of the second derivative without a word
-            if once := [c.__name__ for c in _custom_functions([loss]) if _is_once_differentiable(c)]:
-                raise NotTwiceDifferentiable(_undifferentiable(f"the backward of {once[0]} is once_differentiable", []))
-            self.checked = True
-        return {name: g for name, g in found.items() if g.requires_grad}  # others are constant: zero rows
-
-    def _differentiated(
-        self, gradients: dict[str, Tensor], names: list[str], cotangents: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        live = [i for i, name in enumerate(names) if name in gradients]
-        if not live:
-            return [None] * len(names)
-        outputs = [gradients[names[i]] for i in live]
-        vectors = [cotangents[i].to(gradients[names[i]].dtype) for i in live]
-        inputs = [self.problem.parameters[name] for name in names]
-        if self.batched:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="There is a performance drop")  # still correct, and told
-                    return torch.autograd.grad(
-                        outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
-                    )
-            except RuntimeError as error:  # NotImplementedError is one as well
-                if _is_out_of_memory(error):
-                    raise
-                self.batched, self.fallback = False, _first_line(error)
+    def _linearise(self) -> None:
+        """Takes a linear program as the route if there is one, it fits the budget and it gives the same product."""
+        problem, plan, batches = self.problem, self.plan, [batch for _, batch in self.plan.pieces]
         try:
-            rows = [
-                torch.autograd.grad(outputs, inputs, row, retain_graph=True, allow_unused=True)
-                for row in zip(*vectors, strict=True)
-            ]
-        except RuntimeError as error:
-            if _is_out_of_memory(error):
+            linear = Linearised(problem, batches)
+            graphs = linear.graph_bytes
+            row = linear.row_bytes + 2 * problem.num_parameters * problem.dtype.itemsize
+            rows = min(MAX_ROWS, (int(PRODUCT_SHARE * self.budget) - graphs) // row)
+            if rows < 1:
+                needed = format_bytes((graphs + row) / PRODUCT_SHARE)
+                raise Untraceable(f"its constants and a probe's pass need a budget of {needed}")
+            self._compare(linear, batches[0])
+        except Untraceable as reason:
+            if self.wanted == "linear program":
+                raise ValueError(f"route='linear program' cannot be had: {reason}; pass route='auto'") from reason
+            self.not_linear = str(reason)
+            return
+        left = max(0, self.budget - graphs - max(linear.recording_bytes, rows * row))
+        self.without_linear, self.route = plan, linear
+        self.plan = replace(
+            plan, recorded=True, segments=NONE, rows=rows, graph_bytes=graphs, recording_bytes=linear.recording_bytes,
+            pass_bytes=0, row_bytes=row, krylov_bytes=left,
+        )  # fmt: skip
+
+    def _compare(self, linear: Linearised, batch: Any) -> None:
+        """Untraceable where a random product by double backward is another; its graphs are freed before the second."""
+        parameters, generator = self.problem.parameters, torch.Generator().manual_seed(0)
+        vectors = [torch.randn(1, *p.shape, generator=generator).to(p) for p in parameters.values()]
+        found: list[list[Tensor]] = []
+        for route in (self.double_backward, linear):
+            with self.arithmetic.active(), closing(route.products(batch, list(parameters), [vectors])) as products:
+                pairs = zip(next(products), vectors, strict=True)
+                found.append([torch.zeros_like(v) if product is None else product for product, v in pairs])
+            route.release()
+        norms = torch.stack([torch.stack([a.norm(), (a - b).norm()]) for a, b in zip(*found, strict=True)]).double()
+        expected, difference = norms.T
+        allowed = torch.finfo(self.problem.dtype).eps ** 0.5 * (expected + 1e-3 * expected.norm())
+        if bool((difference > allowed).any()):
+            worst = int((difference - allowed).argmax())
+            raise Untraceable(f"its product for {list(parameters)[worst]} is not that of double backward")
+
+    def _retreat(self, todo: Todo, rows: int, failure: str) -> Todo:
+        """Another plan that needs less, and what is left to do under it."""
+        plan, step = self.plan, ""
+        longest = max(batch_length(batch) or 1 for _, batch in plan.pieces)
+        half = min(plan.rows, rows) // 2
+        if half:
+            plan, step = replace(plan, rows=half), f"{half} probes at once"
+        elif self.without_linear is not None:
+            self.not_linear, plan, step = "out of memory", self.without_linear, "double backward"
+        elif plan.recorded and not all(self.route.holds(batch) for _, batch in plan.pieces):
+            plan, step = self._changed(plan, recorded=False), "graphs rebuilt for every product"
+        elif (cut := self._halved(plan, todo, (longest + 1) // 2)) is not None:
+            plan, todo = cut
+            self.route.release()
+            step = f"micro-batches of {(longest + 1) // 2}"
+        elif (segments := self._more_segments(plan.segments)) is not None:
+            plan, step = self._changed(plan, segments=segments), f"recomputing {segments}"
+        else:
+            raise MemoryError(f"out of memory ({failure}) with the most frugal plan: {plan}; pass shorter examples")
+        note = f"out of memory once, from then on {step}"
+        if not any(note.startswith("out of memory") for note in plan.notes):
+            told = f"{failure}: goes on with {step}; `route` tells of further steps"
+            warnings.warn(told, RuntimeWarning, stacklevel=5)
+        if half and self.without_linear is not None:
+            self.plan = replace(plan, notes=(*plan.notes, note))
+        else:
+            self._adopt(replace(plan, notes=(*plan.notes, note)))
+        if self.problem.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return todo
+
+    def _more_segments(self, now: Segments) -> Segments | None:
+        following = () if now.layers else (LAYERED,) if now else (STREAMED, LAYERED)
+        for kind in following:
+            if self._footprint(kind) is not None or not self.refused[kind]:  # perhaps too large, but right
+                return kind
+        return None
+
+    def _changed(self, plan: Plan, **changes: Any) -> Plan:
+        """The plan with other pieces, recording or segments, its bytes counted anew where they can be."""
+        changed = replace(plan, **changes)
+        if (found := self._footprint(changed.segments)) is None:
+            return changed
+        counted = planned(changed.pieces, changed.recorded, changed.segments, found, self.budget)
+        return replace(counted, rows=plan.rows, notes=plan.notes)
+
+    def _halved(self, plan: Plan, todo: Todo, size: int) -> tuple[Plan, Todo] | None:
+        """Plan and work in micro-batches of at most ``size``; None where they cannot be cut (further)."""
+        problem = self.problem
+        try:
+            pieces = {id(batch): problem.split(weight, batch, size) for weight, batch in plan.pieces}
+        except ValueError:
+            return None
+        if all(len(cut) == 1 for cut in pieces.values()):
+            return None
+        left = [(weight, piece, done) for _, batch, done in todo for weight, piece in pieces[id(batch)]]
+        return self._changed(plan, pieces=tuple(piece for cut in pieces.values() for piece in cut)), left
+
+    def _footprint(self, segments: Segments, beyond: bool = False) -> Footprint | None:
+        """Bytes of a kind of segments, measured on the samples; None where it does not fit or cannot be used.
+
+        ``beyond``: whatever the budget, as far as the device has memory.
+        """
+        known, device = _MEASURED.setdefault(self.problem, {}), self.problem.device
+        if segments in known or (segments in self.refused and not beyond):
+            return known.get(segments)
+        try:
+            with measuring(device, budget_bytes("auto", device) if beyond else self.budget) as live:
+                self.refused[segments] = self._unusable(segments)
+                if self.refused[segments]:
+                    return None
+                found = [(n, self._bytes(batch, segments, live)) for n, batch in self.problem.samples]
+        except Exception as error:
+            if not isinstance(error, OverBudget) and not is_out_of_memory(error):
                 raise
-            raise NotTwiceDifferentiable(_undifferentiable(_first_line(error), outputs)) from error
-        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+            self.refused[segments] = ""
+            return None
+        del self.refused[segments]
+        known[segments] = Footprint.measured(found, 2 * self.problem.num_parameters * self.arithmetic.vectors.itemsize)
+        return known[segments]
+
+    def _unusable(self, segments: Segments) -> str:
+        """Why layers cannot be segments; a loss that has no second derivative is refused."""
+        problem, (_, batch) = self.problem, self.problem.samples[0]
+        if segments.layers and not repeated_layers(problem.model):
+            return "no repeated layers"
+        found, parameters = [], list(problem.parameters.values())
+        for kind in (replace(segments, layers=False), segments)[: 1 + segments.layers]:
+            try:
+                with problem.evaluating(kind), torch.enable_grad():
+                    loss = problem.batch_loss(batch)
+                    if not kind.layers:
+                        refuse_once_differentiable(loss)
+                    if segments.layers:
+                        found.append(torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True))
+            except RuntimeError as error:  # an operation in place on what comes in, say
+                if not kind.layers or is_out_of_memory(error):
+                    raise
+                return str(error).split("\n")[0]
+        allowed = torch.finfo(problem.dtype).eps ** 0.5
+        if found and any((a - b).norm() > allowed * a.norm() for a, b in zip(*found, strict=True)):
+            return "they read more than their arguments and parameters"
+        return ""
+
+    def _bytes(self, batch: Any, segments: Segments, live: Any) -> list[int]:
+        """Bytes of the graph, and besides it of recording and of passes of MEASURED_ROWS (as many as fit)."""
+        live.restart()
+        start, parameters = live.now, self.problem.parameters
+        route = DoubleBackward(self.problem, recorded=True, segments=segments)
+        with self.arithmetic.active():
+            for _ in route.products(batch, list(parameters), ()):  # records
+                pass
+            graph, found = live.now - start, [live.peak - live.now]
+            for rows in MEASURED_ROWS:
+                live.restart()
+                vectors = [p.new_zeros(()).expand(rows, *p.shape) for p in parameters.values()]
+                try:
+                    for _ in route.products(batch, list(parameters), [vectors]):
+                        found.append(live.peak - start - graph)
+                except OverBudget:  # what fewer rows have shown has to do
+                    if len(found) == 1:
+                        raise
+                    break
+        return [graph, *found]
 
 
 class HessianOperator(SymmetricOperator):
@@ -189,29 +320,55 @@ class HessianOperator(SymmetricOperator):
             gradient graphs are recorded, how batches are cut, how many probes go together, and how Lanczos must save.
         record: force recording (True) or rebuilding (False) of the graphs; None lets the budget decide.
         microbatch: cut batches to at most so many examples; None lets the budget decide.
+        segments: what is computed again instead of kept, a :class:`hessian_tools.recompute.Segments`; None lets the
+            budget decide.
+        precision: of float32 matrix products and convolutions on CUDA: "tf32", "ieee" (true float32), or "as given", as
+            the process is set (PyTorch's default: TF32 for convolutions). See :mod:`hessian_tools.precision`.
+        route: "double backward"; "linear program", which is faster, but must be traced (seconds) and checked against
+            the former; "auto" changes from the first to the second once products have cost enough, if it can.
 
-    ``route`` says in words how products are computed, ``krylov_bytes`` what the budget leaves for Lanczos vectors.
+    Products are computed in the dtype of the parameters; ``dtype``, that of vectors, products and sums over batches, is
+    float32 where that is bfloat16. ``arithmetic`` says what came of it.
+    ``plan`` says what is recorded, cut and recomputed and the peak it expects, ``route`` in words how products are
+    computed, ``krylov_bytes`` what the budget leaves for Lanczos vectors. When memory runs out all the same, fewer
+    probes go together, then graphs are rebuilt, batches cut, segments recomputed, with one warning.
 
     Raises:
-        ValueError: a budget too small for one example; a batch that must but cannot be cut.
-        NotTwiceDifferentiable: at the first product, naming the operation or custom Function.
-        NumericalError: at the first product, for a gradient that is not finite.
+        ValueError: a budget too small for one example; a batch that must but cannot be cut; a model in float16; a
+            ``precision`` that is unknown or says nothing about the model's dtype.
+        NotTwiceDifferentiable: naming the operation or custom Function.
+        NumericalError: for a gradient that is not finite.
     """
 
     def __init__(
-        self, problem: Problem, *, memory: str | int = "auto", record: bool | None = None, microbatch: int | None = None
-    ) -> None:
+        self, problem: Problem, *, memory: str | int = "auto", record: bool | None = None,
+        microbatch: int | None = None, segments: Segments | None = None, precision: str = "as given",
+        route: str = "auto",
+    ) -> None:  # fmt: skip
         if not isinstance(problem, Problem):
             raise TypeError(f"problem is a {type(problem).__name__}; pass ht.Problem(model, loss_fn, batches)")
-        super().__init__(problem.num_parameters, problem.dtype, problem.device)
+        self.arithmetic = arithmetic(problem.model, precision)
+        super().__init__(problem.num_parameters, self.arithmetic.vectors, problem.device)
         self.problem = problem
-        self._engine = _Engine(problem, memory, record, microbatch)
+        if route not in ROUTES:
+            raise ValueError(f"route is {route!r}; allowed are {', '.join(map(repr, ROUTES))}")
+        self._engine = _Engine(problem, self.arithmetic, memory, Wishes(record, microbatch, segments), route)
 
     def _matmat(self, vectors: Tensor) -> Tensor:
-        sizes = [p.numel() for p in self.problem.parameters.values()]
-        pieces = zip(self.problem.parameters.items(), vectors.split(sizes, dim=1), strict=True)
-        products = self._engine.products({name: piece.reshape(-1, *p.shape) for (name, p), piece in pieces})
-        return torch.cat([p.reshape(vectors.shape[0], -1).to(self.dtype) for p in products.values()], dim=1)
+        out, shapes = torch.zeros_like(vectors), [p.shape for p in self.problem.parameters.values()]
+        sizes = [shape.numel() for shape in shapes]
+
+        def spread(part: slice) -> list[Tensor]:
+            pieces = zip(vectors[part].split(sizes, dim=1), shapes, strict=True)
+            return [piece.reshape(-1, *shape) for piece, shape in pieces]
+
+        def collect(part: slice, products: Sequence[Tensor | None], weight: float) -> None:
+            for place, product in zip(out[part].split(sizes, dim=1), products, strict=True):
+                if product is not None:
+                    place.add_(product.reshape(place.shape), alpha=weight)  # in the dtype of the vectors
+
+        self._engine.products(list(self.problem.parameters), len(vectors), spread, collect)
+        return out
 
     def block(self, block: Block) -> "StackedBlocks":
         """The diagonal block H_bb of one Block, an (n, n) operator."""
@@ -234,11 +391,27 @@ class HessianOperator(SymmetricOperator):
 
     @property
     def route(self) -> str:
-        return self._engine.route
+        return self._engine.described
+
+    @property
+    def plan(self) -> Plan:
+        """How products are computed within the memory budget; another one after memory has run out."""
+        return self._engine.plan
+
+    def announcement(self, products: int, blocks: int) -> str:
+        """The plan in lines to print before ``products`` products of ``blocks`` blocks; times a forward pass."""
+        problem, (_, batch) = self.problem, self.plan.pieces[0]
+        with problem.evaluating(), torch.no_grad():
+            float(problem.batch_loss(batch))  # the first pass pays for warming up
+            started = time.perf_counter()
+            float(problem.batch_loss(batch))
+            seconds = time.perf_counter() - started
+        share = (batch_length(batch) or 1) / sum(batch_length(piece) or 1 for _, piece in self.plan.pieces)
+        return self.plan.announcement(products, blocks, seconds / share)
 
     @property
     def krylov_bytes(self) -> int:
-        return self._engine.plan.krylov_bytes
+        return self.plan.krylov_bytes
 
 
 class StackedBlocks(SymmetricOperator):
@@ -256,70 +429,30 @@ class StackedBlocks(SymmetricOperator):
     def _matmat(self, vectors: Tensor) -> Tensor:
         if vectors.shape[0] % self.num_blocks:
             raise ValueError(f"vectors has {vectors.shape[0]} rows; {self.num_blocks} blocks need a multiple of that")
-        pieces = vectors.split([part.block_size for part in self.cut.parts], dim=1)
-        if self.num_blocks == 1:
-            products = self._products([piece[:, None] for piece in pieces])
-            return torch.cat([p[:, 0] for p in products], dim=1)
+        names = list(self.cut.parameters)
+        sizes, out = [part.block_size for part in self.cut.parts], torch.zeros_like(vectors)
         # a row is its block's vector in that block's place of the tensor, and zero elsewhere
-        row = torch.arange(vectors.shape[0], device=self.device)
-        owner = row // (vectors.shape[0] // self.num_blocks)
-        out = torch.empty_like(vectors)
-        rows = self._engine.plan.rows  # the spread-out rows are as large as the tensor: only so many at a time
-        for first in range(0, len(row), rows):
-            part = slice(first, first + rows)
-            local = torch.arange(len(row[part]), device=self.device)
-            spread = []
-            for piece in pieces:
-                wide = vectors.new_zeros(len(local), self.num_blocks, piece.shape[1])
-                wide[local, owner[part]] = piece[part]
-                spread.append(wide)
-            out[part] = torch.cat([p[local, owner[part]] for p in self._products(spread)], dim=1)
+        owner = torch.arange(len(vectors), device=self.device) // max(1, len(vectors) // self.num_blocks)
+
+        def spread(rows: slice) -> list[Tensor]:
+            wide: dict[str, Tensor] = {}
+            for part, piece in zip(self.cut.parts, vectors[rows].split(sizes, dim=1), strict=True):
+                if self.num_blocks == 1 and not part.axes and piece.shape[1] == math.prod(part.shape):
+                    wide[part.parameter] = piece.reshape(-1, *part.shape)
+                    continue
+                placed = piece.new_zeros(len(piece), self.num_blocks, piece.shape[1])
+                placed[torch.arange(len(piece), device=self.device), owner[rows]] = piece
+                if part.parameter not in wide:
+                    wide[part.parameter] = piece.new_zeros(len(piece), *part.shape)
+                part.place(placed, wide[part.parameter])
+            return [wide[name] for name in names]
+
+        def collect(rows: slice, products: Sequence[Tensor | None], weight: float) -> None:
+            for part, place in zip(self.cut.parts, out[rows].split(sizes, dim=1), strict=True):
+                product = products[names.index(part.parameter)]
+                if product is not None:
+                    local = torch.arange(len(place), device=self.device)
+                    place.add_(part.rows(product)[local, owner[rows]], alpha=weight)  # in the dtype of the vectors
+
+        self._engine.products(names, len(vectors), spread, collect)
         return out
-
-    def _products(self, spread: list[Tensor]) -> list[Tensor]:
-        """Per part of the cut, (r, B, n_part) -> (r, B, n_part)."""
-        cotangents: dict[str, Tensor] = {}
-        for part, rows in zip(self.cut.parts, spread, strict=True):
-            if rows.shape[1:].numel() == math.prod(part.shape) and not part.axes:
-                cotangents[part.parameter] = rows.reshape(-1, *part.shape)
-                continue
-            if part.parameter not in cotangents:
-                cotangents[part.parameter] = rows.new_zeros(rows.shape[0], *part.shape)
-            part.place(rows, cotangents[part.parameter])
-        products = self._engine.products(cotangents)
-        return [part.rows(products[part.parameter]).to(self.dtype) for part in self.cut.parts]
-
-
-def _custom_functions(outputs: Sequence[Tensor]) -> list[type]:
-    """The Python autograd Functions in the graph behind ``outputs``, by name."""
-    seen: set[Any] = set()
-    stack = [t.grad_fn for t in outputs]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [following for following, _ in node.next_functions]
-    kinds = {type(node) for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction)}
-    return sorted((kind._forward_cls for kind in kinds), key=lambda c: c.__name__)  # type: ignore[attr-defined]
-
-
-def _is_once_differentiable(function: type) -> bool:
-    code = getattr(function.backward, "__code__", None)  # type: ignore[attr-defined]
-    return code is not None and code.co_filename == torch.autograd.function.__file__  # the decorator's wrapper
-
-
-def _undifferentiable(reason: str, outputs: Sequence[Tensor]) -> str:
-    names = ", ".join(c.__name__ for c in _custom_functions(outputs))
-    culprits = f"; it uses the custom autograd Function(s) {names}" if names else ""
-    return (
-        f"the model cannot be differentiated twice: {reason}{culprits}; replace that operation by one whose backward "
-        "is itself made of differentiable operations"
-    )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].split(". ")[0][:200]

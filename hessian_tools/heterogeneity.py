@@ -14,10 +14,9 @@ not its square root: the literature calls it a distance, this package takes the 
 - "wasserstein": the 1-Wasserstein distance on that axis, in decades, exactly from nodes and weights, without a kernel.
 The last two and the scale spread do not change when the loss is multiplied by a constant.
 
-Standard errors: jackknife over probes. Probe i is left out of all blocks at once (exact blocks stay), everything, grids
-and axis included, is computed again, and SE^2 = (k - 1) / k sum_i (theta_i - mean)^2. 0 if all blocks are exact, nan
-with one probe. Few probes also make spectra look more different than they are, by O(1/k): the same replicates estimate
-that bias (Quenouille 1956), told beside the error and not subtracted. What too few Lanczos steps do is in neither.
+Standard errors and bias: jackknife over probes, a block at a time, see :mod:`hessian_tools.comparison`. Few probes
+make spectra look more different than they are, by O(1/k): that bias is told beside the error and not subtracted. What
+too few Lanczos steps do is in neither (:mod:`hessian_tools.adaptive` estimates it).
 
 Shapes: B blocks, G grid points, k probes.
 """
@@ -26,9 +25,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.spatial.distance import pdist, squareform
 
-from hessian_tools.density import LINEAR_FRACTION, LOG_WIDTH, Axis, SpectralGrid, kernel_sum, spanning_grid, symlog_axis
+from hessian_tools.comparison import READINGS, Comparison, Matrices, jackknife, literature_grid, wasserstein_distances
+from hessian_tools.density import LINEAR_FRACTION, LOG_WIDTH, symlog_axis
 from hessian_tools.quadrature import Quadrature
 from hessian_tools.verdict import SCALE_FREE_CASES, Contrast, Verdict, decide
 
@@ -38,11 +37,6 @@ _UNITS_AND_WORDS = {
     "log": ("nats", "JS divergence of densities over a symmetric-log eigenvalue axis, at most ln 2"),
     "wasserstein": ("decades", "1-Wasserstein distance of the spectra over a symmetric-log eigenvalue axis"),
 }
-READINGS = tuple(_UNITS_AND_WORDS)
-_DEPTH = 60.0  # terms below exp(-60) of a density's largest are left out: below 1e-20 of any JS
-_NEGLIGIBLE = 1e-25  # a probability that cannot change a JS in float64
-_SLAB = 1 << 20  # numbers in one temporary
-_Matrices = dict[str, np.ndarray]  # by reading, each (B, B)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +64,7 @@ class ScaleSpread:
     log10_rms: np.ndarray  # (B,)
     unit: str = "decades"
     description: str = "standard deviation over blocks of log10 of the root mean square eigenvalue"
+    bias: float = float("nan")  # of ``value`` from finitely many probes, the jackknife's estimate; not subtracted
 
     @property
     def mean(self) -> float:
@@ -86,7 +81,7 @@ class JSHeterogeneity:
     scale_spread: ScaleSpread
     verdict: Verdict
     num_matvecs: int
-    num_probes: int  # k of the jackknife; 0 when all blocks are exact
+    num_probes: int  # k of the jackknife, the fewest of any block; 0 when all blocks are exact
     spacing: float  # dx of the literature's grid, in eigenvalue units
     linthresh: float  # of the symlog axis, in eigenvalue units
     settings: dict[str, float]  # num_points, variance, margin, log_width, linear_fraction
@@ -113,32 +108,30 @@ def js_heterogeneity(
     """Heterogeneity of two or more blocks; definitions in the module's docstring.
 
     Args:
-        spectra: BlockSpectra, or any mapping of names to Quadratures of equally many probes (exact ones aside).
+        spectra: BlockSpectra, or any mapping of names to Quadratures; blocks may differ in probes and steps.
         readings: which of "bounded", "unnormalised", "log", "wasserstein". Without "unnormalised" there is no ``js0``
             (KeyError) and the verdict is "undecided".
         num_points, variance, margin: of the literature's grid and kernel, in eigenvalue units.
         log_width: kernel of the "log" reading, in decades.
         linear_fraction: see :func:`hessian_tools.density.symlog_axis`.
     Raises:
-        ValueError: for fewer than two blocks, an unknown reading, unequal numbers of probes, or a setting out of range.
+        ValueError: for fewer than two blocks, an unknown reading, or a setting out of range.
     """
     settings = {"num_points": num_points, "variance": variance, "margin": margin, "log_width": log_width}
     settings["linear_fraction"] = linear_fraction
     _check(spectra, readings, settings)
     names, blocks = tuple(spectra), list(spectra.values())
-    num_probes = max((block.num_probes for block in blocks if block.status != "exact"), default=0)
-    matrices, log10_rms = _matrices(blocks, readings, settings), _log10_rms(blocks)
-    means, replicates = _means(matrices, log10_rms), []
-    for index in range(num_probes if num_probes > 1 else 0):
-        rest = [block.without_probe(index) for block in blocks]
-        replicates.append(_means(_matrices(rest, readings, settings), _log10_rms(rest)))
-    jackknife = {name: _jackknife(mean, [r[name] for r in replicates], num_probes) for name, mean in means.items()}
+    num_probes = min((block.num_probes for block in blocks if block.status != "exact"), default=0)
+    comparison = Comparison(blocks, readings, settings)
+    matrices, means, log10_rms = comparison.matrices, comparison.means, comparison.log10_rms
+    parts = jackknife(comparison)
+    errors = {name: float(np.sqrt(variances.sum())) for name, (variances, _) in parts.items()}
+    biases = {name: float(shares.sum()) for name, (_, shares) in parts.items()}
     found = {}
     for name, matrix in matrices.items():
-        error, bias = jackknife[name]
-        found[name] = Reading(means[name], error, matrix, *_UNITS_AND_WORDS[name], bias)
-    spread = ScaleSpread(means["scale"], jackknife["scale"][0], log10_rms)
-    error, bias = jackknife.get("unnormalised", (np.nan, np.nan))
+        found[name] = Reading(means[name], errors[name], matrix, *_UNITS_AND_WORDS[name], biases[name])
+    spread = ScaleSpread(means["scale"], errors["scale"], log10_rms, bias=biases["scale"])
+    error, bias = errors.get("unnormalised", np.nan), biases.get("unnormalised", np.nan)
     pair = _contrast(names, blocks, matrices, log10_rms, linear_fraction)
     scale_free = {name: means[name] for name in matrices if name in SCALE_FREE_CASES}
     verdict = decide(means.get("unnormalised", np.nan), error, pair, scale_free, bias=bias)
@@ -149,124 +142,18 @@ def js_heterogeneity(
     return JSHeterogeneity(names, found, spread, verdict, num_matvecs, num_probes, spacing, linthresh, settings, notes)
 
 
-def literature_grid(blocks: Sequence[Quadrature], num_points: int = 50_000, margin: float = 1.0) -> SpectralGrid:
-    """The literature's grid, one for all ``blocks`` (see the module's docstring)."""
-    low = min(float(block.nodes.min(axis=1).mean()) for block in blocks) - margin
-    high = max(float(block.nodes.max(axis=1).mean()) for block in blocks) + margin
-    return SpectralGrid(Axis("linear"), low, high, num_points)
-
-
-def probabilities(grid: SpectralGrid, blocks: Sequence[Quadrature], width: float) -> np.ndarray:
-    """Smoothed spectra as probabilities of grid points, (B, G), rows sum to 1.
-
-    Computed in log space: where dx is much larger than the kernel no grid point may lie within reach of any node, and
-    plain arithmetic would find 0 / 0. The formula's exact value puts the mass on the grid points nearest to a node,
-    and so does this.
-    """
-    rows = np.empty((len(blocks), grid.num_points))
-    for row, block in enumerate(blocks):
-        nodes, weights = block.pooled
-        values, _ = kernel_sum(grid, grid.axis.position(nodes), weights, width, _DEPTH)
-        rows[row] = values / values.sum()
-    return rows
-
-
-def js_divergences(rows: np.ndarray) -> np.ndarray:
-    """JS divergence in nats of all pairs of the (B, G) probability ``rows``, (B, B).
-
-    Only points where the first of a pair has mass are visited; elsewhere the second contributes q ln(2) / 2.
-    """
-    num_blocks = len(rows)
-    held = rows > _NEGLIGIBLE
-    outside = rows @ (~held).T.astype(rows.dtype)  # (B, B): mass of the row's block where the column's has none
-    order = np.argsort(held.sum(axis=1), kind="stable")
-    matrix = np.zeros((num_blocks, num_blocks))
-    for rank, i in enumerate(order[:-1]):
-        support = np.flatnonzero(held[i])
-        p = rows[i, support]
-        p_entropy = p * np.log(p)
-        for others in np.array_split(order[rank + 1 :], max(1, -(-len(order) * len(support) // _SLAB))):
-            q = rows[np.ix_(others, support)]
-            total = p + q
-            terms = p_entropy + q * np.log(np.where(q > 0, q, 1.0)) - total * np.log(total / 2)
-            matrix[i, others] = terms.sum(axis=1) / 2 + np.log(2) / 2 * outside[others, i]
-    return matrix + matrix.T
-
-
-def wasserstein_distances(blocks: Sequence[Quadrature], axis: Axis) -> np.ndarray:
-    """1-Wasserstein distances of all pairs, (B, B), in the axis' unit: exact integrals of |F_p - F_q|."""
-    pooled = [block.pooled for block in blocks]
-    positions = axis.position(np.concatenate([nodes for nodes, _ in pooled]))
-    weights = np.concatenate([w for _, w in pooled])
-    owners = np.repeat(np.arange(len(blocks)), [len(w) for _, w in pooled])
-    order = np.argsort(positions, kind="stable")
-    gaps = np.diff(positions[order])
-    owners, weights = owners[order][:-1], weights[order][:-1]
-    distances, reached = np.zeros(len(blocks) * (len(blocks) - 1) // 2), np.zeros((len(blocks), 1))
-    columns = max(1, 8 * _SLAB // len(blocks))
-    for part in np.split(np.arange(len(gaps)), range(columns, len(gaps), columns)):
-        jumps = np.zeros((len(blocks), len(part)))
-        jumps[owners[part], np.arange(len(part))] = weights[part]
-        cumulative = reached + np.cumsum(jumps, axis=1)
-        reached = cumulative[:, -1:]
-        distances += pdist(cumulative * gaps[part], "cityblock")
-    return squareform(distances)
-
-
 def _check(spectra: Mapping[str, Quadrature], readings: Sequence[str], settings: Mapping[str, float]) -> None:
     if len(spectra) < 2:
         raise ValueError(f"spectra holds {len(spectra)} block(s); heterogeneity compares at least two")
     if not readings or not set(readings) <= set(READINGS):
         raise ValueError(f"readings is {tuple(readings)!r}; choose at least one of {', '.join(map(repr, READINGS))}")
-    counts = sorted({block.num_probes for block in spectra.values() if block.status != "exact"})
-    if len(counts) > 1:
-        raise ValueError(f"spectra have {counts} probes; the jackknife needs one number, from one blockwise_slq")
     for name, value in settings.items():
         if not value > 0 or not np.isfinite(value):
             raise ValueError(f"{name} is {value}; a positive finite number is needed")
 
 
-def _matrices(blocks: Sequence[Quadrature], readings: Sequence[str], settings: Mapping[str, float]) -> _Matrices:
-    """In the order of ``readings``."""
-    found: _Matrices = {}
-    if "bounded" in readings or "unnormalised" in readings:
-        grid = literature_grid(blocks, int(settings["num_points"]), settings["margin"])
-        found["bounded"] = js_divergences(probabilities(grid, blocks, float(np.sqrt(settings["variance"]))))
-        found["unnormalised"] = found["bounded"] / grid.spacing
-    axis = symlog_axis(blocks, settings["linear_fraction"])
-    if "log" in readings:
-        width = settings["log_width"]
-        span = spanning_grid(blocks, axis, 2, 8 * width)  # 8 widths: 1e-15 of the mass is lost at most
-        num_points = 2 + int((span.high - span.low) / (width / 16))  # 16 a width: the sum is the integral to rounding
-        grid = SpectralGrid(axis, span.low, span.high, num_points)
-        found["log"] = js_divergences(probabilities(grid, blocks, width))
-    if "wasserstein" in readings:
-        found["wasserstein"] = wasserstein_distances(blocks, axis)
-    return {name: found[name] for name in readings}
-
-
-def _log10_rms(blocks: Sequence[Quadrature]) -> np.ndarray:
-    rms = np.array([block.rms.value for block in blocks])
-    return np.log10(rms, out=np.full(len(rms), -np.inf), where=rms > 0)
-
-
-def _means(matrices: _Matrices, log10_rms: np.ndarray) -> dict[str, float]:
-    """The mean of each reading over pairs, and "scale", the spread of scales."""
-    means = {name: float(matrix[np.triu_indices(len(matrix), 1)].mean()) for name, matrix in matrices.items()}
-    scales = log10_rms[np.isfinite(log10_rms)]
-    return means | {"scale": float(scales.std()) if len(scales) > 1 else float("nan")}
-
-
-def _jackknife(mean: float, replicates: Sequence[float], num_probes: int) -> tuple[float, float]:
-    """Standard error, and Quenouille's estimate of the O(1 / k) bias of ``mean``: 0 when exact, nan with one probe."""
-    if num_probes < 2:
-        return (float("nan"), float("nan")) if num_probes else (0.0, 0.0)
-    error, bias = np.sqrt((num_probes - 1) * np.var(replicates)), (num_probes - 1) * (np.mean(replicates) - mean)
-    return float(error), float(bias)
-
-
 def _contrast(
-    names: Sequence[str], blocks: Sequence[Quadrature], matrices: _Matrices, log10_rms: np.ndarray, fraction: float
+    names: Sequence[str], blocks: Sequence[Quadrature], matrices: Matrices, log10_rms: np.ndarray, fraction: float
 ) -> Contrast:
     """The most distant pair by the most telling reading there is ("wasserstein" does not saturate, JS does)."""
     matrix = next(matrices[name] for name in ("wasserstein", "log", "unnormalised", "bounded") if name in matrices)

@@ -15,10 +15,13 @@ In floating point orthogonality is lost as soon as a Ritz value converges (Paige
 - "none": the three-term recurrence alone, the cheapest and the literature's choice; as "local", the copies appear a
   little earlier.
 
+A run can go on: with ``keep_state`` the result carries what the next step needs (:class:`LanczosState`: the two last
+vectors, and for "full" the basis), and :func:`resume` makes further steps from there without repeating any.
+
 Shapes: k start vectors (rows), m steps, n size of the operator.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,31 @@ from torch import Tensor
 REORTHOGONALIZE = ("full", "local", "none")
 _COLUMNS = 1 << 22  # columns that _dots takes at a time, so that no copy of the whole batch is made
 _ROUNDING = 8.0  # breakdown below this times (1 + log2 n) roundings of the operator's scale
+
+
+@dataclass(frozen=True, eq=False)
+class LanczosState:
+    """Where a run stands after m steps: all that further steps need, in the operator's dtype and on its device."""
+
+    previous: Tensor  # (k, n) Lanczos vector m; zero before the first step
+    current: Tensor  # (k, n) Lanczos vector m + 1; zero in a row that has ended
+    basis: tuple[Tensor, ...]  # pieces (k, m_i, n), together the m vectors so far; empty when not kept
+    alphas: Tensor  # (k, m) float64
+    betas: Tensor  # (k, m) float64
+    norms: Tensor  # (k,) float64, of the start vectors
+    beta: Tensor  # (k,) float64, the last one; 1 in a row that has ended
+    scale: Tensor  # (k,) float64, the largest |alpha| + beta so far
+    steps: Tensor  # (k,) float64, valid steps
+    nonfinite: Tensor  # (k,) float64, first step (from 1) with NaN or inf, 0 for none
+    alive: Tensor  # (k,) bool
+    broken: Tensor  # (k,) bool
+    reorthogonalize: str
+    keeps_basis: bool  # the caller asked for the basis
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of vectors held."""
+        return sum(t.nbytes for t in (self.previous, self.current, *self.basis))
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +74,13 @@ class LanczosResult:
     first_nonfinite: np.ndarray | None  # (k,) int, first step (from 1) with NaN or inf, 0 for none; None without any
     num_matvecs: int  # products spent, those of finished rows included
     basis: Tensor | None  # (k, m, n) Lanczos vectors, in the operator's dtype and on its device, when asked for
+    state: LanczosState | None = None  # for :func:`resume`, when asked for
 
 
 def lanczos(
-    operator: Any, start: Tensor, num_steps: int, *, reorthogonalize: str = "full", keep_basis: bool = False
-) -> LanczosResult:
+    operator: Any, start: Tensor, num_steps: int, *, reorthogonalize: str = "full", keep_basis: bool = False,
+    keep_state: bool = False,
+) -> LanczosResult:  # fmt: skip
     """Run m = min(num_steps, n) Lanczos steps on every row of ``start``, (k, n), at once.
 
     ``operator`` needs only ``matmat`` on (k, n), ``dtype`` and ``device``. Vectors are kept in its dtype, scalars
@@ -71,17 +101,31 @@ def lanczos(
     if start.ndim != 2:
         raise ValueError(f"start has shape {tuple(start.shape)}; rows of start vectors, (k, n), are needed")
     start = start.to(device=operator.device, dtype=operator.dtype)
-    scalars, basis = _iterate(operator, start, min(num_steps, start.shape[1]), reorthogonalize, keep_basis)
-    table = scalars.cpu().numpy()  # the one transfer from the device
-    norms, steps, nonfinite, broken = table[:, :4].T
-    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    state = _iterate(operator, _started(start, reorthogonalize, keep_basis), min(num_steps, start.shape[1]))
+    result = _result(state, keep_state)
+    bad = np.flatnonzero(~(np.isfinite(result.start_norms) & (result.start_norms > 0)))
     if bad.size:
-        raise ValueError(f"start row {bad[0]} has norm {norms[bad[0]]}; start vectors must be finite and not zero")
-    alphas, betas = np.split(table[:, 4:], 2, axis=1)
-    status = tuple(np.select([nonfinite > 0, broken > 0], ["nonfinite", "breakdown"], "complete").tolist())
-    first = nonfinite.astype(int) if nonfinite.any() else None
-    kept = basis if keep_basis else None
-    return LanczosResult(alphas, betas, norms, steps.astype(int), status, first, alphas.size, kept)
+        norm = result.start_norms[bad[0]]
+        raise ValueError(f"start row {bad[0]} has norm {norm}; start vectors must be finite and not zero")
+    return result
+
+
+def resume(operator: Any, state: LanczosState, num_steps: int, *, keep_state: bool = False) -> LanczosResult:
+    """Goes on from ``state`` to min(num_steps, n) steps in all; the same numbers as one long run, up to rounding.
+
+    ``operator`` must be the one that the run began with. ``num_matvecs`` counts from the beginning.
+
+    Raises:
+        ValueError: for a ``num_steps`` below those already made, or an operator of another dtype or device.
+    """
+    done = state.alphas.shape[1]
+    total = min(num_steps, state.current.shape[1])
+    if total < done:
+        raise ValueError(f"num_steps is {num_steps}, but {done} steps are made; name a total of at least that many")
+    if (operator.dtype, operator.device) != (state.current.dtype, state.current.device):
+        has, holds = f"{operator.dtype} on {operator.device}", f"{state.current.dtype} on {state.current.device}"
+        raise ValueError(f"operator is {has}, but the run's vectors are {holds}; pass the operator it began with")
+    return _result(_iterate(operator, state, total), keep_state)
 
 
 def ritz(alphas: np.ndarray, betas: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -106,26 +150,51 @@ def ritz(alphas: np.ndarray, betas: np.ndarray, steps: np.ndarray) -> tuple[np.n
     return nodes, weights, residuals
 
 
-def _iterate(operator: Any, start: Tensor, m: int, reorthogonalize: str, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """The loop; nothing in it may look at a value. Scalars (k, 4 + 2 m) and basis (k, m, n), on the device."""
-    k, n = start.shape
-    tolerance = _ROUNDING * (1 + float(np.log2(n))) * torch.finfo(start.dtype).eps
-    full = reorthogonalize == "full"
-    basis = torch.empty(k, m, n, dtype=start.dtype, device=start.device) if full or keep else None
-    alphas, betas = torch.zeros(2, k, m, dtype=torch.float64, device=start.device)
+def _started(start: Tensor, reorthogonalize: str, keep_basis: bool) -> LanczosState:
+    """No step made yet."""
     norms = _dots(start, start).sqrt()
-    scale = beta = steps = nonfinite = torch.zeros_like(norms)
+    zeros, table = torch.zeros_like(norms), norms.new_zeros(len(norms), 0)
     alive, broken = torch.ones_like(norms, dtype=torch.bool), torch.zeros_like(norms, dtype=torch.bool)
-    current, previous = start / norms.to(start.dtype)[:, None], torch.zeros_like(start)
-    for j in range(m):
-        if basis is not None:
-            basis[:, j] = current
+    current = start / norms.to(start.dtype)[:, None]
+    scalars = (table, table, norms, zeros, zeros, zeros, zeros, alive, broken)
+    return LanczosState(torch.zeros_like(start), current, (), *scalars, reorthogonalize, keep_basis)
+
+
+def _result(state: LanczosState, keep_state: bool) -> LanczosResult:
+    """What a run leaves, on the host."""
+    ends = (state.norms, state.steps, state.nonfinite, state.broken.double())
+    table = torch.column_stack([*ends, state.alphas, state.betas]).cpu().numpy()  # the one transfer from the device
+    norms, steps, nonfinite, broken = table[:, :4].T
+    alphas, betas = np.split(table[:, 4:], 2, axis=1)
+    status = tuple(np.select([nonfinite > 0, broken > 0], ["nonfinite", "breakdown"], "complete").tolist())
+    first, kept = nonfinite.astype(int) if nonfinite.any() else None, None
+    if state.keeps_basis:
+        kept = state.basis[0] if len(state.basis) == 1 else torch.cat(state.basis, dim=1)
+    going_on = state if keep_state else None
+    return LanczosResult(alphas, betas, norms, steps.astype(int), status, first, alphas.size, kept, going_on)
+
+
+def _iterate(operator: Any, state: LanczosState, m: int) -> LanczosState:
+    """The loop, up to step m; nothing in it may look at a value."""
+    k, n = state.current.shape
+    done, full = state.alphas.shape[1], state.reorthogonalize == "full"
+    tolerance = _ROUNDING * (1 + float(np.log2(n))) * torch.finfo(state.current.dtype).eps
+    basis = state.basis
+    if (full or state.keeps_basis) and m > done:
+        basis = (*basis, state.current.new_empty(k, m - done, n))
+    alphas, betas = (torch.cat([old, old.new_zeros(k, m - done)], dim=1) for old in (state.alphas, state.betas))
+    previous, current, beta, scale = state.previous, state.current, state.beta, state.scale
+    steps, nonfinite, alive, broken = state.steps, state.nonfinite, state.alive, state.broken
+    for j in range(done, m):
+        if basis:
+            basis[-1][:, j - done] = current
         residual = _minus(operator.matmat(current).detach(), beta, previous)
         alpha = _dots(residual, current)
         residual = _minus(residual, alpha, current)
-        if full and basis is not None:
-            residual = _project_out(_project_out(residual, basis[:, : j + 1]), basis[:, : j + 1])
-        elif reorthogonalize == "local":
+        if full:
+            for piece in (*basis[:-1], basis[-1][:, : j - done + 1]) * 2:
+                residual = _project_out(residual, piece)
+        elif state.reorthogonalize == "local":
             residual = _minus(residual, _dots(residual, previous), previous)
             residual = _minus(residual, _dots(residual, current), current)
         beta = _dots(residual, residual).sqrt()
@@ -140,7 +209,10 @@ def _iterate(operator: Any, start: Tensor, m: int, reorthogonalize: str, keep: b
         beta = torch.where(alive, beta, 1.0)
         # a finished row goes on as the zero vector: its products cost but cannot spoil anything
         previous, current = current, torch.where(alive[:, None], residual / beta.to(residual.dtype)[:, None], 0.0)
-    return torch.column_stack([norms, steps, nonfinite, broken.double(), alphas, betas]), basis
+    return replace(
+        state, previous=previous, current=current, basis=basis, alphas=alphas, betas=betas, beta=beta, scale=scale,
+        steps=steps, nonfinite=nonfinite, alive=alive, broken=broken,
+    )  # fmt: skip
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:

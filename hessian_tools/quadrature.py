@@ -29,13 +29,13 @@ from tqdm import tqdm
 
 from hessian_tools.errors import NumericalError
 from hessian_tools.hessian import HessianOperator
-from hessian_tools.lanczos import REORTHOGONALIZE, lanczos, ritz
+from hessian_tools.lanczos import REORTHOGONALIZE, LanczosResult, lanczos, ritz
 from hessian_tools.probes import PROBE_KINDS, draw_probes
 
 ASYMMETRY_NOTED = 1e-3  # a dense block whose |A - A'|_F / |A|_F is above is noted: rounding noise or not a Hessian
 _EXACT_BYTES = 1 << 28  # dense blocks held at a time
 _EXACT_ROWS = 64  # unit vectors in one product, over all blocks
-_WORK_VECTORS = 5  # vectors of a row besides its basis: start, current, previous, product, residual
+WORK_VECTORS = 5  # vectors of a row besides its basis: start, current, previous, product, residual
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,29 @@ class Quadrature:
             return self
         kept = np.arange(self.num_probes) != index
         return replace(self, **{name: getattr(self, name)[kept] for name in ("nodes", "weights", "residuals", "steps")})
+
+    def with_probes(self, other: "Quadrature") -> "Quadrature":
+        """These probes followed by those of ``other``, of the same operator and with the same number of steps."""
+        parts = ("nodes", "weights", "residuals", "steps")
+        joined: Any = {part: np.concatenate([getattr(self, part), getattr(other, part)]) for part in parts}
+        status = "breakdown" if "breakdown" in (self.status, other.status) else "complete"
+        return replace(self, **joined, num_matvecs=self.num_matvecs + other.num_matvecs, status=status)
+
+    def with_steps(self, num_steps: int) -> "Quadrature":
+        """The quadrature that ``num_steps`` <= m steps would have left; itself when exact. No product is spent.
+
+        Its T is the leading part of this one's, found again as the Jacobi matrix of nodes and weights: Lanczos on
+        diag(nodes) from sqrt(weights) (Gragg & Harrod 1984).
+        """
+        if self.status == "exact" or num_steps >= self.nodes.shape[1]:
+            return self
+        nodes = torch.from_numpy(self.nodes)
+        measure = SimpleNamespace(matmat=lambda v: v * nodes, dtype=nodes.dtype, device=nodes.device)
+        run = lanczos(measure, torch.from_numpy(self.weights).sqrt(), num_steps)
+        steps = np.minimum(run.steps, self.steps)
+        spectrum: Any = dict(zip(("nodes", "weights", "residuals"), ritz(run.alphas, run.betas, steps), strict=True))
+        ended = "breakdown" if (steps < num_steps).any() else "complete"
+        return replace(self, **spectrum, steps=steps, num_matvecs=self.num_probes * num_steps, status=ended)
 
     def per_probe(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """u' f(A) u for every probe, (k,); ``function`` maps an array of eigenvalues elementwise."""
@@ -182,7 +205,7 @@ class BlockSpectra(Mapping[str, Quadrature]):
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """Arguments of SLQ, validated once."""
 
     num_probes: int
@@ -229,7 +252,7 @@ def slq(
         ValueError: for an argument out of range.
         NumericalError: for a product with NaN or inf, naming the Lanczos step (or column) where it appeared first.
     """
-    settings = _Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
+    settings = Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
     return dict(_solve(operator, (name,), operator.size, settings))[name]
 
 
@@ -257,25 +280,31 @@ def blockwise_slq(
         TypeError: for a ``partition`` that holds no Blocks.
         NumericalError: for a product with NaN or inf, naming the block and the Lanczos step where it appeared first.
     """
-    settings = _Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
+    settings = Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
     hessian = problem_or_hessian if hasattr(problem_or_hessian, "stacked") else HessianOperator(problem_or_hessian)
-    names, cuts = _names_and_cuts(partition)
+    names, cuts = names_and_cuts(partition)
     done = {name: finished[name] for name in names if name in finished} if finished else {}
     total = sum(settings.matvecs(cut.block_size) for cut in cuts for name in cut.names if name not in done)
     with tqdm(total=total, unit="HVP", disable=None if progress else True, dynamic_ncols=True) as bar:
-        for chunk, chosen in (c for cut in cuts for c in _chunks(cut, done, settings, hessian)):
-            bar.set_postfix_str(chunk.names[0])
-            operator = _watched(hessian.stacked(chunk), bar)
-            for name, quadrature in _solve(operator, chunk.names, chunk.block_size, chosen):
-                done[name] = quadrature
-                if on_block is not None:
-                    on_block(name, quadrature)
-    notes = tuple(note for name in names for note in _notes(name, done[name], settings))
+        for name, quadrature in solved(hessian, cuts, done, settings, bar):
+            done[name] = quadrature
+            if on_block is not None:
+                on_block(name, quadrature)
+    notes = tuple(note for name in names for note in notes_on(name, done[name], settings))
     ordered = {name: done[name] for name in names}
     return BlockSpectra(ordered, num_probes, num_steps, seed, probes, reorthogonalize, hessian.route, notes)
 
 
-def _watched(operator: Any, bar: Any) -> Any:
+def solved(
+    hessian: Any, cuts: Iterable[Any], done: Collection[str], settings: Settings, bar: Any
+) -> Iterator[tuple[str, Quadrature]]:
+    """The blocks of ``cuts`` that are not in ``done``, as they come; blocks of one cut go through together."""
+    for chunk, chosen in (c for cut in cuts for c in _chunks(cut, done, settings, hessian)):
+        bar.set_postfix_str(chunk.names[0])
+        yield from _solve(watched(hessian.stacked(chunk), bar), chunk.names, chunk.block_size, chosen)
+
+
+def watched(operator: Any, bar: Any) -> Any:
     """``operator``, which then reports its products to a progress bar."""
 
     def matmat(vectors: Tensor) -> Tensor:
@@ -286,7 +315,7 @@ def _watched(operator: Any, bar: Any) -> Any:
     return SimpleNamespace(matmat=matmat, dtype=operator.dtype, device=operator.device)
 
 
-def _names_and_cuts(partition: Any) -> tuple[list[str], Iterable[Any]]:
+def names_and_cuts(partition: Any) -> tuple[list[str], Iterable[Any]]:
     blocks = list(partition) if isinstance(partition, Iterable) else [partition]
     if not all(hasattr(block, "as_cut") for block in blocks):
         raise TypeError(f"partition is {partition!r:.80}; pass ht.partition(model, ...) or a list of its Blocks")
@@ -299,7 +328,7 @@ def _names_and_cuts(partition: Any) -> tuple[list[str], Iterable[Any]]:
     return names, partition.cuts if hasattr(partition, "cuts") else [block.as_cut() for block in blocks]
 
 
-def _chunks(cut: Any, done: Collection[str], settings: _Settings, hessian: Any) -> Iterator[tuple[Any, _Settings]]:
+def _chunks(cut: Any, done: Collection[str], settings: Settings, hessian: Any) -> Iterator[tuple[Any, Settings]]:
     """The unfinished runs of ``cut`` in pieces that fit the memory budget, each with its settings."""
     size, k, budget = cut.block_size, settings.num_probes, hessian.krylov_bytes
     missing = np.flatnonzero([name not in done for name in cut.names])
@@ -307,11 +336,11 @@ def _chunks(cut: Any, done: Collection[str], settings: _Settings, hessian: Any) 
         together = min(budget, _EXACT_BYTES) // (2 * 8 * size * size)
     else:
         vector, full = size * hessian.dtype.itemsize, settings.reorthogonalize == "full"
-        row = vector * (_WORK_VECTORS + full * min(settings.num_steps, size))
+        row = vector * (WORK_VECTORS + full * min(settings.num_steps, size))
         if row > budget and full and len(missing):
             like = f" and {len(missing) - 1} like it" if len(missing) > 1 else ""
-            warnings.warn(f"{cut.names[missing[0]]}{like}: {_local_note(size, settings)}", RuntimeWarning, stacklevel=3)
-            settings, row = replace(settings, reorthogonalize="local"), vector * _WORK_VECTORS
+            warnings.warn(f"{cut.names[missing[0]]}{like}: {local_note(size, settings)}", RuntimeWarning, stacklevel=4)
+            settings, row = replace(settings, reorthogonalize="local"), vector * WORK_VECTORS
         together = budget // (k * row)
         if not together:  # not even one block with all its probes
             settings = replace(settings, rows=max(1, budget // row))
@@ -321,36 +350,39 @@ def _chunks(cut: Any, done: Collection[str], settings: _Settings, hessian: Any) 
                 yield cut.chunk(int(piece[0]), int(piece[-1]) + 1), settings
 
 
-def _local_note(size: int, settings: _Settings) -> str:
+def local_note(size: int, settings: Settings) -> str:
     return (
         f"the Lanczos basis ({settings.num_steps} vectors of {size}) does not fit the memory budget, so it runs with "
         "reorthogonalize='local' (densities hold, counts of nodes do not); allow more memory or take fewer steps"
     )
 
 
-def _notes(name: str, quadrature: Quadrature, settings: _Settings) -> Iterator[str]:
+def notes_on(name: str, quadrature: Quadrature, settings: Settings) -> Iterator[str]:
     if quadrature.status != "exact" and quadrature.reorthogonalize != settings.reorthogonalize:
-        yield f"{name}: {_local_note(quadrature.size, settings)}"
+        yield f"{name}: {local_note(quadrature.size, settings)}"
     if quadrature.asymmetry > ASYMMETRY_NOTED:
         yield f"{name}: dense block asymmetric by {quadrature.asymmetry:.2g} of its norm: rounding noise, or no Hessian"
 
 
-def _solve(operator: Any, names: Sequence[str], size: int, settings: _Settings) -> Iterator[tuple[str, Quadrature]]:
+def _solve(operator: Any, names: Sequence[str], size: int, settings: Settings) -> Iterator[tuple[str, Quadrature]]:
     """The B blocks that ``operator`` stacks; an error for the first that failed comes last."""
     solve, failed = _exact if settings.is_exact(size) else _stochastic, []
     for name, outcome in zip(names, solve(operator, names, size, settings), strict=True):
         if isinstance(outcome, Quadrature):
             yield name, outcome
         else:
-            block = f"the Hessian of block {name}" if name else "the operator"
-            failed.append(
-                f"a product with {block} is NaN or inf, first {outcome}; check the loss and the dtype's range"
-            )
+            failed.append(nonfinite(name, outcome))
     if failed:
-        raise NumericalError(failed[0])
+        raise failed[0]
 
 
-def _stochastic(operator: Any, names: Sequence[str], size: int, settings: _Settings) -> Iterator[Quadrature | str]:
+def nonfinite(name: str, where: str) -> NumericalError:
+    """The error for products with block ``name`` that were NaN or inf ``where`` first."""
+    block = f"the Hessian of block {name}" if name else "the operator"
+    return NumericalError(f"a product with {block} is NaN or inf, first {where}; check the loss and the dtype's range")
+
+
+def _stochastic(operator: Any, names: Sequence[str], size: int, settings: Settings) -> Iterator[Quadrature | str]:
     """SLQ of each block, or where its products first were not finite."""
     draw = partial(draw_probes, settings.probes, settings.seed, dtype=operator.dtype, device=operator.device)
     start = torch.cat([draw(name, settings.num_probes, size) for name in names])
@@ -358,8 +390,15 @@ def _stochastic(operator: Any, names: Sequence[str], size: int, settings: _Setti
         lanczos(operator, rows, settings.num_steps, reorthogonalize=settings.reorthogonalize)
         for rows in start.split(settings.rows or len(start))
     ]
+    yield from quadratures_of(runs, len(names), size, settings)
+
+
+def quadratures_of(
+    runs: Sequence[LanczosResult], num_blocks: int, size: int, settings: Settings
+) -> Iterator[Quadrature | str]:
+    """The quadrature of each block, whose rows follow each other in ``runs``, or where it first was not finite."""
     parts = [np.concatenate([getattr(run, part) for run in runs]) for part in ("alphas", "betas", "steps", "status")]
-    for alphas, betas, steps, status in zip(*(np.split(part, len(names)) for part in parts), strict=True):
+    for alphas, betas, steps, status in zip(*(np.split(part, num_blocks) for part in parts), strict=True):
         if "nonfinite" in status:
             yield f"at Lanczos step {steps[status == 'nonfinite'].min() + 1} of {alphas.shape[1]}"
             continue
@@ -368,7 +407,7 @@ def _stochastic(operator: Any, names: Sequence[str], size: int, settings: _Setti
         yield Quadrature(*spectrum, steps, size, alphas.size, ended, settings.probes, settings.reorthogonalize)
 
 
-def _exact(operator: Any, names: Sequence[str], size: int, settings: _Settings) -> Iterator[Quadrature | str]:
+def _exact(operator: Any, names: Sequence[str], size: int, settings: Settings) -> Iterator[Quadrature | str]:
     """All eigenvalues of each block from its dense matrix, or where its products first were not finite."""
     dense = torch.empty(len(names), size, size, dtype=torch.float64, device=operator.device)
     for columns in torch.arange(size, device=operator.device).split(max(1, _EXACT_ROWS // len(names))):

@@ -49,6 +49,9 @@ def problem():
 def large():
     return net(64, 16)
 
+def wide():
+    return net(24, 3)
+
 def fails():
     return {}["nothing"]
 
@@ -299,6 +302,66 @@ def test_tracebacks_on_demand_and_for_bugs(capsys, monkeypatch):
         run("js0", "--model", "own.py:net", *FAST)
 
 
+def test_tolerance_spends_by_need_and_tells(capsys, undrawn):
+    command = ("js0", "--model", "own.py:wide", "--no-verify", "--seed", "1", "--reading", "scale")
+    products = {}
+    for tolerance in ("0.2", "0.01"):
+        assert run(*command, "--tolerance", tolerance, "--out", tolerance) == 0
+        _, err = said(capsys)
+        line = next(line for line in err if line.startswith("tolerance "))
+        assert re.match(rf"tolerance {tolerance} met after \d+ products: scale .*standard error", line)
+        spectra = ht.load(f"{tolerance}/result")["spectra"]
+        products[tolerance] = spectra.num_matvecs
+        assert f"after {spectra.num_matvecs} products" in line and max(q.num_matvecs for q in spectra.values()) <= 1576
+    assert products["0.2"] < products["0.01"]
+    assert run(*command, "--tolerance", "0.1", "--out", "0.2") == 2
+    assert "another tolerance (tolerance was 0.2, is now 0.1)" in said(capsys)[1][-1]
+
+
+def test_an_interrupted_tolerance_run_goes_on(capsys, monkeypatch, undrawn):
+    """Interrupted while its last blocks grow: what is in the journal is not computed again."""
+    command = ("js0", "--model", "own.py:wide", "--no-verify", "--tolerance", "0.01", "--reading", "scale", "--out")
+    assert run(*command, "whole") == 0
+    whole = ht.load("whole/result")["spectra"]
+    appended, append = [], results.Journal.append
+
+    def interrupting(self, name, quadrature):
+        append(self, name, quadrature)
+        appended.append(quadrature.num_matvecs)
+        if len(appended) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results.Journal, "append", interrupting)
+        assert run(*command, "out") == 130
+    begun = sum(q.num_matvecs for q in results.Journal(Path("out/blocks.jsonl")).finished.values())
+    said(capsys)
+    assert run(*command, "out") == 0
+    spectra = ht.load("out/result")["spectra"]
+    _, err = said(capsys)
+    left = spectra.num_matvecs - begun
+    assert 0 < left < whole.num_matvecs
+    assert any(f"{left} Hessian-vector products for 4 blocks (after {begun} before)" in line for line in err)
+    assert spectra.num_matvecs == pytest.approx(whole.num_matvecs, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--tolerance", "0"), "'0' is not a positive number, such as 0.05"),
+        (("--tolerance", "5%"), "'5%' is not a positive number"),
+        (("--reading", "log"), "--reading log is what --tolerance is about"),
+        (("--tolerance", "0.1", "--reading", "js"), "invalid choice: 'js'"),
+        (("--tolerance", "0.1", "--probes", "1", "--steps", "4"), "max_matvecs is 4"),
+        (("--precision", "tf32", "--dtype", "float64"), "precision is 'tf32', which is about products in float32"),
+    ],
+)
+def test_bad_tolerances_and_precisions_are_one_line(options, told, capsys):
+    assert run("js0", "--model", "own.py:net", "--no-verify", *options) == 2
+    _, err = said(capsys)
+    assert len(err) == 1 and told in err[0]
+
+
 @pytest.mark.parametrize("command", ["js0", "spectrum"])
 def test_help_tells_defaults_and_sources(command, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -307,14 +370,15 @@ def test_help_tells_defaults_and_sources(command, capsys):
     assert exit.value.code == 0 and "(default: None)" not in out and "(default: True)" not in out
     actions = next(iter(cli._parser()._subparsers._group_actions)).choices[command]._actions
     options = [action for action in actions if action.dest != "help"]
-    assert len(options) == 20 and all(action.help for action in options)
+    assert len(options) == {"js0": 23, "spectrum": 21}[command] and all(action.help for action in options)
     for action in options:
         told = re.search(r"\(default: ([^,;)]+)", action.help)
         assert action.required or told, action.dest
-        if action.dest in ("seed", "probes", "steps", "probe_kind", "reorthogonalize", "memory"):
+        if action.dest in ("seed", "probe_kind", "reorthogonalize", "memory"):
             assert told[1] == str(action.default)
     blocks = {"js0": "weights", "spectrum": "model"}[command]
-    for told in ("(default: 4; paper: 10)", "(default: 40; paper: 100)", f"(default: {blocks}; paper: official)",
+    for told in ("(default: 4, with --tolerance 10; paper: 10)",
+                 "(default: 40, with --tolerance 100; paper: 100)", f"(default: {blocks}; paper: official)",
                  "arXiv 2402.16788", "130 interrupted", "HESSIAN_TOOLS_TRACEBACK=1"):  # fmt: skip
         assert told in out
 

@@ -9,6 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian_tools as ht
+from hessian_tools.double_backward import DoubleBackward
+from hessian_tools.memory import LiveBytes
+from hessian_tools.recompute import LAYERED, NONE
 
 
 @pytest.fixture(params=list(NETWORKS))
@@ -57,9 +60,9 @@ def test_a_small_budget_cuts_the_batches_and_changes_nothing():
     model, inputs = gpt(d=16), torch.randint(11, (24, 7))
     problem = ht.Problem(model, ht.cross_entropy, [(inputs[:, :-1], inputs[:, 1:])])
     free = ht.HessianOperator(problem)
-    tight = ht.HessianOperator(problem, memory=free._engine.plan.graph_bytes)
-    assert free._engine.plan.recorded and not tight._engine.plan.recorded
-    assert len(tight._engine.plan.pieces) > 2
+    tight = ht.HessianOperator(problem, memory=free.plan.graph_bytes, segments=NONE)
+    assert free.plan.recorded and not tight.plan.recorded
+    assert len(tight.plan.pieces) > 2
     vectors = torch.randn(2, problem.num_parameters)
     assert relative_error(tight.matmat(vectors), free.matmat(vectors)) < 1e-4
     with pytest.raises(ValueError, match=r"memory=.*too little.*allow at least"):
@@ -223,6 +226,144 @@ def test_counted_cost_of_block_products(counted_gpt):
         vectors = torch.randn(4 * stacked.num_blocks, stacked.size)
         costs.append(counted(lambda s=stacked, v=vectors: s.matmat(v)) / len(vectors) / forward)
     assert sum(costs) / len(costs) <= 1.45
+
+
+@pytest.fixture(scope="module")
+def deep_gpt():
+    torch.manual_seed(0)
+    model = gpt(vocabulary=16, context=48, d=8, layers=8, tied=False)
+    tokens = torch.randint(16, (4, 49))
+    return ht.Problem(model, ht.cross_entropy, [(tokens[:, :-1], tokens[:, 1:])])
+
+
+def measured_peak(problem, **options) -> tuple[ht.HessianOperator, int]:
+    """An operator, and the bytes alive at the peak of its first product, of as many probes as go together."""
+    hessian = ht.HessianOperator(problem, **options)
+    with LiveBytes() as live:
+        hessian.matmat(torch.randn(hessian.plan.rows, hessian.size))
+    return hessian, live.peak
+
+
+@pytest.mark.parametrize("share", [8, 1.5, 0.7, 0.3, 0.2])
+def test_the_stated_peak_is_the_measured_one_and_within_the_budget(deep_gpt, share):
+    recorded = ht.HessianOperator(deep_gpt, record=True, segments=NONE).plan.graph_bytes
+    hessian, peak = measured_peak(deep_gpt, memory=int(share * recorded))
+    assert abs(hessian.plan.peak_bytes() / peak - 1) < 0.15, hessian.route
+    assert peak < share * recorded
+
+
+@pytest.mark.parametrize("options", [{"record": True, "segments": LAYERED}, {"record": False, "microbatch": 1}])
+def test_the_stated_peak_holds_for_every_way(deep_gpt, options):
+    hessian, peak = measured_peak(deep_gpt, memory="100MiB", **options)
+    assert abs(hessian.plan.peak_bytes() / peak - 1) < 0.15, hessian.route
+
+
+def test_a_quarter_of_the_graph_is_enough_for_the_same_spectrum(deep_gpt):
+    free = ht.HessianOperator(deep_gpt, memory="1GiB", record=True, segments=NONE)
+    budget = free.plan.graph_bytes // 4
+    expected = ht.slq(free, num_probes=1, num_steps=6, name="same")
+    tight = ht.HessianOperator(deep_gpt, memory=budget)
+    with LiveBytes() as live:
+        tight.matmat(torch.randn(1, tight.size))
+        found = ht.slq(tight, num_probes=1, num_steps=6, name="same", reorthogonalize="local")
+    assert live.peak < budget
+    assert relative_error(torch.tensor(found.nodes), torch.tensor(expected.nodes)) < 1e-3
+
+
+def test_the_plan_is_told(deep_gpt):
+    hessian = ht.HessianOperator(deep_gpt, memory="1GiB")
+    assert hessian.plan.recorded and str(hessian.plan) in hessian.route
+    lines = hessian.announcement(100, 5)
+    assert all(line.startswith("plan: ") for line in lines.splitlines())
+    for words in ("100 Hessian-vector products for 5 block", "about", "recorded once", "peak", "Lanczos"):
+        assert words in lines
+    assert hessian.plan.peak_bytes(1) < hessian.plan.peak_bytes(2) < hessian.plan.peak_bytes()
+    assert "layers" in str(ht.HessianOperator(deep_gpt, memory="1GiB", segments=LAYERED).plan)
+
+
+def test_a_cut_of_many_blocks_rebuilds_the_graph_once_a_product():
+    model, tokens = gpt(d=16), torch.randint(11, (2, 7))
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(1)
+        return ht.cross_entropy(model, batch)
+
+    problem = ht.Problem(model, loss_fn, [(tokens[:, :-1], tokens[:, 1:])])
+    hessian = ht.HessianOperator(problem, record=False, segments=NONE, memory="1GiB")
+    cut = next(c for c in ht.partition(model, "neuron").cuts if c.num_blocks == 64)
+    rows = torch.randn(2 * cut.num_blocks, cut.block_size)
+    assert len(rows) > hessian.plan.rows
+    calls.clear()
+    products = hessian.stacked(cut).matmat(rows)
+    assert len(calls) == 1
+    assert torch.allclose(products[-2:], hessian.block(cut[63]).matmat(rows[-2:]), atol=1e-5)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+def failing_passes(monkeypatch, error, fits) -> list[int]:
+    """Second derivatives fail with ``error`` unless ``fits(rows, examples)``; the list gets the rows of those done."""
+    done, gradient = [], DoubleBackward._differentiated
+
+    def limited(self, gradients, names, cotangents):
+        (batch,) = [batch for batch, _ in self._graphs.values()][-1:] or [None]
+        if not fits(len(cotangents[0]), len(batch[0]) if batch else 0, self):
+            raise error
+        done.append(len(cotangents[0]))
+        return gradient(self, gradients, names, cotangents)
+
+    monkeypatch.setattr(DoubleBackward, "_differentiated", limited)
+    return done
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_probes_and_loses_nothing(monkeypatch, error):
+    problem = network("gpt")
+    vectors = torch.randn(16, problem.num_parameters, dtype=torch.float64)
+    expected = ht.HessianOperator(problem).matmat(vectors)
+    hessian = ht.HessianOperator(problem)
+    done = failing_passes(monkeypatch, error, lambda rows, examples, route: rows <= 4)
+    with pytest.warns(RuntimeWarning, match="goes on with 8 probes at once") as told:
+        found = hessian.matmat(vectors)
+    assert relative_error(found, expected) < 1e-12
+    assert done == [4] * 8 and hessian.plan.rows == 4  # two batches; no row twice
+    assert len([w for w in told if "probes at once" in str(w.message)]) == 1
+    assert "out of memory once, from then on 4 probes at once" in hessian.route
+    hessian.matmat(vectors)  # without another warning
+
+
+def test_rows_that_are_done_stay_done(monkeypatch):
+    problem = network("gpt")
+    vectors = torch.randn(6, problem.num_parameters, dtype=torch.float64)
+    expected = ht.HessianOperator(problem).matmat(vectors)
+    hessian = ht.HessianOperator(problem, memory=int(ht.HessianOperator(problem).plan.peak_bytes(2) / 0.58))
+    assert hessian.plan.rows == 2
+    passes = []
+    done = failing_passes(monkeypatch, OUT_OF_MEMORY[0], lambda *_: passes.append(1) or len(passes) != 2)
+    with pytest.warns(RuntimeWarning, match="goes on with 1 probes at once"):
+        assert relative_error(hessian.matmat(vectors), expected) < 1e-12
+    assert done == [2, 1, 1, 1, 1] + [1] * 6
+
+
+def test_out_of_memory_cuts_batches_then_recomputes_and_at_last_gives_up(monkeypatch):
+    problem = network("gpt")
+    vectors = torch.randn(2, problem.num_parameters, dtype=torch.float64)
+    expected = ht.HessianOperator(problem).matmat(vectors)
+    hessian = ht.HessianOperator(problem)
+    failing_passes(monkeypatch, OUT_OF_MEMORY[0], lambda rows, examples, route: bool(route.segments))
+    with pytest.warns(RuntimeWarning):
+        assert relative_error(hessian.matmat(vectors), expected) < 1e-12
+    assert [note.split("from then on ")[1][:14] for note in hessian.plan.notes] == [
+        "1 probes at on", "graphs rebuilt", "micro-batches ", "recomputing at"
+    ]  # fmt: skip
+    failing_passes(monkeypatch, OUT_OF_MEMORY[0], lambda *_: False)
+    with pytest.warns(RuntimeWarning), pytest.raises(MemoryError, match="most frugal plan"):
+        ht.HessianOperator(problem).matmat(vectors)
 
 
 @pytest.mark.cuda

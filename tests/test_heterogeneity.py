@@ -7,14 +7,9 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import logsumexp
 from scipy.stats import norm, wasserstein_distance
 
+from hessian_tools.comparison import READINGS, Comparison, js_divergences, literature_grid, wasserstein_distances
 from hessian_tools.density import Axis, symlog_axis
-from hessian_tools.heterogeneity import (
-    READINGS,
-    js_divergences,
-    js_heterogeneity,
-    literature_grid,
-    wasserstein_distances,
-)
+from hessian_tools.heterogeneity import js_heterogeneity
 from hessian_tools.quadrature import Quadrature
 from hessian_tools.verdict import PUBLISHED_JS0, SCALE_FREE_CASES, Contrast, decide, published_boundaries
 
@@ -91,7 +86,7 @@ def test_wasserstein_against_scipy():
 def test_wasserstein_in_slabs_is_the_same(monkeypatch):
     found = list(blocks().values())
     whole = wasserstein_distances(found, Axis("linear"))
-    monkeypatch.setattr("hessian_tools.heterogeneity._SLAB", 5)
+    monkeypatch.setattr("hessian_tools.comparison._SLAB", 5)
     assert np.allclose(wasserstein_distances(found, Axis("linear")), whole, rtol=1e-12)
 
 
@@ -179,23 +174,60 @@ def test_scale_spread():
     assert js.scale_spread.value == js.scale_spread.mean == pytest.approx(np.std(np.log10(rms)))
 
 
-def test_jackknife_leaves_one_probe_out_of_all_blocks():
-    found = {**blocks(k=4), "exact": exact([0.3, 0.7, 1.1])}
-    js = js_heterogeneity(found, num_points=5_000)
-    assert js.num_probes == 4
+def means(found, **options):
+    """The means that the jackknife varies, from a whole new computation."""
+    js = js_heterogeneity(found, num_points=5_000, **options)
+    return {name: js.readings[name].mean for name in js.readings} | {"scale": js.scale_spread.value}
 
-    def without(q, i):
-        kept = [j for j in range(4) if j != i]
-        return q if q.status == "exact" else quadrature(q.nodes[kept], q.weights[kept])
 
-    replicates = [js_heterogeneity({n: without(q, i) for n, q in found.items()}, num_points=5_000) for i in range(4)]
+@pytest.mark.parametrize("probes", [(4, 4, 4, 4), (2, 5, 3, 4)], ids=["equal", "unequal"])
+def test_jackknife_leaves_one_probe_of_one_block_out(probes):
+    """Strata (Jones 1974), everything computed again from nothing, also where the grid and the axis move."""
+    found = {f"layer.{b}": list(blocks(k=k).values())[b] for b, k in enumerate(probes)}
+    found["exact"] = exact([0.3, 0.7, 1.1])
+    js, whole = js_heterogeneity(found, num_points=5_000), means(found)
+    assert js.num_probes == min(probes)
+    variance, bias = dict.fromkeys(whole, 0.0), dict.fromkeys(whole, 0.0)
+    for name, k in zip(found, probes, strict=False):
+        q = found[name]
+        kept = [[j for j in range(k) if j != i] for i in range(k)]
+        replicates = [means({**found, name: quadrature(q.nodes[rest], q.weights[rest])}) for rest in kept]
+        for reading in whole:
+            theta = np.array([replicate[reading] for replicate in replicates])
+            variance[reading] += (k - 1) / k * np.sum((theta - theta.mean()) ** 2)
+            bias[reading] += (k - 1) * (theta.mean() - whole[reading])
     for name in READINGS:
-        theta = np.array([r.readings[name].mean for r in replicates])
-        naive = np.sqrt(3 / 4 * np.sum((theta - theta.mean()) ** 2))
-        assert js.readings[name].standard_error == pytest.approx(naive, rel=1e-9) and naive > 0
-        assert js.readings[name].bias == pytest.approx(3 * (theta.mean() - js.readings[name].mean), rel=1e-9)
-    theta = np.array([r.scale_spread.value for r in replicates])
-    assert js.scale_spread.standard_error == pytest.approx(np.sqrt(3 / 4 * np.sum((theta - theta.mean()) ** 2)))
+        assert js.readings[name].standard_error == pytest.approx(np.sqrt(variance[name]), rel=1e-8)
+        assert js.readings[name].bias == pytest.approx(bias[name], rel=1e-6)
+        assert variance[name] > 0
+    assert js.scale_spread.standard_error == pytest.approx(np.sqrt(variance["scale"]), rel=1e-8)
+
+
+def test_replacing_a_block_is_computing_all_again():
+    """Also by one that widens or narrows the grid, or is zero."""
+    settings = {"num_points": 3_000, "variance": 1e-5, "margin": 1.0, "log_width": 0.2, "linear_fraction": 1e-6}
+    found = list(blocks().values())
+    comparison = Comparison(found, READINGS, settings)
+    wide, narrow = quadrature([[-1e5, 1e5]] * 2), quadrature([[0.1, 0.2]] * 2)
+    for index in range(4):
+        for block in (found[(index + 1) % 4], found[index].without_probe(0), wide, narrow, exact([0.0])):
+            changed = [*found[:index], block, *found[index + 1 :]]
+            expected = Comparison(changed, READINGS, settings).means
+            assert comparison.replacing(index, block) == pytest.approx(expected, rel=1e-10)
+
+
+def test_jackknife_error_is_the_spread_over_seeds():
+    """Blocks drawn 300 times with unequal numbers of probes: mean SE^2 against the variance of the reading."""
+    rng, values, squares = np.random.default_rng(0), [], []
+    for _ in range(300):
+        found = {}
+        for b, k in enumerate((3, 6, 10)):
+            nodes = np.sort(10.0**b * (1 + 0.2 * rng.standard_normal((k, 5))), axis=1)
+            found[str(b)] = quadrature(nodes, rng.dirichlet(np.ones(5), size=k))
+        reading = js_heterogeneity(found, readings=["wasserstein"]).readings["wasserstein"]
+        values.append(reading.mean)
+        squares.append(reading.standard_error**2)
+    assert np.mean(squares) == pytest.approx(np.var(values), rel=0.25)
 
 
 def test_one_probe_knows_no_error():
@@ -243,7 +275,6 @@ def test_costs_and_names():
         (CASE3, {"readings": []}, "readings is"),
         (CASE3, {"variance": 0.0}, "variance is 0"),
         (CASE3, {"log_width": float("nan")}, "log_width is nan"),
-        ({"a": quadrature([[1.0]] * 2), "b": quadrature([[1.0]] * 3)}, {}, r"\[2, 3\] probes"),
     ],
 )
 def test_bad_arguments(spectra, options, message):

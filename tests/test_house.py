@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # the reading order: a module may import only what stands before it
 ORDER = (
-    "errors operators attention_layout partition memory problem verification hessian lanczos probes quadrature density "
-    "verdict heterogeneity vision networks data zoo results runs plotting report cli __init__ __main__"
+    "errors operators attention_layout partition memory recompute precision problem verification plan "
+    "double_backward gradient_graph tangent_rules linearised linear_route hessian lanczos probes quadrature "
+    "density comparison verdict heterogeneity growing adaptive vision networks data zoo results runs plotting "
+    "report cli __init__ __main__"
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the command line
 LAZY = {"zoo": {"transformers"}, "vision": set(), "data": {"tokenizers", "PIL"}, "cli": {"hessian_tools.plotting"},

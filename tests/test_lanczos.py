@@ -6,7 +6,7 @@ import torch
 from scipy.linalg import eigvalsh_tridiagonal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hessian_tools.lanczos import lanczos, ritz
+from hessian_tools.lanczos import lanczos, resume, ritz
 from hessian_tools.operators import DenseOperator, DiagonalOperator
 from hessian_tools.probes import draw_probes
 
@@ -88,6 +88,66 @@ def test_ritz_values_against_scipy_and_residual_bounds_hold():
         assert np.allclose(nodes[i], eigvalsh_tridiagonal(result.alphas[i], result.betas[i, :-1]), atol=1e-12)
         distance = np.abs(nodes[i][:, None] - eigenvalues).min(axis=1)
         assert (distance <= residuals[i] + 1e-12).all() and residuals[i].max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["full", "local", "none"])
+def test_resumed_equals_one_long_run(mode, dtype):
+    """In three pieces, one of them empty; row 1 ends early, in the first piece or exactly at its end."""
+    operator = DiagonalOperator(torch.linspace(-2, 5, 40, dtype=dtype))
+    for end in (3, 5):
+        start = starts(3, 40)
+        start[1] = 0
+        start[1, 3 : 40 : 12 if end == 3 else 8] = 1.0
+        start[1, 35:] = 0 if end == 3 else start[1, 35:]
+        long = lanczos(operator, start, 20, reorthogonalize=mode, keep_basis=True)
+        run = lanczos(operator, start, 5, reorthogonalize=mode, keep_basis=True, keep_state=True)
+        first = run.state
+        for total in (5, 12, 20):
+            run = resume(operator, run.state, total, keep_state=True)
+        assert run.status == long.status == ("complete", "breakdown", "complete") and run.num_matvecs == 60
+        assert np.array_equal(run.steps, long.steps) and long.steps[1] == end
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+        for part in ("alphas", "betas", "start_norms"):
+            assert np.allclose(getattr(run, part), getattr(long, part), rtol=tolerance, atol=100 * tolerance)
+        assert run.basis.shape == (3, 20, 40) and torch.allclose(run.basis, long.basis, atol=1e3 * tolerance)
+        again = resume(operator, first, 12)  # a state may be gone on from twice
+        assert np.allclose(again.alphas, long.alphas[:, :12], atol=100 * tolerance) and again.state is None
+
+
+def test_a_state_holds_two_vectors_and_the_basis_only_where_it_is_needed():
+    operator, _, _ = prescribed(np.linspace(-2, 5, 40))
+    sizes = {
+        mode: lanczos(operator, starts(3, 40), 7, reorthogonalize=mode, keep_state=True).state.nbytes
+        for mode in ("full", "local", "none")
+    }
+    vector = 3 * 40 * 8
+    assert sizes == {"full": 9 * vector, "local": 2 * vector, "none": 2 * vector}
+
+
+def test_resuming_spends_only_the_new_steps():
+    operator = Counted(torch.linspace(-1, 1, 30, dtype=torch.float64))
+    run = lanczos(operator, starts(2, 30), 4, keep_state=True)
+    resume(operator, run.state, 9)
+    assert operator.calls == 9
+
+
+class Counted(DiagonalOperator):
+    calls = 0
+
+    def _matmat(self, vectors):
+        self.calls += 1
+        return vectors * self.diagonal
+
+
+def test_bad_resumptions():
+    operator = DiagonalOperator(torch.linspace(-1, 1, 30, dtype=torch.float64))
+    run = lanczos(operator, starts(2, 30), 4, keep_state=True)
+    assert lanczos(operator, starts(2, 30), 4).state is None
+    with pytest.raises(ValueError, match="num_steps is 3, but 4 steps are made"):
+        resume(operator, run.state, 3)
+    with pytest.raises(ValueError, match=r"operator is torch.float32 on cpu, but the run's vectors are torch.float64"):
+        resume(DiagonalOperator(operator.diagonal.float()), run.state, 9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""Budgets as users write them, and bytes counted against what autograd really keeps."""
+"""Budgets as users write them, and bytes counted against what is known to be alive."""
 
 import pytest
 import torch
@@ -6,7 +6,16 @@ from problems import network
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools.memory import AUTO_SHARE, budget_bytes, counting_saved_bytes, format_bytes, free_bytes
+from hessian_tools.memory import (
+    AUTO_SHARE,
+    LiveBytes,
+    OverBudget,
+    budget_bytes,
+    format_bytes,
+    free_bytes,
+    is_out_of_memory,
+    measuring,
+)
 
 CPU = torch.device("cpu")
 
@@ -28,11 +37,58 @@ def test_wrong_budgets_are_refused(memory):
         ht.HessianOperator(network("mlp"), memory=memory)
 
 
-def test_saved_bytes_are_those_autograd_keeps():
+def test_live_bytes_are_those_of_storages_alive():
+    with LiveBytes() as live:
+        x = torch.zeros(100)
+        view, same = x[10:], x.add_(1)
+        assert live.now == live.peak == 400
+        del x, same
+        assert live.now == 400  # the view holds the storage
+        del view
+        assert live.now == 0 and live.peak == 400
+        live.restart()
+        assert live.peak == 0
+
+
+def test_live_bytes_see_what_a_graph_keeps_and_a_batched_backward_pass():
     model, x = nn.Linear(3, 4), torch.randn(5, 3)
-    with counting_saved_bytes(list(model.parameters())) as saved:
-        torch.tanh(model(x)).exp()
-    assert saved.taken() == x.nbytes + 5 * 4 * 4 + 5 * 4 * 4  # input of the product, tanh's result, exp's; no weight
+    with LiveBytes() as live:
+        y = torch.tanh(model(x)).exp()
+        assert live.now == 2 * 5 * 4 * 4  # tanh's result, exp's; the input and the weights are not new
+        torch.autograd.grad(y, [model.weight], torch.zeros(7, 5, 4), is_grads_batched=True)
+        assert live.peak >= live.now + 7 * 5 * 4 * 4
+
+
+def test_measuring_stops_beyond_its_limit():
+    with pytest.raises(OverBudget), measuring(CPU, 1000) as live:
+        torch.zeros(200)
+        assert live.peak == 800  # freed again
+        torch.zeros(300)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_measuring_reads_the_allocator_on_cuda():
+    with measuring(torch.device("cuda")) as live:
+        kept = torch.zeros(1 << 20, device="cuda")
+        torch.zeros(1 << 20, device="cuda")
+        assert live.now == kept.nbytes and live.peak == 2 * kept.nbytes
+    with pytest.raises(OverBudget), measuring(torch.device("cuda"), 1000) as live:
+        torch.zeros(1 << 20, device="cuda")
+        _ = live.peak
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+)
+def test_running_out_of_memory_is_recognised(error, expected):
+    assert is_out_of_memory(error) == expected
 
 
 def test_bytes_in_words():

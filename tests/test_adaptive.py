@@ -1,0 +1,240 @@
+"""JS0 to a tolerance on prescribed spectra: when it stops, what it spends, what it goes on from."""
+
+import numpy as np
+import pytest
+import torch
+from test_quadrature import FakeCut, FakeHessian, FakePartition, random_symmetric, same
+
+from hessian_tools import adaptive
+from hessian_tools.adaptive import adaptive_js0
+from hessian_tools.errors import NumericalError
+from hessian_tools.heterogeneity import js_heterogeneity
+from hessian_tools.operators import DenseOperator
+from hessian_tools.quadrature import blockwise_slq, slq
+
+SIZES = {"tiny": 12, "low": 90, "mid": 200, "high": 260}
+
+
+def setting(**options):
+    """Four blocks a decade apart; "low" is one outlier in a flat spectrum, so its probes vary most."""
+    rng = np.random.default_rng(1)
+    spectra = {name: 10.0**i * (0.2 + rng.random(n)) for i, (name, n) in enumerate(SIZES.items())}
+    spectra["low"] = np.r_[40.0, np.full(89, 0.5) + 0.3 * rng.random(89)]
+    cuts = tuple(FakeCut((name,), n) for name, n in SIZES.items())
+    matrices = {name: random_symmetric(values, i) for i, (name, values) in enumerate(spectra.items())}
+    return FakeHessian(matrices, **options), FakePartition(cuts, list(SIZES)), spectra
+
+
+def run(hessian, partition, **options):
+    return adaptive_js0(hessian, partition, **{"reading": "wasserstein", "progress": False, **options})
+
+
+def spent(hessian):
+    return sum(rows for _, rows in hessian.calls)
+
+
+@pytest.mark.parametrize("reading", ["wasserstein", "log", "scale", ("wasserstein", "scale")])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_tolerance_is_met_against_the_true_spectra(reading, seed):
+    """The truth is in the eigenvalues; three times the tolerance is allowed, as standard errors are part of it."""
+    hessian, partition, spectra = setting()
+    found = run(hessian, partition, reading=reading, tolerance=0.05, seed=seed)
+    exact = {n: slq(DenseOperator(hessian.matrices[n]), num_probes=2, num_steps=2, exact=True) for n in spectra}
+    truth = js_heterogeneity(exact)
+    truth = {name: truth.readings[name].mean for name in truth.readings} | {"scale": truth.scale_spread.value}
+    assert found.met and all(u.total <= 0.05 for u in found.uncertainties.values())
+    for name in found.reading:
+        assert found.estimates[name] == pytest.approx(truth[name], rel=0.15)
+    assert "met after" in str(found)
+
+
+def test_products_are_counted_truthfully_and_history_tells():
+    hessian, partition, _ = setting()
+    told = []
+    found = run(hessian, partition, tolerance=0.002, on_block=lambda name, q: told.append((name, q.num_matvecs)))
+    assert found.spectra.num_matvecs == spent(hessian) == found.history[-1].num_matvecs == sum(dict(told).values())
+    assert found.heterogeneity.num_matvecs == spent(hessian)
+    counts = [r.num_matvecs for r in found.history]
+    assert counts == sorted(counts) and len(counts) > 1 and found.history[-1].grown == ()
+    last = found.heterogeneity.readings["wasserstein"]
+    assert found.history[-1].means == {"wasserstein": last.mean}
+    part = found.uncertainties["wasserstein"]
+    assert part.standard_error == pytest.approx(last.standard_error / last.mean)
+    assert part.bias == pytest.approx(last.bias / last.mean) and found.estimates["wasserstein"] == pytest.approx(
+        last.mean - last.bias
+    )
+
+
+def test_a_smaller_tolerance_costs_more_and_a_large_one_only_the_first_round():
+    costs = []
+    for tolerance in (10.0, 0.005, 0.002):
+        hessian, partition, _ = setting()
+        run(hessian, partition, tolerance=tolerance)
+        costs.append(spent(hessian))
+    assert costs[0] == 12 + 3 * 64 < costs[1] < costs[2]
+
+
+def test_products_go_where_the_uncertainty_is():
+    """The block of one outlier decides the spread of scales: it grows, or becomes exact; the flat ones are left."""
+    hessian, partition, _ = setting()
+    found = run(hessian, partition, reading="scale", tolerance=0.03)
+    cost = {name: q.num_matvecs for name, q in found.spectra.items()}
+    assert cost["low"] > cost["high"] >= cost["mid"] == 64 and cost["tiny"] == 12
+    assert found.spectra["low"].status == "exact" and cost["low"] == 64 + 90  # what was spent before counts as well
+
+
+@pytest.mark.parametrize("mode", ["full", "local", "none"])
+def test_limits_force_what_a_fixed_run_gives(mode):
+    hessian, partition, _ = setting()
+    options = {"reorthogonalize": mode, "exact": False, "seed": 3, "progress": False}
+    found = adaptive_js0(hessian, partition, tolerance=1e-9, reading="log", max_matvecs=96, max_steps=24, **options)
+    assert not found.met and "not met within the limits" in str(found)
+    for name, q in found.spectra.items():
+        k, m = q.nodes.shape
+        fixed = blockwise_slq(hessian, [b for b in partition if b.name == name], num_probes=k, num_steps=m, **options)
+        assert same(q, fixed[name], 1e-7) and q.num_matvecs == k * m <= 96
+    assert max(q.nodes.shape[1] for q in found.spectra.values()) == 24
+
+
+def test_runs_are_continued_not_repeated(monkeypatch):
+    """Every product of the run is one of T's steps; nothing is made twice while vectors are kept."""
+    hessian, partition, _ = setting()
+    found = run(hessian, partition, exact=False, tolerance=1e-9, max_matvecs=200, max_steps=40)
+    assert spent(hessian) == sum(q.nodes.size for q in found.spectra.values()) and found.spectra.notes == ()
+
+
+def test_without_memory_for_the_vectors_products_are_repeated_and_told():
+    vector = 260 * 8
+    plenty, partition, _ = setting()
+    options = {"exact": False, "tolerance": 1e-9, "max_matvecs": 160, "max_steps": 24}
+    expected = run(plenty, partition, **options)
+    hessian, _, _ = setting(krylov_bytes=vector * 40)
+    found = run(hessian, partition, **options)
+    again = [note for note in found.spectra.notes if "made again" in note]
+    assert again and found.spectra.num_matvecs == spent(hessian) > expected.spectra.num_matvecs
+    assert all(same(found.spectra[name], expected.spectra[name], 1e-9) for name in SIZES)
+    starved, _, _ = setting(krylov_bytes=vector * 20)
+    with pytest.warns(RuntimeWarning, match="does not fit the memory budget"):
+        found = run(starved, partition, **options)
+    assert found.spectra["high"].reorthogonalize == "local" and found.spectra["tiny"].reorthogonalize == "full"
+    assert found.spectra.num_matvecs == spent(starved)
+
+
+def test_an_interrupted_run_goes_on_from_its_blocks():
+    whole_hessian, partition, _ = setting()
+    options = {"tolerance": 0.002, "seed": 5}
+    whole = run(whole_hessian, partition, **options)
+    kept, hessian = {}, setting()[0]
+
+    def interrupt(name, quadrature):
+        kept[name] = quadrature
+        if len(kept) == 4 and sum(q.num_matvecs for q in kept.values()) > 250:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(hessian, partition, on_block=interrupt, **options)
+    again = setting()[0]
+    found = run(again, partition, finished=kept, **options)
+    assert found.met and found.spectra.num_matvecs == spent(hessian) + spent(again)
+    assert found.estimates["wasserstein"] == pytest.approx(whole.estimates["wasserstein"], rel=0.02)
+    done = setting()[0]
+    assert run(done, partition, finished=found.spectra, **options).met and done.calls == []
+
+
+def test_fewer_steps_come_from_the_same_t():
+    for mode in ("full", "none"):  # without re-orthogonalisation copies of 50 and -9 may lie elsewhere, moments do not
+        operator = DenseOperator(random_symmetric(np.r_[50.0, -9.0, np.linspace(-1, 1, 88)]))
+        options = {"num_probes": 3, "seed": 1, "exact": False, "reorthogonalize": mode}
+        long = slq(operator, num_steps=24, **options)
+        short = long.with_steps(16)
+        made = slq(operator, num_steps=16, **options)
+        assert mode == "none" or same(short, made, 1e-9)
+        for p in range(32):
+            assert np.allclose(short.per_probe(lambda x, p=p: x**p), made.per_probe(lambda x, p=p: x**p), rtol=1e-9)
+        assert short.num_matvecs == 48
+        assert long.with_steps(24) is long and short.status == "complete"
+    broken = slq(DenseOperator(random_symmetric(np.r_[7.0, np.zeros(49)])), num_probes=2, num_steps=6, exact=False)
+    assert same(broken.with_steps(4), slq(DenseOperator(random_symmetric(np.r_[7.0, np.zeros(49)])), num_probes=2,
+                                          num_steps=4, exact=False))  # fmt: skip
+
+
+def test_blocks_that_are_all_alike_differ_by_nothing():
+    hessian, partition, _ = setting()
+    hessian.matrices = {name: np.zeros((n, n)) for name, n in SIZES.items()}
+    found = run(hessian, partition)
+    assert found.met and found.estimates == {"wasserstein": 0} and found.uncertainties["wasserstein"].total == 0
+
+
+def test_nonfinite_products_name_block_and_step():
+    hessian, partition, _ = setting(poison="mid")
+    with pytest.raises(NumericalError, match="block mid is NaN or inf, first at Lanczos step 3 of 16"):
+        run(hessian, partition)
+
+
+def test_neyman_s_allocation():
+    """With steps and bias settled, probes go as sqrt(V / m) and meet the tolerance that they were chosen for."""
+    variances, done, probes = np.array([4e-3, 1e-3, 0.0]), np.array([10, 40, 10]), np.array([4, 4, 4])
+    shares = adaptive._Shares(probes, variances, np.zeros(3), np.zeros(3), 0.0)
+    blocks = [_Shaped(k, m) for k, m in zip(probes, done, strict=True)]
+    wishes = adaptive._wishes("abc", blocks, {"log": shares}, 0.06, 10_000, 100, False)
+    total = np.sqrt(variances * probes) @ np.sqrt(done)
+    doubt = shares.uncertainty.doubt
+    wanted = np.ceil(np.sqrt(variances * probes / done) * total * (doubt / 0.06) ** 2)
+    limited = np.minimum(np.maximum(wanted, 4), 8)
+    assert wishes == {name: (k, m) for name, k, m in zip("abc", limited, done, strict=True) if k > 4} != {}
+    assert np.sum(variances * probes / np.maximum(wanted, probes)) <= (0.06 / doubt) ** 2
+
+
+def test_doubt_is_an_upper_bound_in_nine_of_ten_cases():
+    """The jackknife's V of a mean of k normal numbers, once for one block and once for the sum of five."""
+    rng = np.random.default_rng(0)
+    for count, k in ((1, 4), (5, 4), (1, 30)):
+        variances = rng.standard_normal((4000, count, k)).var(axis=2, ddof=1) / k
+        zeros, probes = np.zeros(count), np.full(count, k)
+        found = [adaptive._Shares(probes, v, zeros, zeros, 0.0).uncertainty for v in variances]
+        covered = np.mean([u.doubt * u.standard_error >= np.sqrt(count / k) for u in found])
+        assert 0.86 < covered < 0.97, (count, k)
+        assert count > 1 or found[0].doubt == pytest.approx({4: 2.27, 30: 1.21}[k], abs=0.01)
+
+
+class _Shaped:
+    status, size = "complete", 100_000
+
+    def __init__(self, k, m):
+        self.num_probes, self.nodes, self.steps = k, np.zeros((k, m)), np.full(k, m)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tolerance": 0}, "tolerance is 0"),
+        ({"tolerance": float("nan")}, "tolerance is nan"),
+        ({"tolerance": "5 %"}, "tolerance is '5 %'"),
+        ({"reading": "js"}, r"reading is \('js',\); choose from 'bounded'"),
+        ({"reading": ()}, r"reading is \(\)"),
+        ({"max_matvecs": 5}, "max_matvecs is 5; an integer of at least 6"),
+        ({"max_steps": 2.5}, "max_steps is 2.5"),
+        ({"exact": True}, "exact is True"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"probes": "sphere"}, "probes is 'sphere'"),
+        ({"reorthogonalize": "never"}, "reorthogonalize is 'never'"),
+    ],
+)
+def test_bad_arguments(change, message):
+    hessian, partition, _ = setting()
+    with pytest.raises(ValueError, match=message):
+        run(hessian, partition, **change)
+    assert hessian.calls == []
+
+
+def test_one_block_is_refused():
+    hessian, partition, _ = setting()
+    with pytest.raises(ValueError, match="holds 1 block; heterogeneity compares at least two"):
+        run(hessian, list(partition)[:1])
+
+
+def test_same_seed_same_probes_in_every_dtype():
+    single, partition, _ = setting(dtype=torch.float32)
+    double, _, _ = setting()
+    a, b = (run(h, partition, tolerance=10.0).estimates["wasserstein"] for h in (single, double))
+    assert a == pytest.approx(b, rel=1e-3)

@@ -4,6 +4,7 @@ Reading order: problem, partition, hessian, lanczos, quadrature, density, hetero
 libraries (torchvision, transformers, matplotlib) are imported only when a model or a figure asks for them.
 """
 
+from hessian_tools.adaptive import AdaptiveJS0, adaptive_js0
 from hessian_tools.density import SpectralDensity, spectral_density
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
 from hessian_tools.hessian import HessianOperator
@@ -13,10 +14,12 @@ from hessian_tools.operators import DenseOperator, DiagonalOperator, ScipyOperat
 from hessian_tools.partition import Block, Partition, partition
 from hessian_tools.problem import Problem, cross_entropy, huggingface, mse
 from hessian_tools.quadrature import BlockSpectra, Quadrature, blockwise_slq, slq
+from hessian_tools.recompute import Segments
 from hessian_tools.results import load, save
 from hessian_tools.verdict import Verdict
 
 __all__ = [
+    "AdaptiveJS0",
     "Block",
     "BlockSpectra",
     "DenseOperator",
@@ -30,9 +33,11 @@ __all__ = [
     "Problem",
     "Quadrature",
     "ScipyOperator",
+    "Segments",
     "SpectralDensity",
     "SymmetricOperator",
     "Verdict",
+    "adaptive_js0",
     "blockwise_slq",
     "cross_entropy",
     "huggingface",

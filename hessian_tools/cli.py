@@ -192,8 +192,11 @@ def _block_spectra(arguments: argparse.Namespace, run: _Run) -> BlockSpectra:
     left = [name for name in run.blocks.names if name not in finished]
     started = time.monotonic()
     hessian = HessianOperator(run.problem, memory=arguments.memory, precision=arguments.precision or PRECISIONS[0])
-    if sys.stderr.isatty():
-        _say(f"{run.described}: {len(left)} of {len(run.blocks)} blocks to compute")
+    if left:
+        _say(f"plan: {run.described}: {len(left)} of {len(run.blocks)} blocks to compute")
+        most, steps, sizes = arguments.probes * arguments.steps, arguments.steps, {b.name: b.numel for b in run.blocks}
+        counted = [n if n <= most else arguments.probes * min(steps, n) for n in map(sizes.__getitem__, left)]
+        _say(hessian.announcement(sum(counted), len(left)) + (", at most" if arguments.tolerance else ""))
     if arguments.verify and left:
         _verify(hessian)
     for note in run.blocks.notes:

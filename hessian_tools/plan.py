@@ -126,8 +126,7 @@ class Plan:
         notes = "".join(f"; {note}" for note in self.notes)
         return (
             f"{graphs}{again}, up to {self.rows} probes at once; peak {format_bytes(self.peak_bytes())} for the whole "
-            f"Hessian ({format_bytes(self.peak_bytes(1))} with one probe; blocks need less), "
-            f"{format_bytes(self.krylov_bytes)} for Lanczos vectors{notes}"
+            f"Hessian ({format_bytes(self.peak_bytes(1))} with one probe; blocks need less){notes}"
         )
 
     def announcement(self, products: int, blocks: int, forward_seconds: float) -> str:
@@ -141,7 +140,7 @@ class Plan:
         graphs, route = str(self).split("; ", 1)
         return (
             f"plan: {products} Hessian-vector products for {blocks} block(s), about {_duration(seconds)}\n"
-            f"plan: {graphs}\nplan: {route}"
+            f"plan: {graphs}\nplan: {route}; {format_bytes(self.krylov_bytes)} left for Lanczos vectors"
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from hessian_tools.adaptive import AdaptiveJS0, Round, Uncertainty
 from hessian_tools.density import Axis, SpectralDensity
 from hessian_tools.heterogeneity import JSHeterogeneity, Reading, ScaleSpread
 from hessian_tools.quadrature import BlockSpectra, Estimate, Quadrature, RitzValue
@@ -29,7 +30,7 @@ from hessian_tools.verification import Check, Verification
 FORMAT = 1
 _RESULTS: tuple[type, ...] = (
     Quadrature, BlockSpectra, Estimate, RitzValue, Axis, SpectralDensity, JSHeterogeneity, Reading, ScaleSpread,
-    Verdict, Check, Verification,
+    Verdict, Check, Verification, AdaptiveJS0, Round, Uncertainty,
 )  # fmt: skip
 TYPES: dict[str, Any] = {cls.__name__: cls for cls in _RESULTS}
 

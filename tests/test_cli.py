@@ -128,9 +128,18 @@ def start(*arguments, **keywords):
 
 
 def said(capsys):
-    """(stdout, lines of stderr without what the model printed)"""
+    """(stdout, lines of stderr without the plan and what the model printed)"""
     out, err = capsys.readouterr()
-    return out, [line for line in err.splitlines() if line != "a model's noise"]
+    return out, [line for line in err.splitlines() if line != "a model's noise" and not line.startswith("plan: ")]
+
+
+def test_the_plan_is_told_before_the_run(capsys):
+    assert run("js0", "--model", "own.py:net", *FAST[:4]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    plan = [line for line in lines if line.startswith("plan: ")]
+    assert [line for line in lines if line != "a model's noise"][:4] == plan and "3 of 3 blocks to compute" in plan[0]
+    assert "18 Hessian-vector products for 3 block(s), about 0 s" in plan[1]
+    assert "recorded once" in plan[2] and "peak" in plan[3] and "left for Lanczos vectors" in plan[3]
 
 
 def test_js0_prints_saves_and_draws(capsys):
@@ -230,8 +239,8 @@ BAD = {
     "js0 --model own.py:missing": "the file has no function missing",
     "js0 --model own.py:three": "it returned a int",
     "js0 --model own.py:no_model": "model is a int; pass a torch.nn.Module",
-    "js0 --model own.py:fails": "line 27: KeyError: 'nothing'",
-    "js0 --model own.py:fails_at_length": "line 30: OSError: first line",
+    "js0 --model own.py:fails": "line 30: KeyError: 'nothing'",
+    "js0 --model own.py:fails_at_length": "line 33: OSError: first line",
     "js0 --model own.py:quits": "SystemExit: no",
     "js0 --model own.py:no_scalar": "not a scalar tensor",
     "js0 --model own.py:norm": "batch_stats=True",

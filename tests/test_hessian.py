@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian_tools as ht
+from hessian_tools import hessian
 from hessian_tools.double_backward import DoubleBackward
+from hessian_tools.linearised import Program
 from hessian_tools.memory import LiveBytes
 from hessian_tools.recompute import LAYERED, NONE
 
@@ -373,3 +375,66 @@ def test_products_on_cuda_are_those_of_the_cpu(name):
     v = torch.randn(2, on_cpu.num_parameters, dtype=torch.float64)
     expected = ht.HessianOperator(on_cpu).matmat(v)
     assert relative_error(ht.HessianOperator(on_gpu).matmat(v).cpu(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt", "batchnorm-batch", "hf-gpt2", "hf-vit"])
+def test_a_linear_program_takes_over_once_it_pays(name, monkeypatch):
+    """All of the Hessian and a head's blocks, over uneven batches, before and after the change of route."""
+    problem = network(name)
+    vectors = torch.randn(2, problem.num_parameters, dtype=torch.float64)
+    expected = vectors @ dense_hessian(problem)
+    operator = ht.HessianOperator(problem, memory="1GiB")
+    assert relative_error(operator.matmat(vectors), expected) < 1e-10
+    assert operator.route.startswith("double backward")
+    monkeypatch.setitem(hessian._WORTH_TRACING, "cpu", operator._engine._operations)
+    assert relative_error(operator.matmat(vectors), expected) < 1e-10
+    assert operator.route.startswith("linear program") and operator.plan.recorded
+    for cut in ht.partition(problem.model, "neuron").cuts[:3]:
+        rows = torch.randn(2 * cut.num_blocks, cut.block_size, dtype=torch.float64)
+        reference = ht.HessianOperator(problem, memory="1GiB", route="double backward").stacked(cut).matmat(rows)
+        assert (operator.stacked(cut).matmat(rows) - reference).norm() <= 1e-10 * expected.norm()
+    operator.release()
+    assert relative_error(operator.matmat(vectors), expected) < 1e-10
+
+
+class Detached(nn.Module):
+    """A trace cannot tell this detach from those that autograd makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y * y.detach()
+
+
+def test_a_linear_program_with_another_product_is_refused():
+    batches = [(torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64))]
+    problem = ht.Problem(Detached(), ht.mse, batches)
+    operator = ht.HessianOperator(problem, memory="1GiB")
+    operator._engine._operations = 1e30
+    vectors = torch.randn(2, problem.num_parameters, dtype=torch.float64)
+    assert relative_error(operator.matmat(vectors), vectors @ dense_hessian(problem)) < 1e-10
+    assert "double backward" in operator.route and "is not that of double backward" in operator.route
+    with pytest.raises(ValueError, match="route='linear program' cannot be had: its product"):
+        ht.HessianOperator(problem, memory="1GiB", route="linear program").matmat(vectors)
+    with pytest.raises(ValueError, match="route is 'fast'"):
+        ht.HessianOperator(problem, route="fast")
+
+
+def test_a_linear_program_that_runs_out_of_memory_gives_way(monkeypatch):
+    problem = network("gpt")
+    vectors = torch.randn(4, problem.num_parameters, dtype=torch.float64)
+    operator = ht.HessianOperator(problem, memory="1GiB", route="linear program")
+    expected, calls = operator.matmat(vectors), []
+
+    def failing(self, cotangents, values):
+        calls.append(len(cotangents[0]))
+        raise torch.OutOfMemoryError("out of memory, says the test")
+
+    monkeypatch.setattr(Program, "__call__", failing)
+    with pytest.warns(RuntimeWarning, match="out of memory, says the test"):
+        found = operator.matmat(vectors)
+    assert calls == [4, 2, 1] and operator.route.startswith("double backward")
+    assert relative_error(found, expected) < 1e-10

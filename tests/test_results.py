@@ -14,6 +14,7 @@ import torch
 
 import hessian_tools as ht
 from hessian_tools import results
+from hessian_tools.adaptive import Round, Uncertainty
 from hessian_tools.operators import DiagonalOperator
 from hessian_tools.quadrature import Estimate, RitzValue
 from hessian_tools.results import Journal, load, save, write_atomically
@@ -38,6 +39,9 @@ def samples():
         Verification((check,), ("cut batches: cannot be cut",)),
     ]  # fmt: skip
     found.append(found[4].axis)
+    uncertainty = Uncertainty(*np.arange(1.0, 1.0 + len(dataclasses.fields(Uncertainty))).tolist())
+    history = Round(12, {"log": 0.5}, {"log": uncertainty}, ("a.weight",))
+    found += [uncertainty, history, ht.AdaptiveJS0(spectra, js, (history,), 0.05, ("log",), False)]
     return {type(result).__name__: result for result in found}
 
 

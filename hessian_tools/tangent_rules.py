@@ -36,9 +36,12 @@ def _matrix_product(program: "Linearisation", node: Node) -> None:
             return out
         if moved_left.is_contiguous():  # one large product
             rows = moved_left.view(k * n, p)
-            return torch.mm(rows, b).view(k, n, q) if out is None else out.view(k * n, q).addmm_(rows, b).view(k, n, q)
+            if out is None:
+                return torch.mm(rows, b).view(k, n, q)
+            flat = out.view(k * n, q)
+            return torch.addmm(flat, rows, b, out=flat).view(k, n, q)  # into itself; not by addmm_, which none counts
         shared = b.expand(k, p, q)
-        return torch.bmm(moved_left, shared) if out is None else out.baddbmm_(moved_left, shared)
+        return torch.bmm(moved_left, shared) if out is None else torch.baddbmm(out, moved_left, shared, out=out)
 
     program.bilinear(node, (left, right), (left, right), call)
 
@@ -54,7 +57,7 @@ def _batched_product(program: "Linearisation", node: Node) -> None:
             if moved_right is not None:
                 torch.bmm(a, moved_right[i], out=out[i])
                 if moved_left is not None:
-                    out[i].baddbmm_(moved_left[i], b)
+                    torch.baddbmm(out[i], moved_left[i], b, out=out[i])
             elif moved_left is not None:
                 torch.bmm(moved_left[i], b, out=out[i])
         return out

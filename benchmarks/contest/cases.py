@@ -18,9 +18,9 @@ from hessian_tools import data, networks, vision, zoo
 
 SEED = 0
 LAYERS, WIDTH, HEADS, TOKENIZER = 6, 256, 4, "byte"  # the GPT; "byte" has 257 tokens, "bpe" 8192
-CONTEXT, SEQUENCES = 64, 2
+CONTEXT, SEQUENCES = 128, 4
 GPT2_CONTEXT, GPT2_SEQUENCES = 16, 2
-IMAGES, RESNET_IMAGES, IMAGE_SIZE = 64, 16, 32
+IMAGES, RESNET_IMAGES, IMAGE_SIZE = 64, 32, 32
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Work:
     """How much of each job is done on one model: k probes and m Lanczos steps."""
 
     probes: int = 8  # of job a8
-    density: tuple[int, int] = (2, 6)  # (k, m) of job c
-    blockwise: tuple[int, int] = (2, 5)  # (k, m) of job d
+    density: tuple[int, int] = (2, 20)  # (k, m) of job c
+    blockwise: tuple[int, int] = (2, 10)  # (k, m) of job d
     sample: tuple[int, int] = (1, 1)  # what is run of d by contenders whose every product starts anew
     blocks: int | None = None  # weight matrices of jobs b and d, evenly spaced; None: all
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from hessian_tools.results import write_atomically
 
-ROUNDS = {"a1": 5, "a8": 5, "b": 5, "c": 3, "d": 2}
+ROUNDS = {"a1": 5, "a8": 4, "b": 4, "c": 2, "d": 2}
 SETTLE = 0.05  # seconds between two contenders, so that idle threads of the last one have gone to sleep
 LIMIT = 900.0  # seconds after which a request is given up
 RESULTS = Path(__file__).parent / "results"

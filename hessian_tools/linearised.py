@@ -42,6 +42,7 @@ _BATCHED_LINEAR = {  # linear in their one active argument; torch.vmap knows the
 _FIRST_ONLY = {"avg_pool2d_backward", "_adaptive_avg_pool2d_backward"}  # only the shape of the second is read
 _CONSTANT = {"full_like", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 _POINTWISE = {"gelu_backward", "threshold_backward", "where", "masked_fill"}  # not all versions of torch tag them
+_MOST_TERMS = 4
 Call = Callable[..., Tensor]
 Node = Any  # fx.Node, whose arguments have too many types to be of use
 
@@ -192,12 +193,8 @@ class Linearisation:
         last: dict[int, Node] = {}
         order = [node for node in self.graph.nodes if node.op == "call_function"]
         for node in order:
-            for value in _tensors(node):
-                last[_storage(value)] = node
-            for argument in node.all_input_nodes:
-                last.update((_storage(value), node) for value in _tensors(argument))
-        for node in self._wanted:
-            last.update((_storage(value), node) for value in _tensors(node) if node.op == "call_function")
+            for user in (node, *node.all_input_nodes):
+                last.update((_storage(value), node) for value in _tensors(user))
         kept = {_storage(value) for node in self._wanted for value in _tensors(node)}
         given = {_storage(v) for node in self.graph.nodes if node.op != "call_function" for v in _tensors(node)}
         ends: dict[Node, list[int]] = {}
@@ -290,19 +287,16 @@ class Linearisation:
         for index, argument in enumerate(node.args):
             if isinstance(argument, fx.Node) and argument in self.forms:
                 coefficient = self._derivative(node, index)
-                for base, inner in self._combined(argument, node).items():
+                held = self._held_forms.get(argument)
+                combined = self.forms[argument] if held is None else {held: Coefficient()}
+                for base, inner in combined.items():
                     product = self._times(coefficient, inner, node)
                     form[base] = self._plus(form[base], product, node) if base in form else product
         if any(isinstance(a, fx.Node) and a in self.forms for a in node.kwargs.values()):
             raise Untraceable(f"{node.target} has a differentiable keyword")
         self.forms[node] = form
-        several = len(node.users) > 1
-        if len(form) > 4 or (len(form) > 1 and several):
+        if len(form) > _MOST_TERMS or (len(form) > 1 and len(node.users) > 1):  # or each user would sum them again
             self.held(node)
-
-    def _combined(self, argument: Node, user: Node) -> Form:
-        held = self._held_forms.get(argument)
-        return {held: Coefficient()} if held is not None else self.forms[argument]
 
     def _derivative(self, node: Node, index: int) -> Coefficient:
         """d node / d args[index], elementwise."""
@@ -321,6 +315,7 @@ class Linearisation:
         return Coefficient(1.0, self.insert(_derivative_values, (node.target, index, args, dict(node.kwargs)), node))
 
     def insert(self, function: Callable[..., Any], args: tuple[Any, ...], like: Node, shape: Any = None) -> Node:
+        """A constant computed from earlier values, of ``like``'s dtype and, unless given, shape."""
         with self.graph.inserting_after(self._at):
             new = self.graph.call_function(function, args)
         value = like.meta["val"]
@@ -346,7 +341,7 @@ class Linearisation:
         return Coefficient(1.0, self.insert(_weighted_sum, terms, node, torch.broadcast_shapes(*shapes)))
 
     # ------------------------------------------------------------------------------------------------ steps
-    def step(
+    def step(  # the methods below are what rules are written with
         self, like: Node, inputs: Sequence[Base], constants: Sequence[Node], call: Call, view: bool = False
     ) -> Base:
         base = Base(tuple(like.meta["val"].shape), like.meta["val"].dtype)

@@ -28,8 +28,8 @@ class Work:
     """How much of each job is done on one model: k probes and m Lanczos steps."""
 
     probes: int = 8  # of job a8
-    density: tuple[int, int] = (2, 20)  # (k, m) of job c
-    blockwise: tuple[int, int] = (2, 10)  # (k, m) of job d
+    density: tuple[int, int] = (2, 12)  # (k, m) of job c
+    blockwise: tuple[int, int] = (2, 6)  # (k, m) of job d
     sample: tuple[int, int] = (1, 1)  # what is run of d by contenders whose every product starts anew
     blocks: int | None = None  # weight matrices of jobs b and d, evenly spaced; None: all
 

@@ -29,18 +29,18 @@ def problem() -> ht.Problem:
     return ht.Problem(model, ht.cross_entropy, [(tokens[:, :-1], tokens[:, 1:])])
 
 
-def full_product(problem: ht.Problem, probes: int, record: bool) -> float:
+def full_product(problem: ht.Problem, probes: int, record: bool, route: str = "double backward") -> float:
     """Operations a probe of the whole Hessian; a recorded graph's own recording is not counted."""
-    hessian = ht.HessianOperator(problem, record=record)
+    hessian = ht.HessianOperator(problem, record=record, route=route)
     vectors = torch.randn(probes, hessian.size)
     if record:
         hessian.matmat(vectors[:1])
     return operations(lambda: hessian.matmat(vectors)) / probes
 
 
-def block_product(problem: ht.Problem, probes: int) -> float:
+def block_product(problem: ht.Problem, probes: int, route: str = "double backward") -> float:
     """Operations a probe of one diagonal block, mean over all weight matrices."""
-    hessian = ht.HessianOperator(problem, record=True)
+    hessian = ht.HessianOperator(problem, record=True, route=route)
     hessian.matmat(torch.randn(1, hessian.size))
     costs = []
     for cut in ht.partition(problem.model, "weights").cuts:
@@ -76,9 +76,11 @@ def main() -> None:
     unit = operations(forward)
     rows = [
         ("whole Hessian, graph recorded, 8 probes", full_product(case, 8, True)),
+        ("whole Hessian, linear program, 8 probes", full_product(case, 8, True, "linear program")),
         ("whole Hessian, graph rebuilt, 8 probes", full_product(case, 8, False)),
         ("whole Hessian, graph rebuilt, 1 probe", full_product(case, 1, False)),
         ("one weight block (mean), 4 probes", block_product(case, 4)),
+        ("one weight block (mean), linear program, 4 probes", block_product(case, 4, "linear program")),
         ("one weight block (mean), 1 probe", block_product(case, 1)),
         ("one weight block (mean), backward into all leaves, 1 probe", into_all_leaves(case)),
     ]

@@ -4,6 +4,7 @@
 with clocks around its parts, and writes benchmarks/results/profile.txt.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -69,13 +70,17 @@ def run(start: float) -> None:
 
 
 def main() -> None:
-    environment = os.environ | {"PROFILE_START": repr(time.time())}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a tiny network; shares mean nothing")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    found = parser.parse_args()
+    environment = os.environ | {"PROFILE_START": repr(time.time()), "PROFILE_SMOKE": "1" if found.smoke else ""}
     ran = subprocess.run(
         [sys.executable, __file__, "--run"], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
     text = ran.stdout[ran.stdout.index("\nhessian-tools js0") + 1 :]
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(text)
+    found.out.parent.mkdir(parents=True, exist_ok=True)
+    found.out.write_text(text)
     print(text)
 
 

@@ -206,3 +206,33 @@ def test_smoke_run_writes_what_table_and_figure_need(tmp_path, monkeypatch, caps
     assert ours < 2.5 and official > 3 * ours
     assert jobs["a1"]["contenders"]["official"]["F_a_product"] == pytest.approx(9, rel=1e-2)
     assert result["special"]["uneven"]["correctness"]["official"]["errors"][referee.WHOLE] > 0.1
+
+
+def script(monkeypatch, capsys, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_every_route_is_timed(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "routes.json"
+    printed = script(monkeypatch, capsys, "routes.py", "--smoke", "--models", "gpt", "--rounds", "1", "--out", str(out))
+    passes = json.loads(out.read_text())["models"]["gpt"]["forward_passes"]
+    assert len(passes) == 9 and all(way in printed and len(taken) == 1 for way, taken in passes.items())
+
+
+def test_a_long_context_states_its_peak(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "long.json"
+    arguments = ("--model", "gpt2-nano", "--context", "32", "--memory", "1GB", "--out", str(out))
+    assert "at its peak" in script(monkeypatch, capsys, "long_context.py", *arguments)
+    facts = json.loads(out.read_text())
+    assert 0 < facts["process_GiB_before"] <= facts["process_GiB_peak"] and facts["product_norm"] > 0
+
+
+def test_a_whole_run_is_divided_up(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "profile.txt"
+    script(monkeypatch, capsys, "profile_run.py", "--smoke", "--out", str(out))
+    lines = out.read_text().splitlines()
+    shares = [float(line.split()[-1].rstrip("%")) for line in lines[1:-1]]
+    assert "exit code 0" in lines[0] and lines[-1].endswith("s") and sum(shares) == pytest.approx(100, abs=1)
+    assert any(line.startswith("second-order passes") for line in lines)

@@ -438,3 +438,28 @@ def test_a_linear_program_that_runs_out_of_memory_gives_way(monkeypatch):
         found = operator.matmat(vectors)
     assert calls == [4, 2, 1] and operator.route.startswith("double backward")
     assert relative_error(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("route", ["double backward", "linear program"])
+def test_a_jobs_passes_and_operations(route, monkeypatch):
+    """A longer blockwise job calls the model no more often, and each further product costs what a block's may."""
+    torch.manual_seed(0)
+    tokens = torch.randint(64, (2, 33))
+    batches = [(tokens[:, :-1], tokens[:, 1:])]
+    problem = ht.Problem(gpt(64, 32, 48, 3, tied=False), ht.cross_entropy, batches)
+    blocks, calls, own = ht.partition(problem.model, "weights"), [], ht.Problem.batch_loss
+    monkeypatch.setattr(ht.Problem, "batch_loss", lambda self, batch: (calls.append(1), own(self, batch))[1])
+    with problem.evaluating(), torch.no_grad(), FlopCounterMode(display=False) as forward:
+        problem.batch_loss(batches[0])
+    passes, operations = [], []
+    for steps in (3, 6):
+        hessian_ = ht.HessianOperator(problem, memory="1GiB", route=route)
+        calls.clear()
+        with FlopCounterMode(display=False) as counter:
+            settings = {"exact": False, "reorthogonalize": "none", "progress": False}  # Gram-Schmidt has operations too
+            ht.blockwise_slq(hessian_, blocks, num_probes=2, num_steps=steps, **settings)
+        passes.append(len(calls))
+        operations.append(counter.get_total_flops())
+    assert passes[0] == passes[1] <= 3
+    further = (operations[1] - operations[0]) / (3 * 2 * len(blocks)) / forward.get_total_flops()
+    assert 0.5 < further <= 1.45

@@ -45,7 +45,7 @@ def clocked(spent: dict[str, float], name: str, function: Callable[..., Any]) ->
 
 def run(start: float) -> None:
     """The run itself; prints the table."""
-    from hessian_tools import cli, double_backward, hessian, lanczos, linear_route, plotting, quadrature
+    from hessian_tools import cli, double_backward, hessian, linear_route, plotting, quadrature
 
     spent: dict[str, float] = defaultdict(float)
     spent["imports"] = time.time() - start
@@ -55,7 +55,7 @@ def run(start: float) -> None:
     hessian.choose = clocked(spent, "planning", hessian.choose)
     hessian._Engine._linearise = clocked(spent, "tracing and checking the linear program", hessian._Engine._linearise)
     cli._verify = clocked(spent, "verification", cli._verify)
-    quadrature.lanczos = clocked(spent, "Lanczos besides the products", lanczos.lanczos)
+    quadrature.lanczos = clocked(spent, "Lanczos besides the products", quadrature.lanczos)
     cli.js_heterogeneity = clocked(spent, "heterogeneity", cli.js_heterogeneity)
     plotting.draw = clocked(spent, "pictures", plotting.draw)
     with tempfile.TemporaryDirectory() as folder:

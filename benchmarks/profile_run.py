@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "profile.txt"
-ARGUMENTS = ("--probes", "4", "--steps", "20")
+ARGUMENTS = ("--probes", "3", "--steps", "20")
 HERE = Path(__file__).resolve().parent
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,13 @@ def by_functorch(case: Case, vectors: Tensor) -> tuple[Callable[[list[Tensor]], 
 
     pieces = vectors.split([p.numel() for p in state.values()], dim=1)
     given = [piece.reshape(-1, *p.shape).contiguous() for piece, p in zip(pieces, state.values(), strict=True)]
-    return lambda tangents: vmap(product)(tangents), given
+
+    def batched(tangents: list[Tensor]) -> list[Tensor]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")  # torch's own, under jvp
+            return vmap(product)(tangents)
+
+    return batched, given
 
 
 def compiled(product: Callable[[list[Tensor]], list[Tensor]], vectors: list[Tensor]) -> Callable[[], Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hessian_tools import recompute
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
+from hessian_tools.imagined import Imagined, imagines
 from hessian_tools.memory import is_out_of_memory
 from hessian_tools.problem import Problem
 from hessian_tools.recompute import NONE, Segments
@@ -32,7 +33,7 @@ class DoubleBackward:
     ``recorded`` and ``segments`` say how; :meth:`release` must follow a change. ``name`` describes the route.
     """
 
-    def __init__(self, problem: Problem, recorded: bool = False, segments: Segments = NONE) -> None:
+    def __init__(self, problem: Problem | Imagined, recorded: bool = False, segments: Segments = NONE) -> None:
         self.problem, self.recorded, self.segments = problem, recorded, segments
         self.batched, self.fallback = True, ""
         self._checked: set[str] = set()
@@ -90,7 +91,8 @@ class DoubleBackward:
             gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         found = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
         for name in found.keys() - self._checked:  # once: on every product it would make the device wait
-            if not torch.isfinite(found[name]).all():
+            finite = torch.isfinite(found[name]).all()
+            if not imagines(finite) and not finite:
                 raise NumericalError(f"the gradient of {name} is not finite, but the loss is {loss.item():.6g}")
         self._checked |= found.keys()
         return {name: g for name, g in found.items() if g.requires_grad}  # others are constant: zero rows

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hessian_tools.double_backward import DoubleBackward, refuse_once_differentiable
 from hessian_tools.gradient_graph import Untraceable
+from hessian_tools.imagined import Imagined, Unimaginable
 from hessian_tools.linear_route import Linearised
 from hessian_tools.memory import (
     OverBudget,
@@ -48,6 +50,8 @@ Todo = list[tuple[float, Any, int]]  # weight in L, micro-batch, rows that are d
 ROUTES = ("auto", "linear program", "double backward")
 # operations of products after which "auto" traces: seconds of work, as tracing takes; counted, so that runs agree
 _WORTH_TRACING = {"cpu": 4e11, "cuda": 1e14}
+_TRIAL_PASSES = 39  # forward passes' worth: a graph (3) and products (6 a probe) of 1, 2 and 3 probes
+_WORTH_IMAGINING = 1e11  # operations of a trial; without arithmetic it takes a second or two, whatever the model's size
 _MEASURED: WeakKeyDictionary[Problem, dict[Segments, Footprint]] = WeakKeyDictionary()
 
 
@@ -69,7 +73,6 @@ class _Engine:
         self.without_linear: Plan | None = None  # the plan to go back to from a linear program
         self.not_linear = ""  # why no linear program is used
         self._operations = 0.0  # of the products so far, by counted cost
-        self._forward_operations = math.nan
         if wishes.segments and self._footprint(wishes.segments) is None and self.refused[wishes.segments]:
             raise ValueError(f"segments is {wishes.segments!r}, but layers cannot be: {self.refused[wishes.segments]}")
         plan = choose(problem, self.budget, self._footprint, wishes)
@@ -131,18 +134,18 @@ class _Engine:
         if self.wanted == "auto":
             if not self.plan.recorded or self.plan.segments:
                 return False
-            if math.isnan(self._forward_operations):
-                self._forward_operations = self._counted_forward()
-            self._operations += rows * self._forward_operations * (6 if whole else 1.3)
+            examples = sum(batch_length(batch) or 1 for _, batch in self.plan.pieces)
+            self._operations += rows * examples * self._example_operations * (6 if whole else 1.3)
             return self._operations > _WORTH_TRACING.get(self.problem.device.type, 4e11)
         return True
 
-    def _counted_forward(self) -> float:
-        """Floating-point operations of a forward pass over all data."""
+    @cached_property
+    def _example_operations(self) -> float:
+        """Floating-point operations of a forward pass, an example."""
         examples, batch = self.problem.samples[0]
         with self.problem.evaluating(), torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.problem.batch_loss(batch)
-        return counter.get_total_flops() / examples * sum(batch_length(b) or 1 for _, b in self.plan.pieces)
+        return counter.get_total_flops() / examples
 
     def _linearise(self) -> None:
         """Takes a linear program as the route if there is one, it fits the budget and it gives the same product."""
@@ -252,11 +255,12 @@ class _Engine:
         if segments in known or (segments in self.refused and not beyond):
             return known.get(segments)
         try:
-            with measuring(device, budget_bytes("auto", device) if beyond else self.budget) as live:
+            limit = budget_bytes("auto", device) if beyond else self.budget
+            with measuring(device, limit):
                 self.refused[segments] = self._unusable(segments)
-                if self.refused[segments]:
-                    return None
-                found = [(n, self._bytes(batch, segments, live)) for n, batch in self.problem.samples]
+            if self.refused[segments]:
+                return None
+            found = self._trial(segments, limit)
         except Exception as error:
             if not isinstance(error, OverBudget) and not is_out_of_memory(error):
                 raise
@@ -289,11 +293,27 @@ class _Engine:
             return "they read more than their arguments and parameters"
         return ""
 
-    def _bytes(self, batch: Any, segments: Segments, live: Any) -> list[int]:
+    def _trial(self, segments: Segments, limit: int) -> list[tuple[int, list[int]]]:
+        """(examples, :meth:`_bytes`) of the samples: by passes without arithmetic where real ones would be long."""
+        problem, samples = self.problem, self.problem.samples
+        long = sum(n for n, _ in samples) * self._example_operations * _TRIAL_PASSES > _WORTH_IMAGINING
+        if long and problem.device.type == "cpu":  # CUDA's allocator only counts what there is
+            try:
+                imagined = Imagined(problem)
+                with imagined.entered(), measuring(problem.device, limit) as live:
+                    return [(n, self._bytes(imagined, imagined.batch(b), segments, live)) for n, b in samples]
+            except OverBudget:
+                raise
+            except Exception:  # a model may look at values, which are not there; real passes take longer, that is all
+                pass
+        with measuring(problem.device, limit) as live:
+            return [(n, self._bytes(problem, batch, segments, live)) for n, batch in samples]
+
+    def _bytes(self, problem: Problem | Imagined, batch: Any, segments: Segments, live: Any) -> list[int]:
         """Bytes of the graph, and besides it of recording and of passes of MEASURED_ROWS (as many as fit)."""
         live.restart()
-        start, parameters = live.now, self.problem.parameters
-        route = DoubleBackward(self.problem, recorded=True, segments=segments)
+        start, parameters = live.now, problem.parameters
+        route = DoubleBackward(problem, recorded=True, segments=segments)
         with self.arithmetic.active():
             for _ in route.products(batch, list(parameters), ()):  # records
                 pass
@@ -308,6 +328,8 @@ class _Engine:
                     if len(found) == 1:
                         raise
                     break
+        if not route.batched and problem is not self.problem:
+            raise Unimaginable(route.fallback)  # the attempt that failed held something, too
         return [graph, *found]
 
 

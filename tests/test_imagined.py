@@ -1,0 +1,58 @@
+"""Passes without arithmetic: they must count what real ones hold, and leave the model as it was."""
+
+import pytest
+import torch
+from problems import network
+from torch import nn
+
+import hessian_tools as ht
+from hessian_tools import hessian as engine
+from hessian_tools.imagined import Imagined, imagines
+from hessian_tools.recompute import LAYERED, NONE
+
+
+def footprint(monkeypatch, problem, kind, worth):
+    """The bytes that the plan is made from, by trials with (worth=0) or without arithmetic."""
+    monkeypatch.setattr(engine, "_WORTH_IMAGINING", worth)
+    engine._MEASURED.pop(problem, None)
+    hessian = ht.HessianOperator(problem, memory="1GiB")
+    return hessian._engine._trial(kind, 1 << 30)
+
+
+@pytest.mark.parametrize("kind", [NONE, LAYERED], ids=["plain", "layered"])
+@pytest.mark.parametrize("name", ["batchnorm-batch", "groupnorm", "lstm", "gpt", "hf-gpt2"])
+def test_imagined_trials_count_what_real_ones_hold(monkeypatch, name, kind):
+    problem = network(name, torch.float32)
+    calls = []
+    hook = problem.model.register_forward_hook(
+        lambda module, args, out: calls.append(imagines(next(module.parameters())))
+    )
+    imagined = footprint(monkeypatch, problem, kind, -1)
+    trial, calls[:] = list(calls), []
+    hook.remove()
+    assert footprint(monkeypatch, problem, kind, 1e30) == imagined
+    assert any(trial) == (name != "lstm")  # whose kernel keeps what nobody sees
+
+
+def test_the_model_is_put_back_also_after_an_error():
+    problem = network("gpt")
+    before = {name: (id(p), p.clone()) for name, p in problem.model.named_parameters()}
+    imagined = Imagined(problem)
+    with pytest.raises(ZeroDivisionError), imagined.entered():
+        assert all(map(imagines, problem.model.parameters()))
+        raise ZeroDivisionError
+    after = dict(problem.model.named_parameters())
+    assert all(id(after[name]) == key and torch.equal(after[name], value) for name, (key, value) in before.items())
+
+
+def test_a_model_that_looks_at_values_is_tried_in_earnest(monkeypatch):
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(x) if float(self.linear.weight.detach().sum()) < 1e9 else x
+
+    problem = ht.Problem(Looks(), ht.mse, [(torch.randn(4, 3), torch.randn(4, 2))])
+    assert footprint(monkeypatch, problem, NONE, -1) == footprint(monkeypatch, problem, NONE, 1e30)

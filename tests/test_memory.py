@@ -1,5 +1,9 @@
 """Budgets as users write them, and bytes counted against what is known to be alive."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from problems import network
@@ -93,3 +97,24 @@ def test_running_out_of_memory_is_recognised(error, expected):
 
 def test_bytes_in_words():
     assert [format_bytes(n) for n in (10, 2048, 3 * 2**30)] == ["10 B", "2 KiB", "3 GiB"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
+def test_freed_memory_is_kept_until_it_is_returned():
+    script = """
+import resource, torch
+from hessian_tools.memory import keep_freed_memory, return_freed_memory
+def pages_fetched():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(6):
+        torch.empty(16 << 20).zero_()  # 64 MiB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed_memory()
+kept = pages_fetched()
+return_freed_memory()
+print(kept * resource.getpagesize() >> 20, pages_fetched() * resource.getpagesize() >> 20)
+"""
+    kept, returned = map(
+        int, subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout.split()
+    )
+    assert kept <= 3 * 64 and returned >= 6 * 64  # MiB fetched anew in six rounds

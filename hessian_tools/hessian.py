@@ -15,33 +15,22 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from hessian_tools.double_backward import DoubleBackward, refuse_once_differentiable
+from hessian_tools.double_backward import DoubleBackward
 from hessian_tools.gradient_graph import Untraceable
-from hessian_tools.imagined import Imagined, Unimaginable
 from hessian_tools.linear_route import Linearised
-from hessian_tools.memory import (
-    OverBudget,
-    budget_bytes,
-    format_bytes,
-    is_out_of_memory,
-    keep_freed_memory,
-    measuring,
-    return_freed_memory,
-)
+from hessian_tools.memory import budget_bytes, format_bytes, is_out_of_memory, keep_freed_memory, return_freed_memory
 from hessian_tools.operators import SymmetricOperator
 from hessian_tools.partition import Block, Cut
-from hessian_tools.plan import MAX_ROWS, MEASURED_ROWS, PRODUCT_SHARE, Footprint, Plan, Wishes, choose, planned
+from hessian_tools.plan import MAX_ROWS, PRODUCT_SHARE, Plan, Wishes, choose, planned
 from hessian_tools.precision import Arithmetic, arithmetic
 from hessian_tools.problem import Problem, batch_length
-from hessian_tools.recompute import LAYERED, NONE, STREAMED, Segments, repeated_layers
+from hessian_tools.recompute import LAYERED, NONE, STREAMED, Segments
+from hessian_tools.trials import Trials
 from hessian_tools.verification import Verification, verify
 
 Spread = Callable[[slice], Sequence[Tensor]]
@@ -50,9 +39,6 @@ Todo = list[tuple[float, Any, int]]  # weight in L, micro-batch, rows that are d
 ROUTES = ("auto", "linear program", "double backward")
 # operations of products after which "auto" traces: seconds of work, as tracing takes; counted, so that runs agree
 _WORTH_TRACING = {"cpu": 4e11, "cuda": 1e14}
-_TRIAL_PASSES = 39  # forward passes' worth: a graph (3) and products (6 a probe) of 1, 2 and 3 probes
-_WORTH_IMAGINING = 1e11  # operations of a trial; without arithmetic it takes a second or two, whatever the model's size
-_MEASURED: WeakKeyDictionary[Problem, dict[Segments, Footprint]] = WeakKeyDictionary()
 
 
 class _Engine:
@@ -67,16 +53,17 @@ class _Engine:
     ) -> None:
         self.problem, self.arithmetic, self.wanted = problem, arithmetic, wanted
         self.budget = budget_bytes(memory, problem.device)
-        self.refused: dict[Segments, str] = {}
+        self.trials = Trials(problem, arithmetic, self.budget)
         self.double_backward = DoubleBackward(problem)
         self.route: DoubleBackward | Linearised = self.double_backward
         self.without_linear: Plan | None = None  # the plan to go back to from a linear program
         self.not_linear = ""  # why no linear program is used
         self._operations = 0.0  # of the products so far, by counted cost
-        if wishes.segments and self._footprint(wishes.segments) is None and self.refused[wishes.segments]:
-            raise ValueError(f"segments is {wishes.segments!r}, but layers cannot be: {self.refused[wishes.segments]}")
-        plan = choose(problem, self.budget, self._footprint, wishes)
-        reasons = [f"layers cannot be recomputed: {why}" for kind, why in self.refused.items() if why and kind.layers]
+        refused = self.trials.refused
+        if wishes.segments and self.trials.footprint(wishes.segments) is None and refused[wishes.segments]:
+            raise ValueError(f"segments is {wishes.segments!r}, but layers cannot be: {refused[wishes.segments]}")
+        plan = choose(problem, self.budget, self.trials.footprint, wishes)
+        reasons = [f"layers cannot be recomputed: {why}" for kind, why in refused.items() if why and kind.layers]
         self._adopt(replace(plan, notes=tuple(reasons)))
 
     def products(self, names: Sequence[str], count: int, spread: Spread, collect: Collect) -> None:
@@ -135,17 +122,9 @@ class _Engine:
             if not self.plan.recorded or self.plan.segments:
                 return False
             examples = sum(batch_length(batch) or 1 for _, batch in self.plan.pieces)
-            self._operations += rows * examples * self._example_operations * (6 if whole else 1.3)
+            self._operations += rows * examples * self.trials.example_operations * (6 if whole else 1.3)
             return self._operations > _WORTH_TRACING.get(self.problem.device.type, 4e11)
         return True
-
-    @cached_property
-    def _example_operations(self) -> float:
-        """Floating-point operations of a forward pass, an example."""
-        examples, batch = self.problem.samples[0]
-        with self.problem.evaluating(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.problem.batch_loss(batch)
-        return counter.get_total_flops() / examples
 
     def _linearise(self) -> None:
         """Takes a linear program as the route if there is one, it fits the budget and it gives the same product."""
@@ -222,14 +201,14 @@ class _Engine:
     def _more_segments(self, now: Segments) -> Segments | None:
         following = () if now.layers else (LAYERED,) if now else (STREAMED, LAYERED)
         for kind in following:
-            if self._footprint(kind) is not None or not self.refused[kind]:  # perhaps too large, but right
+            if self.trials.footprint(kind) is not None or not self.trials.refused[kind]:  # perhaps too large, but right
                 return kind
         return None
 
     def _changed(self, plan: Plan, **changes: Any) -> Plan:
         """The plan with other pieces, recording or segments, its bytes counted anew where they can be."""
         changed = replace(plan, **changes)
-        if (found := self._footprint(changed.segments)) is None:
+        if (found := self.trials.footprint(changed.segments)) is None:
             return changed
         counted = planned(changed.pieces, changed.recorded, changed.segments, found, self.budget)
         return replace(counted, rows=plan.rows, notes=plan.notes)
@@ -245,92 +224,6 @@ class _Engine:
             return None
         left = [(weight, piece, done) for _, batch, done in todo for weight, piece in pieces[id(batch)]]
         return self._changed(plan, pieces=tuple(piece for cut in pieces.values() for piece in cut)), left
-
-    def _footprint(self, segments: Segments, beyond: bool = False) -> Footprint | None:
-        """Bytes of a kind of segments, measured on the samples; None where it does not fit or cannot be used.
-
-        ``beyond``: whatever the budget, as far as the device has memory.
-        """
-        known, device = _MEASURED.setdefault(self.problem, {}), self.problem.device
-        if segments in known or (segments in self.refused and not beyond):
-            return known.get(segments)
-        try:
-            limit = budget_bytes("auto", device) if beyond else self.budget
-            with measuring(device, limit):
-                self.refused[segments] = self._unusable(segments)
-            if self.refused[segments]:
-                return None
-            found = self._trial(segments, limit)
-        except Exception as error:
-            if not isinstance(error, OverBudget) and not is_out_of_memory(error):
-                raise
-            self.refused[segments] = ""
-            return None
-        del self.refused[segments]
-        known[segments] = Footprint.measured(found, 2 * self.problem.num_parameters * self.arithmetic.vectors.itemsize)
-        return known[segments]
-
-    def _unusable(self, segments: Segments) -> str:
-        """Why layers cannot be segments; a loss that has no second derivative is refused."""
-        problem, (_, batch) = self.problem, self.problem.samples[0]
-        if segments.layers and not repeated_layers(problem.model):
-            return "no repeated layers"
-        found, parameters = [], list(problem.parameters.values())
-        for kind in (replace(segments, layers=False), segments)[: 1 + segments.layers]:
-            try:
-                with problem.evaluating(kind), torch.enable_grad():
-                    loss = problem.batch_loss(batch)
-                    if not kind.layers:
-                        refuse_once_differentiable(loss)
-                    if segments.layers:
-                        found.append(torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True))
-            except RuntimeError as error:  # an operation in place on what comes in, say
-                if not kind.layers or is_out_of_memory(error):
-                    raise
-                return str(error).split("\n")[0]
-        allowed = torch.finfo(problem.dtype).eps ** 0.5
-        if found and any((a - b).norm() > allowed * a.norm() for a, b in zip(*found, strict=True)):
-            return "they read more than their arguments and parameters"
-        return ""
-
-    def _trial(self, segments: Segments, limit: int) -> list[tuple[int, list[int]]]:
-        """(examples, :meth:`_bytes`) of the samples: by passes without arithmetic where real ones would be long."""
-        problem, samples = self.problem, self.problem.samples
-        long = sum(n for n, _ in samples) * self._example_operations * _TRIAL_PASSES > _WORTH_IMAGINING
-        if long and problem.device.type == "cpu":  # CUDA's allocator only counts what there is
-            try:
-                imagined = Imagined(problem)
-                with imagined.entered(), measuring(problem.device, limit) as live:
-                    return [(n, self._bytes(imagined, imagined.batch(b), segments, live)) for n, b in samples]
-            except OverBudget:
-                raise
-            except Exception:  # a model may look at values, which are not there; real passes take longer, that is all
-                pass
-        with measuring(problem.device, limit) as live:
-            return [(n, self._bytes(problem, batch, segments, live)) for n, batch in samples]
-
-    def _bytes(self, problem: Problem | Imagined, batch: Any, segments: Segments, live: Any) -> list[int]:
-        """Bytes of the graph, and besides it of recording and of passes of MEASURED_ROWS (as many as fit)."""
-        live.restart()
-        start, parameters = live.now, problem.parameters
-        route = DoubleBackward(problem, recorded=True, segments=segments)
-        with self.arithmetic.active():
-            for _ in route.products(batch, list(parameters), ()):  # records
-                pass
-            graph, found = live.now - start, [live.peak - live.now]
-            for rows in MEASURED_ROWS:
-                live.restart()
-                vectors = [p.new_zeros(()).expand(rows, *p.shape) for p in parameters.values()]
-                try:
-                    for _ in route.products(batch, list(parameters), [vectors]):
-                        found.append(live.peak - start - graph)
-                except OverBudget:  # what fewer rows have shown has to do
-                    if len(found) == 1:
-                        raise
-                    break
-        if not route.batched and problem is not self.problem:
-            raise Unimaginable(route.fallback)  # the attempt that failed held something, too
-        return [graph, *found]
 
 
 class HessianOperator(SymmetricOperator):

@@ -1,6 +1,6 @@
 """Plan: what is recorded, cut and recomputed so that products stay within a memory budget.
 
-Nothing is guessed. A route is tried on one and on two examples, with one to three probes, while the bytes alive are
+Nothing is guessed. A route is tried on one and on two examples, with two and three probes, while the bytes alive are
 counted; everything that a product holds is affine in the examples of a micro-batch and, for given examples, in the
 probes that go through together. A trial stops as soon as it exceeds the budget. From that follows the peak of every way
 to compute, and the cheapest that fits is taken (k probes go together, F is a forward pass; a probe of the whole
@@ -16,7 +16,7 @@ Hessian):
 each with whole batches or with micro-batches. Letters: n examples of a micro-batch, r probes, P parameters.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,8 @@ from hessian_tools.recompute import LAYERED, NONE, STREAMED, Segments
 MAX_ROWS = 64  # more probes at once bring no further speed and cost memory
 PRODUCT_SHARE = 0.6  # of the budget, for graphs and passes; the rest is for Lanczos vectors
 LAST_SHARE = 0.95  # where nothing fits into that
-MEASURED_ROWS = (1, 2, 3)  # the last two decide: a batch of one probe is stored as no other, its strides being free
+# a batch of one probe is stored as no other, its strides being free, so it is tried only where more do not fit
+MEASURED_ROWS = (2, 3, 1)
 FEWEST_PIECES = 8  # a batch is cut into no more while there is another way
 
 
@@ -67,27 +68,33 @@ class Footprint:
         return int(graphs), int(self.recording(longest)), int(self.fixed(longest)), int(self.row(longest))
 
     @classmethod
-    def measured(cls, samples: Sequence[tuple[int, Sequence[float]]], vectors: int) -> "Footprint":
-        """From (n, bytes of graph, recording, and passes of the first of MEASURED_ROWS) of one or two n.
+    def measured(cls, trials: Mapping[int, "Trial"], vectors: int) -> "Footprint":
+        """From trials on n examples, for one or two n.
 
         ``vectors``: bytes of a probe's vector and product, which the passes did not have.
         """
-        known = min(len(found) for _, found in samples) - 2  # numbers of rows measured
+        rows = sorted(set.intersection(*(set(trial.passes) for trial in trials.values())))
 
-        def along(choose: Callable[[Sequence[float]], float]) -> Affine:
-            return Affine.through([(n, choose(found)) for n, found in samples])
+        def along(choose: Callable[["Trial"], float]) -> Affine:
+            return Affine.through([(n, choose(trial)) for n, trial in trials.items()])
 
-        def row(found: Sequence[float]) -> float:
-            return found[known + 1] - found[known] if known > 1 else found[2]
+        def row(trial: "Trial") -> float:
+            low, high = trial.passes[rows[0]], trial.passes[rows[-1]]
+            return high / rows[-1] if len(rows) == 1 else (high - low) / (rows[-1] - rows[0])
 
-        rows = along(row)
-        fixed = along(lambda found: found[known + 1] - MEASURED_ROWS[known - 1] * row(found))
-        return cls(
-            along(lambda found: found[0]),
-            along(lambda found: found[1]),
-            fixed,
-            replace(rows, constant=rows.constant + vectors),
-        )
+        slope = along(row)
+        fixed = along(lambda trial: trial.passes[rows[-1]] - rows[-1] * row(trial))
+        row_bytes = replace(slope, constant=slope.constant + vectors)
+        return cls(along(lambda trial: trial.graph), along(lambda trial: trial.recording), fixed, row_bytes)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Bytes counted while a route was tried."""
+
+    graph: int  # the gradient's graph
+    recording: int  # while it was recorded, besides
+    passes: Mapping[int, int]  # in passes of so many probes, besides
 
 
 @dataclass(frozen=True)

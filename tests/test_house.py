@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # the reading order: a module may import only what stands before it
 ORDER = (
     "errors operators attention_layout partition memory recompute precision problem imagined verification plan "
-    "double_backward gradient_graph tangent_rules linearised linear_route hessian lanczos probes quadrature "
+    "double_backward trials gradient_graph tangent_rules linearised linear_route hessian lanczos probes quadrature "
     "density comparison verdict heterogeneity growing adaptive vision networks data zoo results runs plotting "
     "report cli __init__ __main__"
 ).split()

@@ -6,17 +6,16 @@ from problems import network
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools import hessian as engine
+from hessian_tools import trials
 from hessian_tools.imagined import Imagined, imagines
+from hessian_tools.precision import arithmetic
 from hessian_tools.recompute import LAYERED, NONE
 
 
 def footprint(monkeypatch, problem, kind, worth):
     """The bytes that the plan is made from, by trials with (worth=0) or without arithmetic."""
-    monkeypatch.setattr(engine, "_WORTH_IMAGINING", worth)
-    engine._MEASURED.pop(problem, None)
-    hessian = ht.HessianOperator(problem, memory="1GiB")
-    return hessian._engine._trial(kind, 1 << 30)
+    monkeypatch.setattr(trials, "WORTH_IMAGINING", worth)
+    return trials.Trials(problem, arithmetic(problem.model, "as given"), 1 << 30)._trial(kind, 1 << 30)
 
 
 @pytest.mark.parametrize("kind", [NONE, LAYERED], ids=["plain", "layered"])

@@ -54,7 +54,7 @@ def run(start: float) -> None:
     linear_route.Program.__call__ = clocked(spent, "second-order passes", linear_route.Program.__call__)
     hessian.choose = clocked(spent, "planning", hessian.choose)
     hessian._Engine._linearise = clocked(spent, "tracing and checking the linear program", hessian._Engine._linearise)
-    cli._verify = clocked(spent, "verification", cli._verify)
+    cli.verify = clocked(spent, "verification", cli.verify)
     quadrature.lanczos = clocked(spent, "Lanczos besides the products", quadrature.lanczos)
     cli.js_heterogeneity = clocked(spent, "heterogeneity", cli.js_heterogeneity)
     plotting.draw = clocked(spent, "pictures", plotting.draw)

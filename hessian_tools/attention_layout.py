@@ -3,9 +3,9 @@
 A fused tensor's layout does not show in its shape: (3, H, h) and (H, 3, h) have equally many features.
 ``nn.MultiheadAttention`` states its layout; any other module is asked by running a copy on a few random tokens, with
 leaves of autograd in place of its linear layers. A *query* feature acts on its own position only; *key* and *value*
-features act on other positions too; a token that sees only itself depends on *value* alone (softmax over one entry is
-constant); the query features behind one feature of the attention's result are one head. Names and values of parameters
-play no part. What cannot be told so is left whole, with a note.
+features act on other positions too; where all tokens are alike the result depends on *value* alone (a mean of equal
+values is that value, whatever the weights); the query features behind one feature of the attention's result are one
+head. Names and values of parameters play no part. What cannot be told so is left whole, with a note.
 
 Letters: T tokens, d features of the attention's result, H heads, G key/value heads, h head size.
 """
@@ -13,15 +13,18 @@ Letters: T tokens, d features of the attention's result, H heads, G key/value he
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, compress, groupby, islice
+from itertools import accumulate, compress, groupby, islice, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 TOLERANCE = 1e-6  # relative; derivatives below it are rounding (some models compute in float32 whatever comes in)
+TOKENS = ((3,), (2, 2))  # tokens to try: a sequence, an image
 MOST_LINEARS = 8  # a module with more linear layers than that is no single attention
 # Attributes that mark a module as attention; they only decide whether one that could not be told deserves a note.
 ATTENTION_MARKS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "head_dim")
@@ -46,25 +49,46 @@ class Projection:
     head_size: int = 0  # 0 unless every role is known to consist of whole heads
     groups: int = 1  # more only where head_size is known
 
-    def regions(self, by: str) -> Iterator[Region]:
-        """Cuts by role (``by=""``), role and head ("head", if ``head_size`` is known) or role and feature ("row").
+    def regions(self, by: str, chosen: Sequence[str]) -> Iterator[Region]:
+        """Cuts of the ``chosen`` roles by role (``by=""``), by role and head ("head", if ``head_size`` is known) or by
+        role and feature ("row").
 
-        Roles of equal size are cut together.
+        Neighbouring roles are cut together if all roles are of equal size.
         """
-        labels = self.roles if len(self.roles) > 1 else ("",)
         unit = self.head_size if by == "head" or self.groups > 1 else 1
         counts = [size // (self.groups * unit) for size in self.sizes]  # units of each role in a group
+        positions = [self.roles.index(role) for role in chosen]
         if len(set(counts)) == 1:
-            view, runs = (self.groups, len(counts), counts[0], unit), [(0, counts[0], labels)]
+            view = (self.groups, len(counts), counts[0], unit)
+            together = [first == last + 1 for last, first in pairwise(positions)]
+            ends = [0, *(i for i, joined in enumerate(together, 1) if not joined), len(positions)]
+            runs = [positions[first:last] for first, last in pairwise(ends)]
+            spans = [(slice(run[0], run[-1] + 1), slice(0, counts[0]), [self.roles[i] for i in run]) for run in runs]
         else:
-            ends = zip(accumulate(counts), counts, labels, strict=True)
-            view, runs = (self.groups, 1, sum(counts), unit), [(end - n, end, (label,)) for end, n, label in ends]
+            view, stops = (self.groups, 1, sum(counts), unit), list(accumulate(counts))
+            spans = [(slice(0, 1), slice(stops[i] - counts[i], stops[i]), [self.roles[i]]) for i in positions]
         kept = [size > 1 for size in view]
         axes = {"": (1,), "head": (1, 0, 2), "row": (1, 0, 2, 3)}[by]
         axes = tuple(sum(kept[:axis]) for axis in axes if kept[axis])
-        for first, last, names in runs:
-            index = (*whole(view[:2]), slice(first, last), *whole(view[3:]))
-            yield Region(tuple(compress(view, kept)), tuple(compress(index, kept)), axes, names)
+        for roles, units, names in spans:
+            index = (slice(0, view[0]), roles, units, slice(0, view[3]))
+            labels = tuple(names) if len(self.roles) > 1 else ("",)
+            yield Region(tuple(compress(view, kept)), tuple(compress(index, kept)), axes, labels)
+
+    def heads(self) -> Region:
+        """Every head of every role in the order in which they lie, named by role and head if there are several roles.
+
+        For those whose ``head_size`` is known.
+        """
+        view = (sum(self.sizes) // self.head_size, self.head_size)
+        counts = [size // (self.groups * self.head_size) for size in self.sizes]  # heads of each role in a group
+        labels = tuple(
+            f"{role},head={group * count + head}"
+            for group in range(self.groups)
+            for role, count in zip(self.roles, counts, strict=True)
+            for head in range(count)
+        )
+        return Region(view, whole(view), (0,), labels if len(self.roles) > 1 else ("",))
 
 
 def whole(view: tuple[int, ...]) -> tuple[slice, ...]:
@@ -78,7 +102,8 @@ class Attention:
 
     projections: dict[str, Projection]  # by parameter name
     layers: tuple[str, ...]  # paths of the transformer layers
-    notes: tuple[str, ...]  # on modules that look like attention, but whose layout nothing tells
+    unread: tuple[str, ...]  # paths of modules that look like attention, but whose layout nothing tells
+    notes: tuple[str, ...]  # on these
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -122,7 +147,7 @@ def find_attention(model: nn.Module) -> Attention:
     unknown = [path for path in marked if not any(is_inside(path, other) or is_inside(other, path) for other in found)]
     problem = "its query/key/value layout is not recognised, so its tensors are not split"
     notes = tuple(f"{path or '(root)'}: {problem}" for path in unknown)
-    return Attention(projections, _transformer_layers(model, found + unknown), notes)
+    return Attention(projections, _transformer_layers(model, found + unknown), tuple(unknown), notes)
 
 
 def _transformer_layers(model: nn.Module, attention: list[str]) -> tuple[str, ...]:
@@ -152,60 +177,86 @@ def _may_be_attention(module: nn.Module, linears: dict[str, nn.Module]) -> bool:
 
 
 class _Leaf(nn.Module):
-    """Stands in for a linear layer: keeps its input and gives a random leaf, (1, T, out)."""
+    """Stands in for a linear layer: keeps its input and gives a random leaf (1, ..., out), constant if ``alike``."""
 
-    def __init__(self, features: tuple[int, int], calls: list["_Leaf"], generator: torch.Generator) -> None:
+    def __init__(
+        self, features: tuple[int, int], calls: list["_Leaf"], generator: torch.Generator, alike: bool
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = features
-        self.calls, self.generator = calls, generator
+        self.calls, self.generator, self.alike = calls, generator, alike
+        # What a forward that takes the tensors themselves finds; only their identity counts.
+        self.weight, self.bias = torch.zeros(()).expand(self.out_features, self.in_features), torch.zeros(features[1])
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.append(self)
         self.input = x
         # Small, so that the softmax is far from saturated even where scores are not scaled (T5).
-        leaf = 0.3 * torch.randn(*x.shape[:-1], self.out_features, generator=self.generator, dtype=x.dtype)
-        self.output = leaf.requires_grad_()
-        return self.output
+        shape = (*(1 for _ in x.shape[:-1]), self.out_features) if self.alike else (*x.shape[:-1], self.out_features)
+        leaf = 0.3 * torch.randn(shape, generator=self.generator, dtype=x.dtype)
+        self.output = leaf.expand(*x.shape[:-1], -1).clone().requires_grad_()
+        return self.output.clone()  # which the module may overwrite
+
+
+class _Functional(TorchFunctionMode):
+    """Sends ``F.linear`` on the weight of a stand-in to the stand-in: torchvision's Swin never calls its layers."""
+
+    def __init__(self, leaves: Iterable[_Leaf]) -> None:
+        super().__init__()
+        self.leaves = {id(leaf.weight): leaf for leaf in leaves}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and len(args) > 1 and id(args[1]) in self.leaves:
+            return self.leaves[id(args[1])](args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class _Trial:
     """A run of a copy of ``module`` on random tokens: the leaves, and the result that depends on them."""
 
-    def __init__(self, module: nn.Module, linears: dict[str, nn.Module], tokens: int) -> None:
+    def __init__(self, module: nn.Module, linears: dict[str, nn.Module], shape: tuple[int, ...], alike: bool) -> None:
         generator = torch.Generator().manual_seed(0)
         calls: list[_Leaf] = []
-        stand_ins = {name: _Leaf(_features(linear), calls, generator) for name, linear in linears.items()}
+        stand_ins = {name: _Leaf(_features(linear), calls, generator, alike) for name, linear in linears.items()}
         twin = copy.deepcopy(module, {id(linears[name]): leaf for name, leaf in stand_ins.items()})
         twin = twin.to("cpu", torch.float64).eval().requires_grad_(False)
         for parameter in twin.parameters():  # a gain that starts at zero would hide what it multiplies
             parameter.uniform_(0.5, 1.5, generator=generator)
         width = _features(next(iter(linears.values())))[0]
-        result = _forward(twin, torch.randn(1, tokens, width, generator=generator, dtype=torch.float64))
+        x = torch.randn(1, *shape, width, generator=generator, dtype=torch.float64)
+        with _Functional(stand_ins.values()):
+            result = _forward(twin, x)
         # The output projection is the linear layer called last, if what it takes depends on the others.
         last = calls[-1] if calls[-1].input.requires_grad else None
-        self.leaves = {name: leaf.output for name, leaf in stand_ins.items() if leaf in calls and leaf is not last}
         self.output = next((name for name, leaf in stand_ins.items() if leaf is last), "")  # its name, if there is one
-        self.result = last.input if last else result  # (1, T, d)
+        self.result = (last.input if last else result).flatten(1, -2)  # (1, T, d)
+        leaves = {name: leaf.output for name, leaf in stand_ins.items() if leaf in calls and leaf is not last}
+        # Others see no tokens (Swin V2 computes its position bias by linear layers).
+        self.leaves = {name: y for name, y in leaves.items() if y.shape[:-1].numel() == self.result.shape[1]}
 
     def reach(self, weights: Tensor) -> Tensor:
         """|d (last token's result @ weights) / d leaf|, (T, F) with the F features of all leaves side by side."""
         leaves = list(self.leaves.values())
         scalar = self.result[0, -1] @ weights
         gradients = torch.autograd.grad(scalar, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-        return torch.cat(gradients, dim=-1)[0].abs()
+        return torch.cat([gradient.flatten(1, -2) for gradient in gradients], dim=-1)[0].abs()
 
 
 def _by_behaviour(module: nn.Module, linears: dict[str, nn.Module]) -> dict[str, Projection]:
     """Layouts of ``linears`` (paths inside ``module``) from what their outputs act on; empty if it is no attention."""
-    try:
-        # The caller's autograd mode, default device, warning filter and random state neither matter nor change.
-        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                several, single = _Trial(module, linears, tokens=3), _Trial(module, linears, tokens=1)
-            roles = _feature_roles(several, single)
-            size = _head_size(several, roles)
-    except Exception:  # a foreign forward may fail in any way on input that it does not expect
+    for shape in TOKENS:
+        try:
+            # The caller's autograd mode, default device, warning filter and random state neither matter nor change.
+            with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), torch.random.fork_rng([]):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    several, alike = (_Trial(module, linears, shape, alike) for alike in (False, True))
+                roles = _feature_roles(several, alike)
+                size = _head_size(several, roles)
+            break
+        except Exception:  # a foreign forward may fail in any way on input that it does not expect
+            continue
+    else:
         return {}
     features = iter(roles)
     by_name = {name: list(islice(features, leaf.shape[-1])) for name, leaf in several.leaves.items()}
@@ -235,12 +286,12 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
     raise ValueError(f"{type(module).__name__} takes no such arguments")
 
 
-def _feature_roles(several: _Trial, single: _Trial) -> list[str]:
+def _feature_roles(several: _Trial, alike: _Trial) -> list[str]:
     """The role of every feature of every leaf: "q", "k", "v", or "" for anything else."""
     # Four random combinations of result features, so that no derivative vanishes by accident.
     weights = torch.randn(4, several.result.shape[-1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     among = torch.stack([several.reach(w) for w in weights]).amax(0)
-    alone = torch.stack([single.reach(w) for w in weights]).amax(0)
+    alone = torch.stack([alike.reach(w) for w in weights]).amax(0)
     tolerance = TOLERANCE * among.max()
     codes = 4 * (among[-1] > tolerance) + 2 * (among[:-1].amax(0) > tolerance) + (alone[-1] > tolerance)
     return [{4: "q", 6: "k", 7: "v"}.get(code, "") for code in codes.tolist()]

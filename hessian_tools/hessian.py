@@ -33,7 +33,7 @@ from hessian_tools.recompute import LAYERED, NONE, STREAMED, Segments
 from hessian_tools.trials import Trials
 from hessian_tools.verification import Verification, verify
 
-Spread = Callable[[slice], Sequence[Tensor]]
+Spread = Callable[[slice], Sequence[Tensor | None]]  # None: zero
 Collect = Callable[[slice, Sequence[Tensor | None], float], None]
 Todo = list[tuple[float, Any, int]]  # weight in L, micro-batch, rows that are done
 ROUTES = ("auto", "linear program", "double backward")
@@ -69,8 +69,9 @@ class _Engine:
     def products(self, names: Sequence[str], count: int, spread: Spread, collect: Collect) -> None:
         """sum_b H_ab v_b for all a and b among ``names``, for ``count`` rows v, a part at a time.
 
-        ``spread(part)`` gives the tensors v_b of a part of the rows, ``collect(part, products, weight)`` takes weight
-        times their products. What is collected is kept when memory runs out; the rest is done in another way.
+        ``spread(part)`` gives the tensors v_b of a part of the rows (None for zeros, which then cost nothing),
+        ``collect(part, products, weight)`` takes weight times their products. What is collected is kept when memory
+        runs out; the rest is done in another way.
         """
         if self.problem.device.type == "cpu":
             keep_freed_memory()

@@ -45,16 +45,19 @@ class Linearised:
         self.row_bytes = max(program.live_bytes() for program in everything.values())
 
     def products(
-        self, batch: Any, names: Sequence[str], chunks: Iterable[Sequence[Tensor]]
+        self, batch: Any, names: Sequence[str], chunks: Iterable[Sequence[Tensor | None]]
     ) -> Generator[Sequence[Tensor | None], None, None]:
         """For each chunk of cotangents v, (r, \\*shape) for each of ``names``, the sums over b of H_ab v_b, for each a.
 
-        None stands for zero.
+        None stands for zero, in both.
         """
         constants, program = self._values(batch), self._program(batch, names)
         for cotangents in chunks:
+            rows = next(len(v) for v in cotangents if v is not None)
+            parameters = [self.problem.parameters[name] for name in names]
             with torch.no_grad():
-                yield program(cotangents, constants)
+                zeros = (p.new_zeros(()).expand(rows, *p.shape) for p in parameters)
+                yield program([z if v is None else v for v, z in zip(cotangents, zeros, strict=True)], constants)
 
     def holds(self, batch: Any) -> bool:
         """Whether the constants of ``batch`` are there."""

@@ -20,9 +20,20 @@ from typing import Any
 
 import numpy as np
 
+from hessian_tools.adam_mini_names import Keywords
 from hessian_tools.adaptive import AdaptiveJS0, Round, Uncertainty
+from hessian_tools.blocks import Cut, Part, Partition
+from hessian_tools.conditioning import AdamConditioning, BlockConditioning, BlockExtremes
+from hessian_tools.coupling import Coupling
+from hessian_tools.dense import DenseBlock
 from hessian_tools.density import Axis, SpectralDensity
 from hessian_tools.heterogeneity import JSHeterogeneity, Reading, ScaleSpread
+from hessian_tools.param_groups import AdamMiniArguments, StateSavings
+from hessian_tools.partition_check import CutEvidence, PartitionReport, TensorReport
+from hessian_tools.partition_verdict import Levels, Statement
+from hessian_tools.quadratic.simulation import Runs
+from hessian_tools.quadratic.sweeps import Sweep
+from hessian_tools.quadratic.theory import BoundCheck, Constants, LimitCycle, Scorecard
 from hessian_tools.quadrature import BlockSpectra, Estimate, Quadrature, RitzValue
 from hessian_tools.verdict import Verdict
 from hessian_tools.verification import Check, Verification
@@ -30,7 +41,11 @@ from hessian_tools.verification import Check, Verification
 FORMAT = 1
 _RESULTS: tuple[type, ...] = (
     Quadrature, BlockSpectra, Estimate, RitzValue, Axis, SpectralDensity, JSHeterogeneity, Reading, ScaleSpread,
-    Verdict, Check, Verification, AdaptiveJS0, Round, Uncertainty,
+    Verdict, Check, Verification, AdaptiveJS0, Round, Uncertainty, DenseBlock, Coupling, AdamConditioning,
+    BlockConditioning, BlockExtremes,
+    Part, Cut, Partition, Keywords, AdamMiniArguments, StateSavings,
+    Levels, Statement, CutEvidence, TensorReport, PartitionReport,
+    Runs, Sweep, Constants, BoundCheck, Scorecard, LimitCycle,
 )  # fmt: skip
 TYPES: dict[str, Any] = {cls.__name__: cls for cls in _RESULTS}
 
@@ -172,6 +187,8 @@ def _encoded(value: Any, array: Callable[[np.ndarray], Any]) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop]}
     if isinstance(value, bool | int | float | str | None):
         return value
     raise TypeError(f"cannot save a {type(value).__name__}; results, arrays, numbers, strings and dicts of them can be")
@@ -188,6 +205,8 @@ def _decoded(value: Any, array: Callable[[Any], np.ndarray]) -> Any:
         return {key: _decoded(item, array) for key, item in value["dict"]}
     if "list" in value:
         return [_decoded(item, array) for item in value["list"]]
+    if "slice" in value:
+        return slice(*value["slice"])
     return float(value["float"]) if "float" in value else array(value)
 
 

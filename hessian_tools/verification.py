@@ -117,7 +117,7 @@ def verify(hessian: "HessianOperator", blocks: Sequence[Block] = (), *, seed: in
             skipped.append(f"cut batches: {_first_line(error)}")
     hessian.release()
     try:
-        referee, copied = _referee(problem)
+        referee, copied = float64_copy(problem)
         difference, uncertainty, remark = _finite_difference(referee, _per_parameter(problem, v))
         coarse = copied and hessian.arithmetic.name in ("tf32", "bfloat16")
         doubled = type(hessian)(referee) @ v.double() if coarse else hv
@@ -147,7 +147,7 @@ def _block_check(hessian: "HessianOperator", block: Block, v: Tensor, tolerance:
     return Check(f"block {block.name}", _relative([hessian.block(block) @ vector], [sliced]), tolerance)
 
 
-def _referee(problem: Problem) -> tuple[Problem, bool]:
+def float64_copy(problem: Problem) -> tuple[Problem, bool]:
     """A float64 copy of the problem and True; where none can be made, the problem itself and False."""
     try:
         doubled = copy.deepcopy(problem.model).to(torch.float64)

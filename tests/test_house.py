@@ -12,16 +12,28 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # the reading order: a module may import only what stands before it
 ORDER = (
-    "errors operators attention_layout partition memory recompute precision problem imagined verification plan "
+    "errors operators attention_layout blocks token_tables weight_axes structure own_blocks adam_mini_names partition "
+    "param_groups memory recompute precision problem imagined verification plan "
     "double_backward trials gradient_graph tangent_rules linearised linear_route hessian lanczos probes quadrature "
-    "density comparison verdict heterogeneity growing adaptive vision networks data zoo results runs plotting "
-    "report cli __init__ __main__"
+    "density comparison verdict heterogeneity growing adaptive "
+    "matrix_file dense block_draws coupling conditioning block_mass mass_probing partition_verdict "
+    "partition_suggestion partition_check "
+    "quadratic.problems quadratic.cases quadratic.methods quadratic.preconditioning quadratic.simulation "
+    "quadratic.sweeps quadratic.theory quadratic.lineup quadratic.__init__ "
+    "vision networks data zoo results runs plotting partition_plotting "
+    "quadratic_plotting network_options report partition_command quadratic_command cli __init__ __main__"
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the command line
 LAZY = {"zoo": {"transformers"}, "vision": set(), "data": {"tokenizers", "PIL"}, "cli": {"hessian_tools.plotting"},
+        "partition_command": {"hessian_tools.partition_plotting"},
+        "quadratic_command": {"hessian_tools.quadratic_plotting"},
         "operators": {"scipy.sparse.linalg"}}  # fmt: skip
 FOLDERS = ("hessian_tools", "experiments", "figures", "tests", "benchmarks")
-MODULES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "hessian_tools").glob("*.py")}
+PACKAGE = ROOT / "hessian_tools"
+MODULES = {  # by dotted name inside the package
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
+    for path in PACKAGE.rglob("*.py")
+}
 
 
 def imported(tree: ast.AST) -> list[tuple[str, ast.AST]]:
@@ -39,6 +51,12 @@ def imported(tree: ast.AST) -> list[tuple[str, ast.AST]]:
     return found
 
 
+def place(name: str) -> int:
+    """Where the module or package ``hessian_tools.x.y`` stands in ORDER."""
+    inside = name.removeprefix("hessian_tools.")
+    return ORDER.index(inside if inside in ORDER else f"{inside}.__init__")
+
+
 def test_every_module_has_its_place():
     assert sorted(MODULES) == sorted(ORDER)
 
@@ -53,7 +71,7 @@ def test_imports_go_up_the_page(module):
     }
     for name, node in imported(MODULES[module]):
         if name.startswith("hessian_tools.") and id(node) not in typing_only:
-            assert ORDER.index(name.split(".")[1]) < ORDER.index(module), f"{module} imports {name}"
+            assert place(name) < ORDER.index(module), f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -13,7 +13,7 @@ from hessian_tools.partition import PRESETS, Block, Cut, Part, Partition, partit
 D, HEADS = 32, 4
 SIZES = {"hidden_size": D, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": 48}
 VOCABULARY = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-FULL = ("tensor", "semantic", "layer", "head", "neuron")  # presets that cover every parameter
+FULL = ("tensor", "semantic", "layer", "head", "neuron", "adam_mini", "adalayer_star")  # that cover every parameter
 
 
 def hf(model, **config):

@@ -42,6 +42,13 @@ def samples():
     uncertainty = Uncertainty(*np.arange(1.0, 1.0 + len(dataclasses.fields(Uncertainty))).tolist())
     history = Round(12, {"log": 0.5}, {"log": uncertainty}, ("a.weight",))
     found += [uncertainty, history, ht.AdaptiveJS0(spectra, js, (history,), 0.05, ("log",), False)]
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    partition = ht.partition(model, "neuron")
+    arguments = ht.adam_mini_arguments(model, partition)
+    found += [partition, partition.cuts[0].chunk(1, 2), partition.cuts[0].parts[0], arguments, arguments.keywords]
+    found += [ht.state_savings(model, partition)]
+    report = ht.check_partition(ht.Problem(model, ht.mse, [(torch.randn(4, 2), torch.randn(4, 2))]), partition)
+    found += [report, report.levels, report.tensors[0], report.tensors[0].evidence[0], report.tensors[0].tests[0]]
     return {type(result).__name__: result for result in found}
 
 

@@ -1,0 +1,288 @@
+"""Does a partition follow the Hessian's dense sub-blocks? A verdict for every tensor, and a better partition.
+
+Adam-mini's principle (Zhang et al., arXiv 2406.16793): parameters that share a learning rate should be one dense
+sub-block of the Hessian, the smallest such. Every tensor (every role of a fused query/key/value tensor, unless blocks
+go across roles) is judged by itself against every way to cut it: :mod:`hessian_tools.partition_verdict` has the rules,
+:mod:`hessian_tools.block_mass` what is measured. What lies between tensors is :func:`hessian_tools.coupling`'s matter;
+a block over several tensors is judged in each of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hessian_tools.block_mass import ELEMENTS, WHOLE, BlockMass, Cutting, cutting
+from hessian_tools.blocks import Block, Cut, Partition
+from hessian_tools.dense import problem_of
+from hessian_tools.hessian import HessianOperator
+from hessian_tools.mass_probing import cost, measure
+from hessian_tools.own_blocks import SEMANTIC
+from hessian_tools.param_groups import StateSavings, state_savings
+from hessian_tools.partition import partition
+from hessian_tools.partition_suggestion import composed
+from hessian_tools.partition_verdict import CONTRADICTED, FOLLOWS, VERDICTS, Levels, Statement, error_rates, judge
+from hessian_tools.problem import Problem
+from hessian_tools.structure import Survey
+
+CLAIMED = "claimed"  # the name of a cut that is none of the alternatives
+EXACT_WORTH = 4
+MOST_EXACT = 4096  # entries of a tensor that exact=True takes: 128 MiB, and as many products
+
+
+@dataclass(frozen=True)
+class CutEvidence:
+    """One way to cut a tensor. Masses are squared Frobenius norms within the tensor's own Hessian."""
+
+    cut: str  # "whole" | "rows" | "columns" | "heads" | "roles" | "elements" | ... | "claimed"
+    num_blocks: int
+    share: float  # of the mass, inside blocks
+    share_error: float  # standard errors; 0 when exact
+    expected: float  # the share without structure
+    excess: float  # (share - expected) / (1 - expected); nan for "whole"
+    excess_error: float
+    contrast: float  # odds of off-diagonal mass to lie inside, over those without structure
+    verdict: str  # on this cut, had it been claimed
+    likely: str  # by the estimates alone
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """The verdict on the blocks of one tensor, or of one role of a fused one."""
+
+    name: str
+    parameter: str
+    size: int
+    claim: str  # the name of its cut
+    verdict: str  # "follows" | "too coarse" | "too fine" | "wrong axis" | "undecided"
+    reason: str
+    likely: str  # by the estimates alone
+    suggested: str  # the cut to take instead, or the same
+    evidence: tuple[CutEvidence, ...]
+    tests: tuple[Statement, ...]  # all that the verdict on the claim rests on
+    norm: float  # |H_tt|_F of the mean loss
+    exact: bool
+    num_matvecs: int
+
+    def __getitem__(self, cut: str) -> CutEvidence:
+        for found in self.evidence:
+            if found.cut == cut:
+                return found
+        raise KeyError(f"{self.name} has no cut {cut!r}; its cuts are {', '.join(e.cut for e in self.evidence)}")
+
+    @property
+    def claimed(self) -> CutEvidence:
+        return self[self.claim]
+
+
+@dataclass(frozen=True)
+class PartitionReport:
+    """Verdicts on a partition; indexed by the tensor's name, ``report["transformer.wte.weight"].verdict``."""
+
+    tensors: tuple[TensorReport, ...]
+    preset: str  # "" for own blocks
+    levels: Levels
+    seed: int
+    num_matvecs: int
+    suggestion: Partition  # the cut that suits each tensor
+    savings: StateSavings  # of the suggestion
+    notes: tuple[str, ...]
+    route: str
+
+    def __getitem__(self, name: str) -> TensorReport:
+        for found in self.tensors:
+            if found.name == name:
+                return found
+        raise KeyError(
+            f"no tensor is named {name!r}; the report has {', '.join(t.name for t in self.tensors[:8])}, ..."
+        )
+
+    @property
+    def verdict(self) -> dict[str, str]:
+        """By tensor."""
+        return {tensor.name: tensor.verdict for tensor in self.tensors}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tensors by verdict."""
+        return {verdict: sum(t.verdict == verdict for t in self.tensors) for verdict in VERDICTS}
+
+    @property
+    def reliability(self) -> str:
+        """The level of the tests, and the error rates measured, in words."""
+        return f"each tensor's verdict at level {self.levels.alpha:g}; {error_rates()}"
+
+    @property
+    def contradicted(self) -> tuple[str, ...]:
+        """Tensors whose blocks are too coarse, too fine or along the wrong axis."""
+        return tuple(t.name for t in self.tensors if t.verdict in CONTRADICTED)
+
+
+def check_partition(
+    problem_or_hessian: Problem | HessianOperator, partition: Any = "adam_mini", *, seed: int = 0, num_probes: int = 8,
+    num_blocks: int = 32, exact: bool | None = None, alpha: float = 0.05, contrast: float = 4.0, diagonal: float = 0.5,
+    finished: Mapping[str, TensorReport] | None = None, on_tensor: Callable[[str, TensorReport], None] | None = None,
+    progress: bool = True,
+) -> PartitionReport:  # fmt: skip
+    """Judges every tensor's blocks against the mass inside them, an unstructured Hessian, and every other cut.
+
+    Args:
+        partition: a Partition, or what ``ht.partition`` takes. Tensors that it leaves out are not judged.
+        seed: with tensors' names the only source of randomness.
+        num_probes: products with all of a tensor; at least 3.
+        num_blocks: products with single blocks of each way to cut it; at least 4.
+        exact: from the dense matrix of each tensor, without error. None: where that takes at most EXACT_WORTH times the
+            products; True: always, up to MOST_EXACT entries; False: never.
+        alpha: chance, for one tensor, that any statement its verdict rests on is wrong (Bonferroni, t-tests).
+        contrast, diagonal: see :mod:`hessian_tools.partition_verdict`.
+        finished: reports of an earlier run with the same arguments, by name: these tensors are not computed again.
+        on_tensor: called with name and report as each tensor is done.
+        progress: a bar on stderr, products done and left, when that is a terminal.
+    Raises:
+        ValueError: an argument out of range; blocks of another model; ``exact=True`` for too large a tensor.
+        NumericalError: for a product with NaN or inf, naming the tensor.
+    """
+    _validate(num_probes, num_blocks, alpha, contrast, diagonal)
+    problem = problem_of(problem_or_hessian)
+    blocks = _partition(problem, partition)
+    hessian = problem_or_hessian if isinstance(problem_or_hessian, HessianOperator) else HessianOperator(problem)
+    done, levels, regions = dict(finished or {}), Levels(alpha, contrast, diagonal), []
+    with tqdm(total=planned_products(problem, blocks, num_probes, num_blocks, exact, done), unit="HVP",
+              disable=None if progress else True, dynamic_ncols=True) as bar:  # fmt: skip
+        for region, cuttings, claim in units(problem, blocks):
+            if region.name not in done:
+                bar.set_postfix_str(region.name)
+                is_exact = _is_exact(region, cuttings, num_probes, num_blocks, exact)
+                mass = measure(hessian, region, cuttings, num_probes=num_probes, num_blocks=num_blocks, seed=seed,
+                               exact=is_exact, on_products=bar.update)  # fmt: skip
+                done[region.name] = _report(region, mass, claim, levels)
+                if on_tensor is not None:
+                    on_tensor(region.name, done[region.name])
+            regions.append(region)
+    reports = tuple(done[region.name] for region in regions)
+    suggestion = composed(problem.model, regions, {report.name: report.suggested for report in reports}, blocks)
+    return PartitionReport(
+        reports, blocks.preset, levels, seed, sum(report.num_matvecs for report in reports), suggestion,
+        state_savings(problem.model, suggestion), _notes(blocks), hessian.route,
+    )  # fmt: skip
+
+
+def planned_products(
+    problem: Problem, blocks: Partition, num_probes: int, num_blocks: int, exact: bool | None = None,
+    finished: Mapping[str, Any] | None = None,
+) -> int:  # fmt: skip
+    """Products that :func:`check_partition` will spend on tensors not yet ``finished``, at most."""
+    return sum(
+        region.numel if _is_exact(region, cuttings, num_probes, num_blocks, exact)
+        else cost(cuttings, num_probes, num_blocks)
+        for region, cuttings, _ in units(problem, blocks) if region.name not in (finished or {})
+    )  # fmt: skip
+
+
+def units(problem: Problem, blocks: Partition) -> Iterator[tuple[Block, list[Cutting], str]]:
+    """What is judged by itself: the region, every way to cut it, and the name of the one claimed.
+
+    A region is a role of a fused tensor where the claimed blocks respect roles, else a tensor.
+    """
+    survey = Survey(problem.model)
+    for site in survey.sites:
+        cuts = [cut for cut in blocks.cuts if site.name in cut.parameters]
+        if not cuts:
+            continue
+        tensor = site.uncut()[0]
+        roles = [cut[i] for cut in survey.cuts(site, SEMANTIC) for i in range(cut.num_blocks)]
+        claimed = cutting(CLAIMED, cuts, tensor)
+        apart = cutting("roles", [role.as_cut() for role in roles], tensor)
+        assert claimed is not None and apart is not None
+        for region in roles if claimed.is_inside(apart) else [tensor]:
+            if (own := cutting(CLAIMED, cuts, region)) is not None:
+                yield region, *_ways(dict(survey.equal_cuts(site)), region, own)
+
+
+def _ways(known: Mapping[str, Cut], region: Block, claimed: Cutting) -> tuple[list[Cutting], str]:
+    """Every way to cut the region, no two alike, and the name of the one that is as ``claimed``."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    found = [Cutting(WHOLE, nothing, 1)]
+    if region.numel > 1:
+        found.append(Cutting(ELEMENTS, nothing, region.numel))
+    claim = next((way.name for way in found if way.num_blocks == claimed.num_blocks), CLAIMED)
+    made = (cutting(name, [cut], region) for name, cut in known.items()
+            if name not in (WHOLE, ELEMENTS))  # fmt: skip
+    for way in [*made, claimed]:
+        if way is None or way.num_blocks in (1, region.numel):
+            continue
+        twin = next((w for w in found if w.num_blocks == way.num_blocks and w.is_inside(way)), None)
+        if way is claimed and twin is not None:
+            claim = twin.name
+        if twin is None:
+            found.append(way)
+    return found, claim
+
+
+def _report(region: Block, mass: BlockMass, claim: str, levels: Levels) -> TensorReport:
+    judgements = {cut: judge(mass, cut, levels) for cut in mass.cuts}
+    evidence = []
+    for cut, judgement in judgements.items():
+        share, excess = mass.share(cut), mass.excess(cut)
+        evidence.append(CutEvidence(
+            cut, mass.num_blocks[cut], share.value, share.standard_error, mass.expected(cut), excess.value,
+            excess.standard_error, mass.contrast(cut), judgement.verdict, judgement.likely,
+        ))  # fmt: skip
+    own = judgements[claim]
+    return TensorReport(
+        region.name, region.parameter, region.numel, claim, own.verdict, own.reason, own.likely,
+        _suggested(evidence, claim), tuple(evidence), own.tests, mass.norm, mass.exact, mass.num_matvecs,
+    )  # fmt: skip
+
+
+def _suggested(evidence: list[CutEvidence], claim: str) -> str:
+    """The cut that follows; what likely does where nothing is significant; the claim where nothing can be told."""
+    for reading in ("verdict", "likely"):
+        following = [found for found in evidence if getattr(found, reading) == FOLLOWS]
+        if following:
+            return max(
+                following, key=lambda found: (found.cut == claim, found.excess == found.excess, found.excess)
+            ).cut
+    return claim
+
+
+def _is_exact(region: Block, cuttings: list[Cutting], num_probes: int, num_blocks: int, exact: bool | None) -> bool:
+    if exact and region.numel > MOST_EXACT:
+        raise ValueError(
+            f"exact=True asks for the dense Hessian of {region.name}, {region.numel:,} entries; at most {MOST_EXACT:,} "
+            "are taken: leave exact out, or the tensor"
+        )
+    return region.numel <= EXACT_WORTH * cost(cuttings, num_probes, num_blocks) if exact is None else exact
+
+
+def _partition(problem: Problem, given: Any) -> Partition:
+    found = given if isinstance(given, Partition) else partition(problem.model, given)
+    for cut in found.cuts:
+        for part in cut.parts:
+            parameter = problem.parameters.get(part.parameter)
+            if parameter is None or tuple(parameter.shape) != part.shape:
+                raise ValueError(f"partition holds {cut.name!r}, which lies in no trainable parameter of this model")
+    return found
+
+
+def _notes(blocks: Partition) -> tuple[str, ...]:
+    across = [cut.name for cut in blocks.cuts if len(cut.parameters) > 1]
+    if across:
+        told = (
+            f"{len(across)} cuts ({across[0]}, ...) have blocks over several tensors, which are judged in each tensor"
+        )
+        return (*blocks.notes, f"{told} by itself")
+    return tuple(blocks.notes)
+
+
+def _validate(num_probes: int, num_blocks: int, alpha: float, contrast: float, diagonal: float) -> None:
+    for name, value, least in (("num_probes", num_probes, 3), ("num_blocks", num_blocks, 4)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+    for name, level in (("alpha", alpha), ("diagonal", diagonal)):
+        if not 0 < level < 1:
+            raise ValueError(f"{name} is {level!r}; it must lie between 0 and 1")
+    if not contrast > 1:
+        raise ValueError(f"contrast is {contrast!r}; it must exceed 1, which is no structure at all")

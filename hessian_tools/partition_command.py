@@ -1,0 +1,327 @@
+"""``hessian-tools partition``: does a partition follow the Hessian, and what would?
+
+Exit code 1 when any tensor's blocks are too coarse, too fine or along the wrong axis, so that it can guard a training
+repository's CI; 0 when none is, undecided ones included.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+from hessian_tools.block_mass import WHOLE
+from hessian_tools.conditioning import (
+    MOST_ENTRIES,
+    BlockConditioning,
+    BlockExtremes,
+    block_conditioning,
+    block_extremes,
+)
+from hessian_tools.coupling import Coupling, coupling
+from hessian_tools.dense import DenseBlock, dense_block
+from hessian_tools.hessian import HessianOperator
+from hessian_tools.network_options import COUNT, add_network_options, load_problem, positive, say, verify, whole_number
+from hessian_tools.own_blocks import AXES
+from hessian_tools.param_groups import adam_mini_arguments, patterns
+from hessian_tools.partition import PRESETS, Partition, partition
+from hessian_tools.partition_check import PartitionReport, TensorReport, check_partition, planned_products
+from hessian_tools.precision import PRECISIONS
+from hessian_tools.problem import Problem
+from hessian_tools.report import plus_minus, table
+from hessian_tools.results import write_atomically
+from hessian_tools.runs import RunFolder
+
+MOST_DENSE = 1024  # entries of a model whose whole dense Hessian is drawn
+CONDITIONED = 4  # blocks of each cut whose kappa and tau are computed with --conditioning
+Conditions = tuple[BlockConditioning | None, BlockExtremes]
+_KNOBS = tuple(
+    "command preset check only probes blocks alpha contrast diagonal seed precision conditioning coupling".split()
+)
+
+
+def add(commands: Any, epilog: str) -> None:
+    """Adds the subcommand."""
+    about = (
+        "Judges each tensor's blocks by the share of its Hessian's mass inside them, against every other cut and what "
+        "a Hessian without structure would hold (principle: one learning rate a dense sub-block, Adam-mini, arXiv "
+        "2406.16793). Exit code 1 when a claim is contradicted."
+    )
+    short = "does a partition follow the Hessian's dense sub-blocks, and which would"
+    command = commands.add_parser("partition", help=short, description=about, epilog=epilog)
+    add_network_options(command)
+    # fmt: off
+    add = command.add_argument_group("partition").add_argument
+    add("--preset", metavar="NAME|FILE.json", help=f"what is claimed: {', '.join(PRESETS)}, or a file written by "
+        "Partition.to_json (default: adam_mini)")
+    add("--check", nargs="+", metavar="NAME=AXIS", help="claim this alone: parameter names or globs, each with whole, "
+        "role, head, row, column, expert, element, or the number of the tensor's axis whose places are blocks")
+    add("--only", nargs="+", metavar="GLOB", help="judge only these blocks or parameters of the preset (default: all)")
+    add("--probes", type=whole_number(3), metavar="N", default=8, help="products with each whole tensor (default: 8)")
+    add("--blocks", type=whole_number(4), metavar="N", default=32, help="products with single blocks of each way to "
+        "cut a tensor (default: 32)")
+    add("--alpha", type=_fraction, metavar="P", default=0.05, help="chance that a statement behind a tensor's verdict "
+        "is wrong (default: 0.05)")
+    add("--contrast", type=positive, metavar="RATIO", default=4.0, help="mean square of a dense block's entries over "
+        "that of those outside, from which blocks are told apart (default: 4)")
+    add("--diagonal", type=_fraction, metavar="SHARE", default=0.5, help="share of the mass from which the diagonal "
+        "makes a block one of single entries (default: 0.5)")
+    add("--conditioning", action="store_true", help="kappa with and without Adam's preconditioner and tau of small "
+        f"blocks ({CONDITIONED} a cut), and the extreme eigenvalues of all (default: not computed)")
+    add("--no-verify", dest="verify", action="store_false", help="trust the products (default: check them against "
+        "finite differences of the gradient)")
+    add = command.add_argument_group("machine and output").add_argument
+    add("--memory", default="auto", metavar="SIZE", help="budget for graphs and vectors, such as 8GiB (default: auto, "
+        "70 %% of what is free)")
+    add("--out", type=Path, metavar="DIR", help="folder for config.json, result.json, suggestion.json, optimizer.txt "
+        "and pictures; the same command resumes an interrupted run (default: nothing is saved)")
+    add("--coupling", **{**COUNT, "type": whole_number(0)}, default=2, help="with --out, products a tensor for the "
+        f"matrix of coupling between tensors; of models up to {MOST_DENSE} entries the dense Hessian is drawn instead "
+        "(default: 2; 0: none)")
+    add("--json", action="store_true", help="print JSON on stdout (default: tables)")
+    # fmt: on
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command; returns its exit code."""
+    if not arguments.contrast > 1:
+        raise ValueError(f"--contrast is {arguments.contrast:g}; it must exceed 1, which is no structure at all")
+    with contextlib.redirect_stdout(sys.stderr):  # what a model of the user's prints is no result
+        problem, settings = load_problem(arguments, arguments.model)
+        claimed = _claimed(arguments, problem)
+        folder = None
+        if arguments.out:
+            folder = RunFolder(arguments.out, {knob: getattr(arguments, knob) for knob in _KNOBS} | settings)
+        data = settings.get("data", "data of its own")
+        described = f"{arguments.model} ({problem.num_parameters:,} parameters, {data}, loss {problem.loss:.4g})"
+        hessian = HessianOperator(problem, memory=arguments.memory, precision=arguments.precision or PRECISIONS[0])
+        report = _report(arguments, hessian, claimed, folder, described)
+        measured = _conditioning(arguments, hessian, claimed, folder) if arguments.conditioning else None
+    if arguments.json:
+        print(json.dumps(summary(report) | _conditioned(measured), indent=1))
+    else:
+        print(f"{described}\n{report_table(report)}\n\n{suggestion_text(problem, report)}")
+        if measured is not None:
+            print(f"\n{conditioning_table(*measured)}")
+    if folder:
+        _save(arguments, folder, hessian, claimed, report, measured, described)
+    hessian.release()
+    return 1 if report.contradicted else 0
+
+
+def report_table(report: PartitionReport) -> str:
+    """A row a tensor: its cut, share inside with its error, what is expected, the best cut, the verdict."""
+    header = ("tensor", "cut", "blocks", "mass inside", "unstructured", "contrast", "best cut", "its mass", "verdict")
+    rows = []
+    for tensor in report.tensors:
+        own, best = tensor.claimed, tensor[tensor.suggested]
+        rows.append([
+            tensor.name, own.cut, f"{own.num_blocks:,}", _share(own.share, own.share_error), f"{own.expected:.1%}",
+            "" if own.cut == WHOLE else f"{own.contrast:.3g}", best.cut if best is not own else "",
+            _share(best.share, best.share_error) if best is not own else "", tensor.verdict,
+        ])  # fmt: skip
+    reasons = [
+        textwrap.fill(f"{tensor.name}: {tensor.verdict}: {tensor.reason}", 118, subsequent_indent="    ")
+        for tensor in report.tensors if tensor.verdict != "follows"
+    ]  # fmt: skip
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items() if count)
+    products = f"{report.num_matvecs} Hessian-vector products"
+    return "\n".join(
+        [table(header, rows, left=2), *reasons, *(f"note: {n}" for n in report.notes), f"{counted}; {products}"]
+    )
+
+
+def suggestion_text(problem: Problem, report: PartitionReport, full: bool = False) -> str:
+    """The suggestion in the words of optimizers; ``full``: with the published Adam-mini's lists of names."""
+    cut = {tensor.parameter for tensor in report.tensors}
+    changed = sum(tensor.suggested != tensor.claim for tensor in report.tensors)
+    arguments = adam_mini_arguments(problem.model, report.suggestion)
+    lines = [f"suggestion ({changed} of {len(report.tensors)} tensors changed): {report.savings}"]
+    lines += [f"  {way:9s} {pattern}" for pattern, way in patterns(report.suggestion).items()]
+    cannot = {name: why for name, why in arguments.inexpressible.items() if name in cut}
+    if not full:
+        told = f"can express {len(cut) - len(cannot)} of these {len(cut)} tensors' cuts"
+        return "\n".join([*lines, f"the published Adam-mini 1.1.1 {told}; --out writes its arguments"])
+    lines += ["for the published Adam-mini 1.1.1:", *(f"  {line}" for line in arguments.code.splitlines())]
+    if cannot:
+        lines.append(f"which cannot express {len(cannot)} tensors:")
+        lines += [f"  {name}: {why}" for name, why in cannot.items()]
+    return "\n".join(lines)
+
+
+def conditioning_table(small: BlockConditioning | None, extremes: BlockExtremes) -> str:
+    """A row a block that was solved exactly, then the extreme eigenvalues of all by tensor."""
+    found = []
+    if small is not None:
+        header = ("block", "size", "kappa", "with Adam's", "r", "tau", "negative")
+        v = small.values
+        columns = (v.kappa, v.kappa_adam, v.r, v.tau)
+        rows = [
+            [name, str(size), *(f"{column[i]:.3g}" for column in columns), str(v.negative[i])]
+            for i, (name, size) in enumerate(zip(small.names, small.sizes, strict=True))
+        ]
+        found += [table(header, rows), *(f"note: {note}" for note in small.notes), ""]
+    ends = []
+    for name in dict.fromkeys(name.partition("[")[0] for name in extremes.names):
+        own = [i for i, other in enumerate(extremes.names) if other.partition("[")[0] == name]
+        numbers = (extremes.largest[own].max(), extremes.largest[own].min(), extremes.smallest[own].min())
+        ends.append([name, str(len(own)), *(f"{number:.3g}" for number in numbers)])
+    titles = ("tensor", "blocks", "highest lambda_max", "lowest lambda_max", "lowest lambda_min")
+    return "\n".join([*found, table(titles, ends)])
+
+
+def summary(report: PartitionReport) -> dict[str, Any]:
+    """All numbers, JSON-able (non-finite ones as words)."""
+    plain: Any = {
+        "preset": report.preset,
+        "counts": report.counts,
+        "contradicted": report.contradicted,
+        "tensors": [{**vars(t), "evidence": [vars(e) for e in t.evidence], "tests": [vars(s) for s in t.tests]}
+                    for t in report.tensors],
+        "suggestion": patterns(report.suggestion),
+        "savings": vars(report.savings),
+        "levels": vars(report.levels),
+        "matvecs": report.num_matvecs,
+        "route": report.route,
+        "reliability": report.reliability,
+        "notes": report.notes,
+    }  # fmt: skip
+    return _plain(plain)
+
+
+def _claimed(arguments: argparse.Namespace, problem: Problem) -> Partition:
+    if arguments.check:
+        if arguments.preset or arguments.only:
+            raise ValueError("--check makes a claim of its own; leave out --preset and --only")
+        claims = dict(_claim(text) for text in arguments.check)
+        try:
+            return partition(problem.model, claims)
+        except ValueError as error:
+            raise ValueError(f"--check {' '.join(arguments.check)}: {error}") from error
+    preset = arguments.preset or "adam_mini"
+    if preset.endswith(".json"):
+        if arguments.only:
+            raise ValueError("--only chooses of a preset; leave it out with a file")
+        return Partition.from_json(preset, problem.model)
+    try:
+        return partition(problem.model, preset, only=arguments.only)
+    except ValueError as error:
+        raise ValueError(f"--preset {preset}: {error}") from error
+
+
+def _claim(text: str) -> tuple[str, str | int]:
+    name, equals, axis = text.rpartition("=")
+    if not equals or not name or not axis:
+        raise ValueError(f"--check {text}: NAME=AXIS is needed, such as 'fc.weight=row' or 'fc.weight=0'")
+    if axis.lstrip("-").isdigit():
+        return name, int(axis)
+    if axis.removesuffix("s") not in AXES:
+        raise ValueError(f"--check {text}: axes are {', '.join(AXES)}, and numbers")
+    return name, axis
+
+
+def _report(
+    arguments: argparse.Namespace, hessian: HessianOperator, claimed: Partition, folder: RunFolder | None,
+    described: str,
+) -> PartitionReport:  # fmt: skip
+    if folder and folder.result:
+        say("finished before, nothing is computed")
+        return folder.result["report"]
+    started, finished = time.monotonic(), dict[str, Any](folder.journal.finished) if folder else {}
+    settings = {"num_probes": arguments.probes, "num_blocks": arguments.blocks}
+    products = planned_products(hessian.problem, claimed, **settings, finished=finished)
+    say(f"plan: {described}: {len(claimed):,} blocks in {len(claimed.cuts)} cuts, {len(finished)} tensors done before")
+    if products:
+        say(hessian.announcement(products, len(hessian.problem.parameters)))
+        if arguments.verify:
+            verify(hessian)
+
+    def keep(name: str, report: TensorReport) -> None:
+        if folder:
+            folder.journal.append(name, report)  # type: ignore[arg-type]
+
+    report = check_partition(
+        hessian, claimed, seed=arguments.seed, alpha=arguments.alpha, contrast=arguments.contrast,
+        diagonal=arguments.diagonal, finished=finished, on_tensor=keep, **settings,
+    )  # fmt: skip
+    say(f"route: {hessian.route}")
+    spent = report.num_matvecs - sum(done.num_matvecs for done in finished.values())
+    say(f"{spent} Hessian-vector products, {time.monotonic() - started:.0f} s")
+    return report
+
+
+def _conditioning(
+    arguments: argparse.Namespace, hessian: HessianOperator, claimed: Partition, folder: RunFolder | None
+) -> Conditions:
+    if folder and folder.result:
+        return folder.result["conditioning"]
+    small = None
+    if min(cut.block_size for cut in claimed.cuts) <= MOST_ENTRIES:
+        small = block_conditioning(hessian, claimed, num_blocks=CONDITIONED, seed=arguments.seed)
+    else:
+        say(f"no kappa: every block has more than {MOST_ENTRIES} entries")
+    return small, block_extremes(hessian, claimed, seed=arguments.seed)
+
+
+def _conditioned(measured: Conditions | None) -> dict[str, Any]:
+    if measured is None:
+        return {}
+    small, extremes = measured
+    found = {
+        "extremes": {
+            key: value.tolist() if hasattr(value, "tolist") else value for key, value in vars(extremes).items()
+        }
+    }
+    if small is not None:
+        values = {key: value.tolist() for key, value in vars(small.values).items()}
+        found["conditioning"] = {"names": small.names, "sizes": small.sizes.tolist(), **values, "notes": small.notes}
+    return _plain(found)
+
+
+def _save(
+    arguments: argparse.Namespace, folder: RunFolder, hessian: HessianOperator, claimed: Partition,
+    report: PartitionReport, measured: Conditions | None, described: str,
+) -> None:  # fmt: skip
+    drawn: DenseBlock | Coupling | None = None
+    if folder.result:
+        drawn = folder.result["drawn"]
+    else:
+        with contextlib.redirect_stdout(sys.stderr):
+            if sum(part.num_blocks * part.block_size for cut in claimed.cuts for part in cut.parts) <= MOST_DENSE:
+                drawn = dense_block(hessian, claimed)
+            elif arguments.coupling:
+                tensors = partition(hessian.problem.model, list(dict.fromkeys(t.parameter for t in report.tensors)))
+                drawn = coupling(hessian, tensors, num_probes=arguments.coupling, seed=arguments.seed)
+        folder.finish({"report": report, "drawn": drawn, "conditioning": measured})
+    report.suggestion.to_json(folder.path / "suggestion.json")
+    text = suggestion_text(hessian.problem, report, full=True)
+    write_atomically(folder.path / "optimizer.txt", f"{text}\n".encode())
+    from hessian_tools import partition_plotting  # matplotlib takes longer to import than many runs to compute
+
+    pictures = partition_plotting.draw(folder.path, report, drawn, described)
+    files = [folder.path / name for name in ("result.json", "suggestion.json", "optimizer.txt")]
+    say(f"saved: {', '.join(map(str, [*files, *pictures]))}")
+
+
+def _share(share: float, error: float) -> str:
+    return f"{share:.1%}" if not error else f"{plus_minus(100 * share, 100 * error)} %"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _fraction(text: str) -> float:
+    value = positive(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return value

@@ -1,0 +1,59 @@
+"""Quadratic problems: the theory of gradient descent against Adam as a laboratory.
+
+Reading order: problems, cases, methods, preconditioning, simulation, sweeps, theory, lineup.
+"""
+
+from hessian_tools.quadratic.cases import CASES, case, from_spectra
+from hessian_tools.quadratic.lineup import LINEUP, Standing, compare, standings
+from hessian_tools.quadratic.methods import METHOD_DEFAULTS, METHODS
+from hessian_tools.quadratic.preconditioning import extremes, linear_iterations
+from hessian_tools.quadratic.problems import Quadratic, dense, draw_starts, from_blocks, from_matrix, rotated
+from hessian_tools.quadratic.simulation import Runs
+from hessian_tools.quadratic.sweeps import STEPS, Sweep, best_step, run
+from hessian_tools.quadratic.theory import (
+    BoundCheck,
+    Constants,
+    LimitCycle,
+    Scorecard,
+    check_adam_bound,
+    check_gd_bound,
+    constants,
+    limit_cycle,
+    random_problems,
+    score_prediction,
+)
+
+__all__ = [
+    "CASES",
+    "LINEUP",
+    "METHODS",
+    "METHOD_DEFAULTS",
+    "STEPS",
+    "BoundCheck",
+    "Constants",
+    "LimitCycle",
+    "Quadratic",
+    "Runs",
+    "Scorecard",
+    "Standing",
+    "Sweep",
+    "best_step",
+    "case",
+    "check_adam_bound",
+    "check_gd_bound",
+    "compare",
+    "constants",
+    "dense",
+    "draw_starts",
+    "extremes",
+    "from_blocks",
+    "from_matrix",
+    "from_spectra",
+    "limit_cycle",
+    "linear_iterations",
+    "random_problems",
+    "rotated",
+    "run",
+    "score_prediction",
+    "standings",
+]

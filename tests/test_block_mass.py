@@ -1,0 +1,157 @@
+"""Masses inside blocks against the dense Hessian: exactly, within stated errors over seeds, and the null model."""
+
+import numpy as np
+import pytest
+import torch
+from problems import dense_hessian, network
+from test_partition_check import planted
+
+import hessian_tools as ht
+from hessian_tools.block_mass import ELEMENTS, WHOLE, Draws, Pilots, cutting
+from hessian_tools.mass_probing import cost, measure
+from hessian_tools.partition_check import units
+
+
+def masses(problem, claim="rows", exact=False, seed=0, **counts):
+    region, cuttings, _ = next(units(problem, ht.partition(problem.model, {"*": claim})))
+    told = []
+    counts = {"num_probes": 8, "num_blocks": 16} | counts
+    mass = measure(
+        ht.HessianOperator(problem), region, cuttings, seed=seed, exact=exact, on_products=told.append, **counts
+    )
+    assert sum(told) == mass.num_matvecs and (exact or mass.num_matvecs <= cost(cuttings, **counts))
+    return mass
+
+
+def by_hand(matrix, rows, columns):
+    """Shares of rows, columns and the diagonal, and of rows two by two."""
+    squares = (matrix**2).reshape(rows, columns, rows, columns)
+    total = squares.sum()
+    pairs = squares.reshape(rows // 2, 2, columns, rows // 2, 2, columns)
+    found = {
+        "rows": np.einsum("iaib->", squares), "columns": np.einsum("iaja->", squares),
+        ELEMENTS: np.einsum("iaia->", squares), f"rows, in {rows // 2} groups": np.einsum("iuaivb->", pairs),
+    }  # fmt: skip
+    return {name: value / total for name, value in found.items()}
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """12 rows, 6 columns; structure along rows, along columns, and rows of very different scale."""
+    return planted((12, 6), "rows", noise=1.0, scales=torch.linspace(0.3, 2, 12))
+
+
+def test_exact_shares_are_those_of_the_dense_matrix(uneven):
+    matrix = dense_hessian(uneven).numpy()
+    mass = masses(uneven, exact=True)
+    for name, share in by_hand(matrix, 12, 6).items():
+        assert mass.share(name).value == pytest.approx(share, rel=1e-10)
+    within = by_hand(matrix, 12, 6)
+    assert mass.share(ELEMENTS, "rows").value == pytest.approx(within[ELEMENTS] / within["rows"], rel=1e-10)
+    assert mass.norm == pytest.approx(np.linalg.norm(matrix), rel=1e-10) and mass.asymmetry < 1e-12
+    assert mass.share("rows").standard_error == 0 and mass.num_matvecs == 72
+    column = (matrix**2).sum(0)
+    rows = column.reshape(12, 6).sum(1) / column.sum()
+    alone = ((column / column.sum()) ** 2).sum()
+    diagonal = within[ELEMENTS]
+    expected = diagonal + (1 - diagonal) * ((rows**2).sum() - alone) / (1 - alone)
+    assert mass.expected("rows") == pytest.approx(expected, rel=1e-10)
+    assert mass.excess("rows").value == pytest.approx((within["rows"] - expected) / (1 - expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("num_blocks", [8, 32], ids=["drawn", "all blocks"])
+def test_estimates_lie_within_their_errors(uneven, num_blocks):
+    exact = masses(uneven, exact=True)
+    runs = [masses(uneven, seed=seed, num_blocks=num_blocks) for seed in range(60)]
+    questions = [
+        ("rows", WHOLE),
+        ("columns", WHOLE),
+        (ELEMENTS, WHOLE),
+        (ELEMENTS, "rows"),
+        ("rows, in 6 groups", WHOLE),
+    ]
+    for finer, coarser in questions:
+        truth = exact.share(finer, coarser).value
+        found = [run.share(finer, coarser) for run in runs]
+        values, errors = (np.array([getattr(f, key) for f in found]) for key in ("value", "standard_error"))
+        assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values)) + 0.01 * truth
+        assert errors.mean() == pytest.approx(values.std(), rel=0.5)
+        covered = np.mean(np.abs(values - truth) < 2.5 * errors)
+        assert covered > 0.8, (finer, coarser, covered)
+    expected = [run.expected("rows") for run in runs]
+    assert np.mean(expected) == pytest.approx(exact.expected("rows"), rel=0.05)
+
+
+def test_without_structure_nothing_exceeds_the_expected_whatever_the_scales():
+    """A rank-one Hessian with rows of very different mass: shares are large, excess and contrast are not."""
+    torch.manual_seed(0)
+    vector = torch.randn(20, 10, dtype=torch.float64) * torch.logspace(0, -1.5, 20, dtype=torch.float64)[:, None]
+    problem = planted((20, 10), torch.outer(vector.flatten(), vector.flatten()))
+    exact = masses(problem, exact=True)
+    assert exact.share("rows").value > 0.15 and abs(exact.excess("rows").value) < 0.01
+    assert 0.8 < exact.contrast("rows") < 1.2
+    found = masses(problem)
+    assert found.expected("rows") == pytest.approx(exact.expected("rows"), rel=0.1)
+    assert found.share("rows").value == pytest.approx(
+        exact.share("rows").value, abs=4 * found.share("rows").standard_error
+    )
+
+
+def test_contrast_is_the_ratio_of_mean_squares():
+    """Rows of equal mass, entries inside three times those outside: contrast 9, whatever the diagonal."""
+    blocks = torch.eye(10, dtype=torch.float64).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    signs = torch.randn(80, 80, dtype=torch.float64).sign().triu(1)
+    matrix = (1 + 2 * blocks) * (signs + signs.T) + 5 * torch.eye(80, dtype=torch.float64)
+    mass = masses(planted((10, 8), matrix), exact=True)
+    assert mass.contrast("rows") == pytest.approx(9, rel=0.02)
+    at = [mass.above("rows", WHOLE, level, 0.5).value for level in (8.5, 9.5)]
+    assert at[0] > 0 > at[1]
+
+
+def test_a_seed_gives_the_same_and_another_gives_others(uneven):
+    same, again, other = (masses(uneven, seed=seed).share("rows").value for seed in (1, 1, 2))
+    assert same == again != other
+
+
+def test_blocks_without_mass_are_never_drawn():
+    matrix = torch.zeros(200, 200, dtype=torch.float64)
+    matrix[:40, :40] = torch.randn(40, 40, dtype=torch.float64)
+    mass = masses(planted((50, 4), matrix + matrix.T), num_blocks=12)
+    assert np.isfinite(mass.draws["rows"].masses[:, :1]).all() and (mass.draws["rows"].masses[:, 0] > 0).all()
+
+
+def test_a_float32_network_is_measured_as_its_float64_matrix_says():
+    problem = network("gpt", torch.float32)
+    blocks = ht.partition(problem.model, {"blocks.0.fc.weight": "rows"})
+    region, cuttings, _ = next(units(problem, blocks))
+    counts = {"num_probes": 8, "num_blocks": 64, "seed": 0, "on_products": lambda count: None}
+    mass = measure(ht.HessianOperator(problem), region, cuttings, exact=False, **counts)
+    dense = ht.dense_block(problem, [region]).matrix
+    truth = by_hand(dense, 32, 8)
+    for name in ("rows", "columns", ELEMENTS):
+        found = mass.share(name)
+        assert found.value == pytest.approx(truth[name], abs=4 * found.standard_error)
+
+
+def test_left_out_rows_are_stood_for_by_their_stratum():
+    draws = Draws(np.array([[1.0], [3.0], [10.0], [14.0]]), np.array([0, 0, 1, 1]))
+    assert draws.total() == 28
+    assert [draws.total(row)[0] for row in range(4)] == [30, 26, 32, 24]
+
+
+def test_pairs_of_pilots_are_unbiased_for_squares():
+    stream = np.random.default_rng(0)
+    found = []
+    for _ in range(4000):
+        mass = stream.exponential(size=3)
+        found.append(Pilots(mass, np.outer(mass, mass), {})._pairs(np.outer(mass, mass), None))
+    assert np.mean(found) == pytest.approx(1.0, abs=0.1)
+
+
+def test_entries_in_no_block_are_one_block():
+    problem = planted((6, 4), "rows")
+    blocks = ht.partition(problem.model, {"top": ("layer.weight", (slice(0, 2),))})
+    (tensor,) = ht.partition(problem.model, "tensor")
+    found = cutting("x", blocks.cuts, tensor)
+    assert found.num_blocks == 2 and found.labels.tolist() == [1] * 8 + [0] * 16
+    assert cutting("x", [], tensor) is None

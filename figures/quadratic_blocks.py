@@ -26,10 +26,10 @@ def main(source: str = "results/quadratic_blocks/result", target: str = __file__
             low, middle, high = np.quantile(
                 np.nan_to_num(runs.losses), (0.25, 0.5, 0.75), axis=0, method="inverted_cdf"
             )
-            kept = middle > LOWEST / 10
-            steps = np.maximum(runs.recorded, 0.7)[kept]
-            panel.plot(steps, middle[kept], dash, color=colour, linewidth=1.6, label=label)
-            panel.fill_between(steps, low[kept], np.minimum(high[kept], 10), color=colour, alpha=0.12, linewidth=0)
+            steps, below = np.maximum(runs.recorded, 0.7), LOWEST / 1e3  # out of sight
+            panel.plot(steps, np.clip(middle, below, 1e3), dash, color=colour, linewidth=1.6, label=label)
+            ends = np.clip(low, below, 1e3), np.clip(high, below, 1e3)
+            panel.fill_between(steps, *ends, color=colour, alpha=0.12, linewidth=0)
         rates = ", ".join(f"{rate:.2g}" for rate in of["rates"])
         panel.set_title(f"{name}; own step of each block: {rates}", fontsize=9)
         panel.set_xscale("log")

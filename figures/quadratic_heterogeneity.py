@@ -37,7 +37,9 @@ def main(source: str = "results/quadratic_heterogeneity/result", target: str = _
     figure.legend(
         *panels[0, 0].get_legend_handles_labels(), ncols=4, loc="outside lower center", fontsize=9, frameon=False
     )
-    title = "The same eigenvalues (κ = 2000) put into blocks in all ways: which reading predicts Adam's gain over GD?"
+    best = {"kappa": r"$\max_l\,\kappa_l$", **{name: title for name, (title, _) in TITLES.items() if name != "kappa"}}
+    title = "Adam's gain over GD on the same eigenvalues (κ = 2000) put into blocks in all ways; best predicted by: "
+    title += best[found["best"]]
     figure.suptitle(f"{title}\n(ρ: rank correlation with 95 % interval, in the order of the legend)", fontsize=10)
     figure.savefig(target, dpi=150)
 

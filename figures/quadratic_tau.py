@@ -20,8 +20,11 @@ def main(source: str = "results/quadratic_tau/result", target: str = __file__.re
         axes.fill_between(tau, low, high, color=colour, alpha=0.13, linewidth=0)
         axes.plot(tau, middle, "o-", color=colour, markersize=3.5, linewidth=1.4, label=label.replace("kappa", "κ(H)"))
     axes.axhline(1, color="black", linewidth=0.8)
-    for height, words in ((1.08, "above: Adam's preconditioner hurts"), (0.8, "below: it helps")):
-        axes.text(0.01, height, words, fontsize=8, transform=axes.get_yaxis_transform())
+    for height, side, words in (
+        (1.06, "bottom", "above: Adam's preconditioner hurts"),
+        (0.9, "top", "below: it helps"),
+    ):
+        axes.text(0.01, height, words, fontsize=8, va=side, transform=axes.get_yaxis_transform())
     axes.set_yscale("log")
     axes.set_xlabel(r"$\tau=\sum|H_{ii}|\,/\,\sum|H_{ij}|$   (1: diagonal, left: dense)", fontsize=9)
     axes.set_ylabel(

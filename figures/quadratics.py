@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import hessian_tools as ht
-from hessian_tools.quadratic_plotting import loss_curves
+from hessian_tools.quadratic_plotting import loss_curves, short
 
 WORDS = {
     "case 1": "GPT-2's blocks", "case 2": "ResNet-18's blocks", "case 3": "heterogeneous", "case 4": "homogeneous",
@@ -26,10 +26,8 @@ def main(source: str = "results/quadratics/result", target: str = __file__.repla
         found, js = of["constants"], of["heterogeneity"]
         panel.get_legend().remove()
         wasserstein = js.readings["wasserstein"].mean
-        panel.set_title(
-            f"{name} ({WORDS[name]}): κ {found.kappa[0]:,.0f}, max κ_l {found.block_kappas.max():,.3g}, "
-            f"Wasserstein {wasserstein:.2f} decades", fontsize=9,
-        )  # fmt: skip
+        told = rf"κ {short(found.kappa[0])}, $\max_l\kappa_l$ {short(found.block_kappas.max())}"
+        panel.set_title(f"{name} ({WORDS[name]}): {told}, Wasserstein {wasserstein:.2f} decades", fontsize=9)
     for panel in panels[:, 1]:
         panel.set_ylabel("")
     for panel in panels[:-1].flat:

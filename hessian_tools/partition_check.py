@@ -59,7 +59,7 @@ class TensorReport:
     verdict: str  # "follows" | "too coarse" | "too fine" | "wrong axis" | "undecided"
     reason: str
     likely: str  # by the estimates alone
-    suggested: str  # the cut to take instead, or the same
+    suggested: str  # the cut to take: one that follows, or the claim, or where that is contradicted what likely follows
     evidence: tuple[CutEvidence, ...]
     tests: tuple[Statement, ...]  # all that the verdict on the claim rests on
     norm: float  # |H_tt|_F of the mean loss
@@ -238,14 +238,14 @@ def _report(region: Block, mass: BlockMass, claim: str, levels: Levels) -> Tenso
 
 
 def _suggested(evidence: list[CutEvidence], claim: str) -> str:
-    """The cut that follows; what likely does where nothing is significant; the claim where nothing can be told."""
-    for reading in ("verdict", "likely"):
-        following = [found for found in evidence if getattr(found, reading) == FOLLOWS]
-        if following:
-            return max(
-                following, key=lambda found: (found.cut == claim, found.excess == found.excess, found.excess)
-            ).cut
-    return claim
+    """A cut that follows, the claim before others; else the claim, or if contradicted what likely follows."""
+    (claimed,) = (found for found in evidence if found.cut == claim)
+    following = [found for found in evidence if found.verdict == FOLLOWS]
+    if not following and claimed.verdict in CONTRADICTED:
+        following = [found for found in evidence if found.likely == FOLLOWS]
+    if not following or claimed in following:
+        return claim
+    return max(following, key=lambda found: (found.cut != WHOLE, found.excess)).cut  # the whole has no excess
 
 
 def _is_exact(region: Block, cuttings: list[Cutting], num_probes: int, num_blocks: int, exact: bool | None) -> bool:

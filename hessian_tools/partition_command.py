@@ -7,38 +7,34 @@ repository's CI; 0 when none is, undecided ones included.
 import argparse
 import contextlib
 import json
-import math
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
-from hessian_tools.block_mass import WHOLE
-from hessian_tools.conditioning import (
-    MOST_ENTRIES,
-    BlockConditioning,
-    BlockExtremes,
-    block_conditioning,
-    block_extremes,
-)
+from hessian_tools.conditioning import MOST_ENTRIES, block_conditioning, block_extremes
 from hessian_tools.coupling import Coupling, coupling
 from hessian_tools.dense import DenseBlock, dense_block
 from hessian_tools.hessian import HessianOperator
 from hessian_tools.network_options import COUNT, add_network_options, load_problem, positive, say, verify, whole_number
 from hessian_tools.own_blocks import AXES
-from hessian_tools.param_groups import adam_mini_arguments, patterns
 from hessian_tools.partition import PRESETS, Partition, partition
 from hessian_tools.partition_check import PartitionReport, TensorReport, check_partition, planned_products
+from hessian_tools.partition_text import (
+    Conditions,
+    conditioning_summary,
+    conditioning_table,
+    report_table,
+    suggestion_text,
+    summary,
+)
 from hessian_tools.precision import PRECISIONS
 from hessian_tools.problem import Problem
-from hessian_tools.report import plus_minus, table
 from hessian_tools.results import write_atomically
 from hessian_tools.runs import RunFolder
 
 MOST_DENSE = 1024  # entries of a model whose whole dense Hessian is drawn
 CONDITIONED = 4  # blocks of each cut whose kappa and tau are computed with --conditioning
-Conditions = tuple[BlockConditioning | None, BlockExtremes]
 _KNOBS = tuple(
     "command preset check only probes blocks alpha contrast diagonal seed precision conditioning coupling".split()
 )
@@ -103,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = _report(arguments, hessian, claimed, folder, described)
         measured = _conditioning(arguments, hessian, claimed, folder) if arguments.conditioning else None
     if arguments.json:
-        print(json.dumps(summary(report) | _conditioned(measured), indent=1))
+        print(json.dumps(summary(report) | conditioning_summary(measured), indent=1))
     else:
         print(f"{described}\n{report_table(report)}\n\n{suggestion_text(problem, report)}")
         if measured is not None:
@@ -112,86 +108,6 @@ def run(arguments: argparse.Namespace) -> int:
         _save(arguments, folder, hessian, claimed, report, measured, described)
     hessian.release()
     return 1 if report.contradicted else 0
-
-
-def report_table(report: PartitionReport) -> str:
-    """A row a tensor: its cut, share inside with its error, what is expected, the best cut, the verdict."""
-    header = ("tensor", "cut", "blocks", "mass inside", "unstructured", "contrast", "best cut", "its mass", "verdict")
-    rows = []
-    for tensor in report.tensors:
-        own, best = tensor.claimed, tensor[tensor.suggested]
-        rows.append([
-            tensor.name, own.cut, f"{own.num_blocks:,}", _share(own.share, own.share_error), f"{own.expected:.1%}",
-            "" if own.cut == WHOLE else f"{own.contrast:.3g}", best.cut if best is not own else "",
-            _share(best.share, best.share_error) if best is not own else "", tensor.verdict,
-        ])  # fmt: skip
-    reasons = [
-        textwrap.fill(f"{tensor.name}: {tensor.verdict}: {tensor.reason}", 118, subsequent_indent="    ")
-        for tensor in report.tensors if tensor.verdict != "follows"
-    ]  # fmt: skip
-    counted = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items() if count)
-    products = f"{report.num_matvecs} Hessian-vector products"
-    return "\n".join(
-        [table(header, rows, left=2), *reasons, *(f"note: {n}" for n in report.notes), f"{counted}; {products}"]
-    )
-
-
-def suggestion_text(problem: Problem, report: PartitionReport, full: bool = False) -> str:
-    """The suggestion in the words of optimizers; ``full``: with the published Adam-mini's lists of names."""
-    cut = {tensor.parameter for tensor in report.tensors}
-    changed = sum(tensor.suggested != tensor.claim for tensor in report.tensors)
-    arguments = adam_mini_arguments(problem.model, report.suggestion)
-    lines = [f"suggestion ({changed} of {len(report.tensors)} tensors changed): {report.savings}"]
-    lines += [f"  {way:9s} {pattern}" for pattern, way in patterns(report.suggestion).items()]
-    cannot = {name: why for name, why in arguments.inexpressible.items() if name in cut}
-    if not full:
-        told = f"can express {len(cut) - len(cannot)} of these {len(cut)} tensors' cuts"
-        return "\n".join([*lines, f"the published Adam-mini 1.1.1 {told}; --out writes its arguments"])
-    lines += ["for the published Adam-mini 1.1.1:", *(f"  {line}" for line in arguments.code.splitlines())]
-    if cannot:
-        lines.append(f"which cannot express {len(cannot)} tensors:")
-        lines += [f"  {name}: {why}" for name, why in cannot.items()]
-    return "\n".join(lines)
-
-
-def conditioning_table(small: BlockConditioning | None, extremes: BlockExtremes) -> str:
-    """A row a block that was solved exactly, then the extreme eigenvalues of all by tensor."""
-    found = []
-    if small is not None:
-        header = ("block", "size", "kappa", "with Adam's", "r", "tau", "negative")
-        v = small.values
-        columns = (v.kappa, v.kappa_adam, v.r, v.tau)
-        rows = [
-            [name, str(size), *(f"{column[i]:.3g}" for column in columns), str(v.negative[i])]
-            for i, (name, size) in enumerate(zip(small.names, small.sizes, strict=True))
-        ]
-        found += [table(header, rows), *(f"note: {note}" for note in small.notes), ""]
-    ends = []
-    for name in dict.fromkeys(name.partition("[")[0] for name in extremes.names):
-        own = [i for i, other in enumerate(extremes.names) if other.partition("[")[0] == name]
-        numbers = (extremes.largest[own].max(), extremes.largest[own].min(), extremes.smallest[own].min())
-        ends.append([name, str(len(own)), *(f"{number:.3g}" for number in numbers)])
-    titles = ("tensor", "blocks", "highest lambda_max", "lowest lambda_max", "lowest lambda_min")
-    return "\n".join([*found, table(titles, ends)])
-
-
-def summary(report: PartitionReport) -> dict[str, Any]:
-    """All numbers, JSON-able (non-finite ones as words)."""
-    plain: Any = {
-        "preset": report.preset,
-        "counts": report.counts,
-        "contradicted": report.contradicted,
-        "tensors": [{**vars(t), "evidence": [vars(e) for e in t.evidence], "tests": [vars(s) for s in t.tests]}
-                    for t in report.tensors],
-        "suggestion": patterns(report.suggestion),
-        "savings": vars(report.savings),
-        "levels": vars(report.levels),
-        "matvecs": report.num_matvecs,
-        "route": report.route,
-        "reliability": report.reliability,
-        "notes": report.notes,
-    }  # fmt: skip
-    return _plain(plain)
 
 
 def _claimed(arguments: argparse.Namespace, problem: Problem) -> Partition:
@@ -268,21 +184,6 @@ def _conditioning(
     return small, block_extremes(hessian, claimed, seed=arguments.seed)
 
 
-def _conditioned(measured: Conditions | None) -> dict[str, Any]:
-    if measured is None:
-        return {}
-    small, extremes = measured
-    found = {
-        "extremes": {
-            key: value.tolist() if hasattr(value, "tolist") else value for key, value in vars(extremes).items()
-        }
-    }
-    if small is not None:
-        values = {key: value.tolist() for key, value in vars(small.values).items()}
-        found["conditioning"] = {"names": small.names, "sizes": small.sizes.tolist(), **values, "notes": small.notes}
-    return _plain(found)
-
-
 def _save(
     arguments: argparse.Namespace, folder: RunFolder, hessian: HessianOperator, claimed: Partition,
     report: PartitionReport, measured: Conditions | None, described: str,
@@ -306,18 +207,6 @@ def _save(
     pictures = partition_plotting.draw(folder.path, report, drawn, described)
     files = [folder.path / name for name in ("result.json", "suggestion.json", "optimizer.txt")]
     say(f"saved: {', '.join(map(str, [*files, *pictures]))}")
-
-
-def _share(share: float, error: float) -> str:
-    return f"{share:.1%}" if not error else f"{plus_minus(100 * share, 100 * error)} %"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _fraction(text: str) -> float:

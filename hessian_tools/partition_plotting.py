@@ -33,7 +33,7 @@ def draw(folder: Path, report: PartitionReport, drawn: DenseBlock | Coupling | N
         _title(figure, f"{title}: mass inside the blocks of each way to cut a tensor's Hessian")
         paths.append(_saved(figure, folder / "evidence.png"))
     if drawn is not None:
-        figure = Figure((8.5, 7.8), layout="constrained")
+        figure = Figure((10, 9), layout="compressed")
         if isinstance(drawn, DenseBlock):
             dense(figure.subplots(), drawn)
             _title(figure, f"{title}: dense Hessian over the blocks claimed")

@@ -49,7 +49,7 @@ def block_eigenvalues(axes: Axes, problem: Quadratic, *, most: int = 24) -> None
         axes.text(
             1.02,
             row,
-            f"κ = {_short(values[-1] / values[0])}",
+            f"κ = {short(values[-1] / values[0])}",
             transform=axes.get_yaxis_transform(),
             fontsize=7,
             va="center",
@@ -59,7 +59,7 @@ def block_eigenvalues(axes: Axes, problem: Quadratic, *, most: int = 24) -> None
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel("eigenvalue", fontsize=9)
     more = f" (first {most} of {len(problem.block_names)})" if most < len(problem.block_names) else ""
-    axes.set_title(f"eigenvalues by block{more}; κ = {_short(float(problem.kappa[0]))}", fontsize=9)
+    axes.set_title(f"eigenvalues by block{more}; κ = {short(float(problem.kappa[0]))}", fontsize=9)
 
 
 def loss_curves(axes: Axes, runs: Mapping[str, Runs], found: Constants | None = None, *, lowest: float = 1e-12) -> None:
@@ -75,12 +75,12 @@ def loss_curves(axes: Axes, runs: Mapping[str, Runs], found: Constants | None = 
             np.nan_to_num(of.losses, nan=0.0), (0.25, 0.5, 0.75), axis=0, method="inverted_cdf"
         )
         steps = np.maximum(of.recorded, 0.7)
-        kept = np.isfinite(middle) & (middle > lowest / 10)
-        axes.plot(steps[kept], middle[kept], dash, color=colour, linewidth=1.6, label=label)
+        kept = np.isfinite(middle)
+        below = lowest / 1e3  # out of sight, where a curve comes back from too
+        axes.plot(steps[kept], np.maximum(middle[kept], below), dash, color=colour, linewidth=1.6, label=label)
         if name in _BAND:
-            axes.fill_between(
-                steps[kept], low[kept], np.minimum(high[kept], 1e3), color=colour, alpha=0.13, linewidth=0
-            )
+            ends = np.clip(low[kept], below, 1e3), np.clip(high[kept], below, 1e3)
+            axes.fill_between(steps[kept], *ends, color=colour, alpha=0.13, linewidth=0)
         last = max(last, of.num_steps)
     if found is not None:
         steps = np.geomspace(0.7, last, 300)
@@ -115,5 +115,6 @@ def iteration_bars(axes: Axes, places: Sequence[Standing], num_steps: int) -> No
     axes.grid(axis="x", linewidth=0.3, alpha=0.7)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """A condition number in three digits, or whole."""
     return f"{value:,.0f}" if 100 <= value < 1e7 else f"{value:.3g}"

@@ -21,7 +21,7 @@ ORDER = (
     "quadratic.problems quadratic.cases quadratic.methods quadratic.preconditioning quadratic.simulation "
     "quadratic.sweeps quadratic.theory quadratic.lineup quadratic.__init__ "
     "vision networks data zoo results runs plotting partition_plotting "
-    "quadratic_plotting network_options report partition_command quadratic_command cli __init__ __main__"
+    "quadratic_plotting network_options report partition_text partition_command quadratic_command cli __init__ __main__"
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the command line
 LAZY = {"zoo": {"transformers"}, "vision": set(), "data": {"tokenizers", "PIL"}, "cli": {"hessian_tools.plotting"},

@@ -1,6 +1,7 @@
 """The partition checker on planted Hessians, whose structure is known by name and axis, and on small networks."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from problems import network, transformers
 from torch import nn
 
 import hessian_tools as ht
+from hessian_tools import partition_verdict
 from hessian_tools.blocks import Cut, Part
-from hessian_tools.partition_verdict import Statement
+from hessian_tools.partition_check import CutEvidence, _suggested
+from hessian_tools.partition_verdict import CONTRADICTED, VERDICTS, Statement
 
 ROWS, COLUMNS = 16, 12
 
@@ -251,6 +254,30 @@ def test_a_partition_of_another_model_and_too_large_a_dense_matrix_are_refused()
     problem = ht.Problem(wide, ht.mse, [(torch.randn(2, 80), torch.randn(2, 80))])
     with pytest.raises(ValueError, match="6,400 entries; at most 4,096"):
         ht.check_partition(problem, "tensor", exact=True)
+
+
+def test_an_undecided_claim_is_kept_and_a_contradicted_one_replaced():
+    cuts = {"whole": ("too coarse", "too coarse", math.nan), "rows": ("undecided", "too fine", 0.1),
+            "columns": ("undecided", "follows", 0.2)}  # fmt: skip
+    evidence = [CutEvidence(name, 2, 0, 0, 0, excess, 0, 0, *said) for name, (*said, excess) in cuts.items()]
+    assert _suggested(evidence, "rows") == "rows" and _suggested(evidence, "whole") == "columns"
+    sure = [*evidence, CutEvidence("heads", 2, 0, 0, 0, 0.3, 0, 0, "follows", "follows")]
+    assert {_suggested(sure, claim) for claim in ("rows", "whole", "heads")} == {"heads"}
+
+
+def test_the_error_rates_told_are_those_measured():
+    records = ht.load(Path(__file__).parent.parent / "results" / "partition_error_rates" / "result")
+    wrong = set(CONTRADICTED)
+
+    def counted(exact, estimated):
+        return sum(r["count"] for r in records if r["exact"] in exact and r["estimated"] in estimated)
+
+    right, contradicted = counted({"follows"}, VERDICTS), counted(wrong, VERDICTS)
+    assert (counted({"follows"}, wrong), right) == partition_verdict.CONTRADICTED_THOUGH_RIGHT
+    assert (counted(wrong, {"follows"}), contradicted) == partition_verdict.ACCEPTED_THOUGH_WRONG
+    others = sum(counted({verdict}, wrong - {verdict}) for verdict in wrong)
+    assert (others, contradicted) == partition_verdict.TAKEN_FOR_ANOTHER_WRONG
+    assert f"{right:,} right claims" in ht.check_partition(network("mlp"), "tensor").reliability
 
 
 def test_answers_of_tests():

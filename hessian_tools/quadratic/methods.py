@@ -174,20 +174,21 @@ def _adam(
         rate = eta * frozen
 
         def update_frozen(w: Tensor, g: Tensor, t: int) -> None:
-            average = m.mul_(beta1).add_(g, alpha=1 - beta1) if beta1 else g
+            average = m.lerp_(g, 1 - beta1) if beta1 else g
             w.addcmul_(average, rate, value=-1)
 
         return Rule(update_frozen, (m,) if beta1 else (), scaling=None if beta1 else frozen)
 
     def update(w: Tensor, g: Tensor, t: int) -> None:
-        average = m.mul_(beta1).add_(g, alpha=1 - beta1) if beta1 else g
+        average = m.lerp_(g, 1 - beta1) if beta1 else g
         if means is None:
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         else:
             v.mul_(beta2).add_(torch.matmul(torch.mul(g, g, out=square), means, out=direction), alpha=1 - beta2)
         correction1, correction2 = (1 - beta1**t, 1 - beta2**t) if bias_correction else (1.0, 1.0)
-        torch.sqrt(v, out=direction).mul_(1 / math.sqrt(correction2)).add_(eps + _TINY)
-        w.addcmul_(torch.div(average, direction, out=direction), eta, value=-1 / correction1)
+        root = math.sqrt(correction2)  # sqrt(v / correction2) + eps is (sqrt(v) + eps root) / root, one pass less
+        torch.sqrt(v, out=direction).add_(eps * root + _TINY)
+        w.addcmul_(torch.div(average, direction, out=direction), eta, value=-root / correction1)
 
     return Rule(update, (m, v))
 

@@ -26,7 +26,7 @@ def main(source: str = "results/quadratics/result", target: str = __file__.repla
         found, js = of["constants"], of["heterogeneity"]
         panel.get_legend().remove()
         wasserstein = js.readings["wasserstein"].mean
-        told = rf"κ {short(found.kappa[0])}, $\max_l\kappa_l$ {short(found.block_kappas.max())}"
+        told = rf"κ {short(found.kappa[0])}, $\max\,\kappa_l$ {short(found.block_kappas.max())}"
         panel.set_title(f"{name} ({WORDS[name]}): {told}, Wasserstein {wasserstein:.2f} decades", fontsize=9)
     for panel in panels[:, 1]:
         panel.set_ylabel("")

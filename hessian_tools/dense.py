@@ -75,7 +75,7 @@ class DenseBlock:
 
 
 def dense_block(
-    problem_or_hessian: Problem | HessianOperator, blocks: Any, *, partition: Partition | None = None,
+    problem_or_hessian: Problem | HessianOperator, blocks: Any, *, partition: Partition | str | None = None,
     max_size: int = MOST_ENTRIES, path: str | os.PathLike | None = None, memory: str | int = "auto",
     progress: bool = True,
 ) -> DenseBlock:  # fmt: skip
@@ -84,8 +84,8 @@ def dense_block(
     Args:
         problem_or_hessian: a Problem or a HessianOperator. One that is not in float64 is copied in float64; where no
             copy can be made, products are in its own arithmetic, with a warning and told in ``arithmetic``.
-        blocks: a Partition, a Cut, a Block, a list of Blocks and Cuts in any order, names of blocks of ``partition``;
-            without it, what ``ht.partition`` takes: a preset or a list of parameter names and globs.
+        blocks: a Partition, a Cut, a Block, a list of Blocks and Cuts in any order, names of blocks of ``partition``
+            (or of a preset); without it, what ``ht.partition`` takes: a preset or a list of parameter names and globs.
         max_size: the most entries n that are not refused; n^2 numbers of 8 bytes and n products.
         path: a file ``NAME.npy`` to hold the matrix, for one beyond memory. An interrupted run goes on from there
             (``NAME.json`` says how far it came), a finished one is read; both only for the same loss, parameters and
@@ -195,8 +195,10 @@ class Columns:
         return out
 
 
-def cuts_of(blocks: Any, problem: Problem, known: Partition | None = None) -> list[Cut]:
+def cuts_of(blocks: Any, problem: Problem, known: Partition | str | None = None) -> list[Cut]:
     """Disjoint cuts that hold ``blocks`` (see :func:`dense_block`) in order; neighbours of one cut stay together."""
+    if isinstance(known, str):
+        known = partition(problem.model, known)
     if isinstance(blocks, str) or (isinstance(blocks, list | tuple) and {*map(type, blocks)} == {str}):
         if known is not None:
             blocks = [known[name] for name in ([blocks] if isinstance(blocks, str) else blocks)]

@@ -27,6 +27,7 @@ from hessian_tools.partition_verdict import CONTRADICTED, FOLLOWS, VERDICTS, Lev
 from hessian_tools.problem import Problem
 from hessian_tools.structure import Survey
 
+Measurements = dict[tuple[Any, ...], BlockMass]
 CLAIMED = "claimed"  # the name of a cut that is none of the alternatives
 EXACT_WORTH = 4
 MOST_EXACT = 4096  # entries of a tensor that exact=True takes: 128 MiB, and as many products
@@ -123,8 +124,8 @@ class PartitionReport:
 def check_partition(
     problem_or_hessian: Problem | HessianOperator, partition: Any = "adam_mini", *, seed: int = 0, num_probes: int = 8,
     num_blocks: int = 32, exact: bool | None = None, alpha: float = 0.05, contrast: float = 4.0, diagonal: float = 0.5,
-    finished: Mapping[str, TensorReport] | None = None, on_tensor: Callable[[str, TensorReport], None] | None = None,
-    progress: bool = True,
+    measured: Measurements | None = None, finished: Mapping[str, TensorReport] | None = None,
+    on_tensor: Callable[[str, TensorReport], None] | None = None, progress: bool = True,
 ) -> PartitionReport:  # fmt: skip
     """Judges every tensor's blocks against the mass inside them, an unstructured Hessian, and every other cut.
 
@@ -137,6 +138,7 @@ def check_partition(
             products; True: always, up to MOST_EXACT entries; False: never.
         alpha: chance, for one tensor, that any statement its verdict rests on is wrong (Bonferroni, t-tests).
         contrast, diagonal: see :mod:`hessian_tools.partition_verdict`.
+        measured: keeps the masses; with the same dict, further partitions of the same problem cost only what is new.
         finished: reports of an earlier run with the same arguments, by name: these tensors are not computed again.
         on_tensor: called with name and report as each tensor is done.
         progress: a bar on stderr, products done and left, when that is a terminal.
@@ -154,9 +156,15 @@ def check_partition(
         for region, cuttings, claim in units(problem, blocks):
             if region.name not in done:
                 bar.set_postfix_str(region.name)
-                is_exact = _is_exact(region, cuttings, num_probes, num_blocks, exact)
-                mass = measure(hessian, region, cuttings, num_probes=num_probes, num_blocks=num_blocks, seed=seed,
-                               exact=is_exact, on_products=bar.update)  # fmt: skip
+                settings = {"num_probes": num_probes, "num_blocks": num_blocks, "seed": seed,
+                            "exact": _is_exact(region, cuttings, num_probes, num_blocks, exact)}  # fmt: skip
+                key = (region.name, *(way.name for way in cuttings), *settings.values())
+                if measured is None or key not in measured or claim == CLAIMED:  # which may be another cut each time
+                    mass = measure(hessian, region, cuttings, **settings, on_products=bar.update)
+                    (measured if measured is not None else {})[key] = mass
+                else:
+                    mass = measured[key]
+                    bar.update(mass.num_matvecs)
                 done[region.name] = _report(region, mass, claim, levels)
                 if on_tensor is not None:
                     on_tensor(region.name, done[region.name])

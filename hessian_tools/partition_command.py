@@ -55,7 +55,8 @@ def add(commands: Any, epilog: str) -> None:
     add("--preset", metavar="NAME|FILE.json", help=f"what is claimed: {', '.join(PRESETS)}, or a file written by "
         "Partition.to_json (default: adam_mini)")
     add("--check", nargs="+", metavar="NAME=AXIS", help="claim this alone: parameter names or globs, each with whole, "
-        "role, head, row, column, expert, element, or the number of the tensor's axis whose places are blocks")
+        "role, head, row, column, expert, element, or the number of the tensor's axis whose places are blocks "
+        "(default: what --preset claims)")
     add("--only", nargs="+", metavar="GLOB", help="judge only these blocks or parameters of the preset (default: all)")
     add("--probes", type=whole_number(3), metavar="N", default=8, help="products with each whole tensor (default: 8)")
     add("--blocks", type=whole_number(4), metavar="N", default=32, help="products with single blocks of each way to "

@@ -12,7 +12,7 @@ from hessian_tools.block_mass import ELEMENTS, WHOLE
 from hessian_tools.coupling import Coupling
 from hessian_tools.dense import DenseBlock
 from hessian_tools.partition_check import PartitionReport
-from hessian_tools.plotting import MAX_LABELS, _saved, _title, shortened
+from hessian_tools.plotting import MAX_LABELS, shortened, titled, written
 
 MOST_ROWS = 80  # tensors of one picture
 MOST_BORDERS = 64  # lines between blocks that can be told apart
@@ -30,17 +30,17 @@ def draw(folder: Path, report: PartitionReport, drawn: DenseBlock | Coupling | N
     if shown:
         figure = Figure((10, 0.22 * len(shown) + 2.4), layout="constrained")
         evidence(figure.subplots(), report)
-        _title(figure, f"{title}: mass inside the blocks of each way to cut a tensor's Hessian")
-        paths.append(_saved(figure, folder / "evidence.png"))
+        titled(figure, f"{title}: mass inside the blocks of each way to cut a tensor's Hessian")
+        paths.append(written(figure, folder / "evidence.png"))
     if drawn is not None:
         figure = Figure((10, 9), layout="compressed")
         if isinstance(drawn, DenseBlock):
             dense(figure.subplots(), drawn)
-            _title(figure, f"{title}: dense Hessian over the blocks claimed")
+            titled(figure, f"{title}: dense Hessian over the blocks claimed")
         else:
             tensors(figure.subplots(), drawn)
-            _title(figure, f"{title}: coupling between tensors")
-        paths.append(_saved(figure, folder / ("hessian.png" if isinstance(drawn, DenseBlock) else "coupling.png")))
+            titled(figure, f"{title}: coupling between tensors")
+        paths.append(written(figure, folder / ("hessian.png" if isinstance(drawn, DenseBlock) else "coupling.png")))
     return paths
 
 

@@ -33,9 +33,9 @@ def draw(folder: Path, spectra: BlockSpectra, js: JSHeterogeneity | None, title:
         (name,) = spectra.names
         figure = Figure((8, 4.4), layout="constrained")
         spectrum(figure.subplots(), spectra[name])
-        _title(figure, f"{title}: Hessian spectrum of {name}")
-        return [_saved(figure, folder / "spectrum.png")]
-    paths = [_saved(block_spectra(spectra, title=f"{title}: Hessian spectra by block"), folder / "block_spectra.png")]
+        titled(figure, f"{title}: Hessian spectrum of {name}")
+        return [written(figure, folder / "spectrum.png")]
+    paths = [written(block_spectra(spectra, title=f"{title}: Hessian spectra by block"), folder / "block_spectra.png")]
     if js is not None:
         side, margin = min(9.0, max(2.5, 0.155 * len(js.names))), LETTER * max(map(len, shortened(js.names)))
         readings = [reading for reading in ("unnormalised", "wasserstein") if reading in js.readings]
@@ -43,8 +43,8 @@ def draw(folder: Path, spectra: BlockSpectra, js: JSHeterogeneity | None, title:
         panels = figure.subplots(1, len(readings), sharey=True, squeeze=False)[0]
         for panel, reading in zip(panels, readings, strict=True):
             js_matrix(panel, js, reading)
-        _title(figure, f"{title}: distances between block spectra")
-        paths.append(_saved(figure, folder / "js_matrix.png"))
+        titled(figure, f"{title}: distances between block spectra")
+        paths.append(written(figure, folder / "js_matrix.png"))
     return paths
 
 
@@ -81,7 +81,7 @@ def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
     panels[0, 0].set_yticks([10.0**power for power in range(0, lowest - 1, -max(1, round(-lowest / 3)))])
     panels[0, 0].yaxis.set_minor_locator(NullLocator())
     missing = f" ({len(shown)} of {len(spectra)} shown)" if len(shown) < len(spectra) else ""
-    _title(figure, f"{title}{missing}")
+    titled(figure, f"{title}{missing}")
     linear = f"logarithmic beyond ±{density.axis.linthresh:.1g}, linear between"
     figure.supxlabel(f"eigenvalue ({linear})\nsmallest and largest of each block marked", fontsize=8)
     figure.supylabel(f"share of eigenvalues per decade\n(kernel of {density.width:g} decades)", fontsize=8)
@@ -165,10 +165,18 @@ def shortened(names: Sequence[str]) -> list[str]:
     return [name[len(".".join([*prefix, ""])) if prefix else 0 :] for name in names]
 
 
-def _title(figure: Figure, title: str) -> None:
+def titled(figure: Figure, title: str) -> None:
+    """Puts ``title`` on top, wrapped to the figure's width, which grows in height for it."""
     lines = textwrap.wrap(title, int(12 * figure.get_figwidth()))  # letters an inch at this size
     figure.set_figheight(figure.get_figheight() + 0.17 * (len(lines) - 1))
     figure.suptitle("\n".join(lines), fontsize=10)
+
+
+def written(figure: Figure, path: Path) -> Path:
+    """The figure as a PNG of 150 dots an inch, whole or not at all; returns ``path``."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return write_atomically(path, buffer.getvalue())
 
 
 def _filled(axes: Axes, grid: np.ndarray, values: np.ndarray, floor: float) -> None:
@@ -179,9 +187,3 @@ def _filled(axes: Axes, grid: np.ndarray, values: np.ndarray, floor: float) -> N
 
 def _power(value: float) -> str:
     return f"${'-' if value < 0 else ''}10^{{{round(math.log10(abs(value)))}}}$" if value else "0"
-
-
-def _saved(figure: Figure, path: Path) -> Path:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return write_atomically(path, buffer.getvalue())

@@ -53,7 +53,7 @@ def add(commands: Any, epilog: str) -> None:
     add = command.add_argument_group("problem").add_argument
     add("source", nargs="?", metavar="CASE|FILE", help="1, 2, 3, 4, or a JSON file of eigenvalues by block")
     add("--from", dest="measured", type=Path, metavar="RESULT", help="folder or file that `js0 --out` or `spectrum "
-        "--out` wrote, or a saved BlockSpectra")
+        "--out` wrote, or a saved BlockSpectra (default: none, CASE or FILE is run)")
     add("--blocks", nargs="+", metavar="GLOB", help="with --from: only these blocks (default: all)")
     add("--per-block", **COUNT, default=30, help="with --from: eigenvalues drawn for each block (default: 30)")
     add("--draw", choices=DRAWS, default="nodes", help="with --from: eigenvalues are drawn among a block's Ritz values "

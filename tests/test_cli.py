@@ -371,7 +371,16 @@ def test_bad_tolerances_and_precisions_are_one_line(options, told, capsys):
     assert len(err) == 1 and told in err[0]
 
 
-@pytest.mark.parametrize("command", ["js0", "spectrum"])
+OF_SPECTRA = ("(default: 4, with --tolerance 10; paper: 10)", "(default: 40, with --tolerance 100; paper: 100)")
+HELP = {  # command -> number of options, what its help tells
+    "js0": (23, (*OF_SPECTRA, "(default: weights; paper: official)")),
+    "spectrum": (21, (*OF_SPECTRA, "(default: model; paper: official)")),
+    "partition": (26, ("arXiv 2406.16793", "(default: adam_mini)", "Exit code 1 when a claim is contradicted")),
+    "quadratic": (16, ("(default: 5000; cases 3 and 4: 2000; a file's own; paper: 5000, thesis: 2000)",)),
+}
+
+
+@pytest.mark.parametrize("command", HELP)
 def test_help_tells_defaults_and_sources(command, capsys):
     with pytest.raises(SystemExit) as exit:
         run(command, "--help")
@@ -379,16 +388,15 @@ def test_help_tells_defaults_and_sources(command, capsys):
     assert exit.value.code == 0 and "(default: None)" not in out and "(default: True)" not in out
     actions = next(iter(cli._parser()._subparsers._group_actions)).choices[command]._actions
     options = [action for action in actions if action.dest != "help"]
-    assert len(options) == {"js0": 23, "spectrum": 21}[command] and all(action.help for action in options)
+    count, words = HELP[command]
+    assert len(options) == count and all(action.help for action in options)
     for action in options:
         told = re.search(r"\(default: ([^,;)]+)", action.help)
-        assert action.required or told, action.dest
-        if action.dest in ("seed", "probe_kind", "reorthogonalize", "memory"):
-            assert told[1] == str(action.default)
-    blocks = {"js0": "weights", "spectrum": "model"}[command]
-    for told in ("(default: 4, with --tolerance 10; paper: 10)",
-                 "(default: 40, with --tolerance 100; paper: 100)", f"(default: {blocks}; paper: official)",
-                 "arXiv 2402.16788", "130 interrupted", "HESSIAN_TOOLS_TRACEBACK=1"):  # fmt: skip
+        assert action.required or told or not action.option_strings, action.dest
+        if isinstance(action.default, str | int | float) and not isinstance(action.default, bool) and told:
+            number = isinstance(action.default, int | float)
+            assert float(told[1]) == action.default if number else told[1] == action.default, action.dest
+    for told in (*words, "arXiv 2402.16788", "130 interrupted", "HESSIAN_TOOLS_TRACEBACK=1"):
         assert told in out
 
 

@@ -109,7 +109,7 @@ def test_draw_writes_whole_pngs(tmp_path):
 @pytest.mark.parametrize("names", [["a", "b"], GPT2])
 def test_heat_map(names, monkeypatch, tmp_path):
     figures = []
-    monkeypatch.setattr(plotting, "_saved", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr(plotting, "written", lambda figure, path: figures.append(figure) or path)
     found = spectra(names)
     js = ht.js_heterogeneity(found)
     plotting.draw(tmp_path, found, js, "net")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hessian_tools as ht
-from hessian_tools import results
+from hessian_tools import quadratic, results
 from hessian_tools.adaptive import Round, Uncertainty
 from hessian_tools.operators import DiagonalOperator
 from hessian_tools.quadrature import Estimate, RitzValue
@@ -49,6 +49,14 @@ def samples():
     found += [ht.state_savings(model, partition)]
     report = ht.check_partition(ht.Problem(model, ht.mse, [(torch.randn(4, 2), torch.randn(4, 2))]), partition)
     found += [report, report.levels, report.tensors[0], report.tensors[0].evidence[0], report.tensors[0].tests[0]]
+    problem = ht.Problem(model.double(), ht.mse, [(torch.randn(4, 2).double(), torch.randn(4, 2).double())])
+    conditioning = ht.block_conditioning(problem, "neuron")
+    found += [ht.dense_block(problem, partition), ht.coupling(problem, partition, num_probes=2), conditioning]
+    found += [conditioning.values, ht.block_extremes(problem, partition)]
+    case, few = quadratic.case(3), {"num_starts": 2, "num_steps": 10}
+    found += [quadratic.run(case, "gd", **few), quadratic.best_step(case, "sign", **few), quadratic.constants(case)]
+    found += [quadratic.check_gd_bound(case, num_steps=2)[0], quadratic.limit_cycle(case, beta2=0.9, **few, tail=4)]
+    found.append(quadratic.Scorecard("r", 1, 2, 3, 4))
     return {type(result).__name__: result for result in found}
 
 

@@ -1,0 +1,177 @@
+"""The published picture of an MLP's Hessian, 3072-8-100 without bias: block-diagonal, and more so when trained?
+
+Claim (arXiv 2505.02809, which took CIFAR-100): W's Hessian has one dense block a hidden neuron, V's one an output;
+stripes between the layers, present at initialisation, go as the loss falls. No package carries CIFAR-100. Here: the
+packaged Fashion-MNIST, 2,000 grey images resized to 32 x 32 and repeated in 3 channels, the 100 classes being ten
+k-means clusters inside each of the ten real classes. So these are real images of the same shape with derived labels,
+and the channels' Hessian entries are copies of each other. Where they would only be repeated, a pixel's three weights
+are replaced by their sum over sqrt(3), an orthogonal change of variables that leaves every norm as it is; training and
+``ht.coupling`` see all 3,072 inputs.
+
+W's Hessian, 24,576 x 24,576, is drawn at every fourth pixel of one channel in both directions (64 of 3,072 inputs of a
+neuron), V's whole. Masses (squared Frobenius norms) are of the whole Hessian, in closed form (:mod:`relu_hessian`); V's
+are checked against the dense matrix, W's and those between the layers against ``ht.coupling``. H_wv is the sum of a
+Gauss-Newton part and a residual part, the mean of (p - y) g x; the stripes are the residual part, between weights into
+and out of the same hidden neuron. `python figures/mlp_structure.py` draws it.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from relu_hessian import ReluHessian, worst_difference
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import hessian_tools as ht
+from hessian_tools import data, report
+from hessian_tools.blocks import Cut, Part
+
+IMAGES, SIDE, CHANNELS, HIDDEN = 2000, 32, 3, 8
+CLUSTERS, ROUNDS = 10, 30  # of k-means in each class; classes of the network: 10 times as many
+EPOCHS = (0, 2, 8, 30, 60, 100, 200, 300, 400)  # when masses are taken; pictures: first, half and end
+BATCH, RATE, SEED = 128, 3e-4, 0  # Adam
+GRID = 8  # pixels drawn in each direction
+DRAWN_CLASSES = 12  # in the picture of H_wv
+PROBES = 64  # of the check by ht.coupling
+SMOKE = {"images": 240, "side": 8, "epochs": (0, 1, 2)}
+OUT = Path("results/mlp_structure")
+HEADER = ("epoch", "loss", "accuracy", "|H_ww|", "in neurons", "|H_vv|", "in outputs", "|H_wv|", "residual part",
+          "|H_wv|/sqrt(|H_ww||H_vv|)", "all: in blocks", "in layers", "across")  # fmt: skip
+
+
+def clustered(points: Tensor, stream: torch.Generator) -> Tensor:
+    """(N,) numbers of k-means clusters (Lloyd 1982) of (N, d) points."""
+    centres = points[torch.randperm(len(points), generator=stream)[:CLUSTERS]]
+    for _ in range(ROUNDS):
+        labels = torch.cdist(points, centres).argmin(1)
+        means = [points[labels == i].mean(0) if (labels == i).any() else centres[i] for i in range(CLUSTERS)]
+        centres = torch.stack(means)
+    return labels
+
+
+def images(count: int, side: int) -> tuple[Tensor, Tensor]:
+    """(N, 3 s s) float64 and (N,) labels 0 to 99."""
+    ((pixels, classes),) = data.image_batches(
+        data.image_source(), num_examples=count, batch_size=count, image_size=side, channels=CHANNELS, seed=SEED
+    )
+    inputs, labels, stream = pixels.flatten(1).double(), classes.clone(), torch.Generator().manual_seed(SEED)
+    for number in classes.unique().tolist():
+        own = classes == number
+        labels[own] = CLUSTERS * number + clustered(inputs[own], stream)
+    return inputs, labels
+
+
+def trained(inputs: Tensor, labels: Tensor, epochs: tuple[int, ...]) -> Iterator[tuple[int, ReluHessian]]:
+    """(epoch, network) at each of ``epochs``; LeCun normal initialisation."""
+    stream = torch.Generator().manual_seed(SEED)
+    w, v = (torch.randn(shape, generator=stream, dtype=torch.float64).div(shape[1] ** 0.5).requires_grad_()
+            for shape in ((HIDDEN, inputs.shape[1]), (10 * CLUSTERS, HIDDEN)))  # fmt: skip
+    optimizer = torch.optim.Adam([w, v], lr=RATE)
+    for epoch in tqdm(range(epochs[-1] + 1), unit="epoch", disable=None):
+        if epoch in epochs:
+            yield epoch, ReluHessian(inputs, labels, w.detach().clone(), v.detach().clone(), "CE")
+        for batch in torch.randperm(len(inputs), generator=stream).split(BATCH):
+            loss = nn.functional.cross_entropy((inputs[batch] @ w.T).relu() @ v.T, labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def in_one_channel(net: ReluHessian) -> ReluHessian:
+    """The same masses from a third of the inputs: those of a grey image, times sqrt(3)."""
+    size, scale = net.inputs.shape[1] // CHANNELS, CHANNELS**0.5
+    w = net.w.unflatten(1, (CHANNELS, size)).sum(1) / scale
+    return replace(net, inputs=net.inputs[:, :size] * scale, w=w)
+
+
+def masses(net: ReluHessian) -> dict[str, float]:
+    """Norms of the layers' blocks, and shares of mass inside neurons, of the whole Hessian."""
+    grey = in_one_channel(net)
+    ww, vv, wv = grey.ww(), grey.vv(), float(grey.wv().sum())
+    total, layers = float(ww.sum() + vv.sum()) + 2 * wv, float(ww.sum() + vv.sum())
+    inside = float(ww.diagonal().sum() + vv.diagonal().sum())
+    accuracy = float(((net.hidden @ net.v.T).argmax(1) == net.labels).double().mean())
+    return {
+        "loss": net.mean_loss, "accuracy": accuracy, "ww": float(ww.sum()) ** 0.5,
+        "inside ww": float(ww.diagonal().sum() / ww.sum()), "vv": float(vv.sum()) ** 0.5,
+        "inside vv": float(vv.diagonal().sum() / vv.sum()), "wv": wv**0.5,
+        "residual": float(grey.wv_residual().sum()) ** 0.5, "coupling": (wv / float(ww.sum() * vv.sum()) ** 0.5) ** 0.5,
+        "blocks": inside / total, "layers": layers / total - inside / total, "across": 2 * wv / total,
+    }  # fmt: skip
+
+
+def picture(net: ReluHessian, side: int) -> dict[str, Any]:
+    """log10 |H| for drawing, and checks of the closed form."""
+    grey = in_one_channel(net)
+    problem, step = grey.problem(), side // GRID
+    view, pixels = (HIDDEN, GRID, step, GRID, step), (slice(0, GRID), slice(step // 2, step // 2 + 1)) * 2
+    some = Part("1.weight", tuple(grey.w.shape), view, (slice(0, HIDDEN), *pixels), (0,))
+    blocks = [Cut((some,), "w", counter="neuron", per_label=HIDDEN), *ht.partition(problem.model, {"3.*": "row"}).cuts]
+    dense = ht.dense_block(problem, blocks, progress=False)
+    first, last = (int(dense.offsets[HIDDEN + classes]) for classes in (0, DRAWN_CLASSES))
+    difference = worst_difference(net.vv(), torch.from_numpy(dense.mass[HIDDEN:, HIDDEN:]))
+    coloured = net.problem()
+    probed = ht.coupling(coloured, ht.partition(coloured.model, "tensor"), num_probes=PROBES, progress=False)
+    return {
+        "ww": logarithm(dense.matrix[:first, :first]), "vv": logarithm(dense.matrix[first:, first:]),
+        "wv": logarithm(dense.matrix[:first, first:last]), "symmetry error": dense.symmetry_error,
+        "difference": difference, "probed": probed.tensor_mass, "probed error": probed.tensor_mass_error,
+    }  # fmt: skip
+
+
+def logarithm(matrix: np.ndarray) -> np.ndarray:
+    """log10 of magnitudes to a sixteenth of a decade, enough for colours; of zeros 12 below the largest."""
+    sizes = np.abs(matrix)
+    found = np.log10(np.maximum(sizes, sizes.max() * 1e-12))
+    return (np.round(16 * found) / 16).astype(np.float16)
+
+
+def text(found: dict[str, Any]) -> str:
+    rows = []
+    for epoch, m in found["masses"].items():
+        norms = [f"{m['ww']:.3g}", f"{m['inside ww']:.1%}", f"{m['vv']:.3g}", f"{m['inside vv']:.1%}",
+                 f"{m['wv']:.3g}", f"{m['residual']:.3g}", f"{m['coupling']:.2f}"]  # fmt: skip
+        shares = [f"{m[place]:.1%}" for place in ("blocks", "layers", "across")]
+        rows.append([epoch, f"{m['loss']:.3f}", f"{m['accuracy']:.0%}", *norms, *shares])
+    lines = [report.table(HEADER, rows)]
+    lines.append(
+        f"Without structure {1 / HIDDEN:.1%} of H_ww would lie inside neurons and {1 / (10 * CLUSTERS):.1%} of H_vv "
+        "inside outputs. Norms are Frobenius norms."
+    )
+    for epoch, drawn in found["pictures"].items():
+        closed, probed, error = found["masses"][epoch], drawn["probed"], drawn["probed error"]
+        lines.append(
+            f"Epoch {epoch}: H_vv against ht.dense_block differs by {drawn['difference']:.1e} of the largest mass; "
+            f"squared norms, closed form and ht.coupling: H_ww {closed['ww'] ** 2:.3g}, "
+            f"{report.plus_minus(probed[0, 0], error[0, 0])}; "
+            f"H_wv {closed['wv'] ** 2:.3g}, {report.plus_minus(probed[0, 1], error[0, 1])}."
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="few images of 8 x 8, two epochs: seconds")
+    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    arguments = parser.parse_args()
+    out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
+    config = SMOKE if arguments.smoke else {"images": IMAGES, "side": SIDE, "epochs": EPOCHS}
+    epochs, found = config["epochs"], {"masses": {}, "pictures": {}}
+    for epoch, net in trained(*images(config["images"], config["side"]), epochs):
+        found["masses"][str(epoch)] = masses(net)
+        if epoch in (0, epochs[-1] // 2, epochs[-1]):
+            found["pictures"][str(epoch)] = picture(net, config["side"])
+    found |= {"hidden": HIDDEN, "inputs": CHANNELS * config["side"] ** 2, "drawn": GRID**2, "classes": 10 * CLUSTERS}
+    ht.save(found, out / "result", config={**config, "batch": BATCH, "rate": RATE, "seed": SEED, "probes": PROBES})
+    table = text(found)
+    (out / "table.txt").write_text(table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,10 +9,10 @@ are replaced by their sum over sqrt(3), an orthogonal change of variables that l
 ``ht.coupling`` see all 3,072 inputs.
 
 W's Hessian, 24,576 x 24,576, is drawn at every fourth pixel of one channel in both directions (64 of 3,072 inputs of a
-neuron), V's whole. Masses (squared Frobenius norms) are of the whole Hessian, in closed form (:mod:`relu_hessian`); V's
-are checked against the dense matrix, W's and those between the layers against ``ht.coupling``. H_wv is the sum of a
-Gauss-Newton part and a residual part, the mean of (p - y) g x; the stripes are the residual part, between weights into
-and out of the same hidden neuron. `python figures/mlp_structure.py` draws it.
+neuron), V's whole. Masses (squared Frobenius norms) are of the whole Hessian, in closed form (:mod:`relu_hessian`),
+checked against the dense matrix on what is drawn and against ``ht.coupling`` on all. H_wv is the sum of a Gauss-Newton
+part and a residual part, the mean of (p - y) g x; the stripes are the residual part, between weights into and out of
+the same hidden neuron. `python figures/mlp_structure.py` draws it.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from heat_map import heat_map
 from relu_hessian import ReluHessian, worst_difference
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -38,7 +39,8 @@ BATCH, RATE, SEED = 128, 3e-4, 0  # Adam
 GRID = 8  # pixels drawn in each direction
 DRAWN_CLASSES = 12  # in the picture of H_wv
 PROBES = 64  # of the check by ht.coupling
-SMOKE = {"images": 240, "side": 8, "epochs": (0, 1, 2)}
+SEEDS = 10  # initialisations
+SMOKE = {"images": 240, "side": 8, "epochs": (0, 1, 2), "seeds": 2}
 OUT = Path("results/mlp_structure")
 HEADER = ("epoch", "loss", "accuracy", "|H_ww|", "in neurons", "|H_vv|", "in outputs", "|H_wv|", "residual part",
           "|H_wv|/sqrt(|H_ww||H_vv|)", "all: in blocks", "in layers", "across")  # fmt: skip
@@ -66,11 +68,24 @@ def images(count: int, side: int) -> tuple[Tensor, Tensor]:
     return inputs, labels
 
 
+def initial(inputs: Tensor, labels: Tensor, classes: int, seed: int) -> ReluHessian:
+    """LeCun normal initialisation."""
+    stream = torch.Generator().manual_seed(seed)
+    w, v = (torch.randn(shape, generator=stream, dtype=torch.float64) / shape[1] ** 0.5
+            for shape in ((HIDDEN, inputs.shape[1]), (classes, HIDDEN)))  # fmt: skip
+    return ReluHessian(inputs, labels, w, v, "CE")
+
+
+def initial_shares(inputs: Tensor, labels: Tensor, classes: int, seeds: int) -> np.ndarray:
+    """(seeds, 2) shares of H_ww's mass inside neurons and of H_vv's inside outputs at initialisation."""
+    nets = (in_one_channel(initial(inputs, labels, classes, seed)) for seed in range(seeds))
+    return np.array([[float(m.diagonal().sum() / m.sum()) for m in (net.ww(), net.vv())] for net in nets])
+
+
 def trained(inputs: Tensor, labels: Tensor, epochs: tuple[int, ...]) -> Iterator[tuple[int, ReluHessian]]:
-    """(epoch, network) at each of ``epochs``; LeCun normal initialisation."""
-    stream = torch.Generator().manual_seed(SEED)
-    w, v = (torch.randn(shape, generator=stream, dtype=torch.float64).div(shape[1] ** 0.5).requires_grad_()
-            for shape in ((HIDDEN, inputs.shape[1]), (10 * CLUSTERS, HIDDEN)))  # fmt: skip
+    """(epoch, network) at each of ``epochs``."""
+    start, stream = initial(inputs, labels, 10 * CLUSTERS, SEED), torch.Generator().manual_seed(SEED)
+    w, v = start.w.requires_grad_(), start.v.requires_grad_()
     optimizer = torch.optim.Adam([w, v], lr=RATE)
     for epoch in tqdm(range(epochs[-1] + 1), unit="epoch", disable=None):
         if epoch in epochs:
@@ -106,7 +121,7 @@ def masses(net: ReluHessian) -> dict[str, float]:
 
 
 def picture(net: ReluHessian, side: int) -> dict[str, Any]:
-    """log10 |H| for drawing, and checks of the closed form."""
+    """Heat maps, and checks of the closed form."""
     grey = in_one_channel(net)
     problem, step = grey.problem(), side // GRID
     view, pixels = (HIDDEN, GRID, step, GRID, step), (slice(0, GRID), slice(step // 2, step // 2 + 1)) * 2
@@ -114,21 +129,18 @@ def picture(net: ReluHessian, side: int) -> dict[str, Any]:
     blocks = [Cut((some,), "w", counter="neuron", per_label=HIDDEN), *ht.partition(problem.model, {"3.*": "row"}).cuts]
     dense = ht.dense_block(problem, blocks, progress=False)
     first, last = (int(dense.offsets[HIDDEN + classes]) for classes in (0, DRAWN_CLASSES))
-    difference = worst_difference(net.vv(), torch.from_numpy(dense.mass[HIDDEN:, HIDDEN:]))
+    mass = torch.from_numpy(dense.mass)
+    drawn = grey.inputs[:, some.rows(torch.arange(grey.w.numel()).view_as(grey.w))[0]]
+    closed = {(0, 0): grey.ww(drawn), (1, 1): grey.vv(), (0, 1): grey.wv(drawn)}
+    layers = (slice(0, HIDDEN), slice(HIDDEN, None))
+    difference = max(worst_difference(found, mass[layers[i], layers[j]]) for (i, j), found in closed.items())
     coloured = net.problem()
     probed = ht.coupling(coloured, ht.partition(coloured.model, "tensor"), num_probes=PROBES, progress=False)
     return {
-        "ww": logarithm(dense.matrix[:first, :first]), "vv": logarithm(dense.matrix[first:, first:]),
-        "wv": logarithm(dense.matrix[:first, first:last]), "symmetry error": dense.symmetry_error,
+        "ww": heat_map(dense.matrix[:first, :first], 2), "vv": heat_map(dense.matrix[first:, first:], 2),
+        "wv": heat_map(dense.matrix[:first, first:last]), "symmetry error": dense.symmetry_error,
         "difference": difference, "probed": probed.tensor_mass, "probed error": probed.tensor_mass_error,
     }  # fmt: skip
-
-
-def logarithm(matrix: np.ndarray) -> np.ndarray:
-    """log10 of magnitudes to a sixteenth of a decade, enough for colours; of zeros 12 below the largest."""
-    sizes = np.abs(matrix)
-    found = np.log10(np.maximum(sizes, sizes.max() * 1e-12))
-    return (np.round(16 * found) / 16).astype(np.float16)
 
 
 def text(found: dict[str, Any]) -> str:
@@ -143,13 +155,17 @@ def text(found: dict[str, Any]) -> str:
         f"Without structure {1 / HIDDEN:.1%} of H_ww would lie inside neurons and {1 / (10 * CLUSTERS):.1%} of H_vv "
         "inside outputs. Norms are Frobenius norms."
     )
+    for classes, shares in found["initial"].items():
+        words = (f"{name} {own.mean():.1%} ({own.min():.1%} to {own.max():.1%})"
+                 for name, own in zip(("neurons", "outputs"), shares.T, strict=True))  # fmt: skip
+        lines.append(f"At initialisation, {classes} classes, {len(shares)} seeds, inside {', inside '.join(words)}.")
     for epoch, drawn in found["pictures"].items():
         closed, probed, error = found["masses"][epoch], drawn["probed"], drawn["probed error"]
         lines.append(
-            f"Epoch {epoch}: H_vv against ht.dense_block differs by {drawn['difference']:.1e} of the largest mass; "
-            f"squared norms, closed form and ht.coupling: H_ww {closed['ww'] ** 2:.3g}, "
-            f"{report.plus_minus(probed[0, 0], error[0, 0])}; "
-            f"H_wv {closed['wv'] ** 2:.3g}, {report.plus_minus(probed[0, 1], error[0, 1])}."
+            f"Epoch {epoch}: on what is drawn, closed form and ht.dense_block differ by {drawn['difference']:.1e} of "
+            f"the largest mass; squared norms, closed form and ht.coupling: H_ww {closed['ww'] ** 2:.3g}, "
+            f"{probed[0, 0]:.3g} ± {error[0, 0]:.2g}; H_wv {closed['wv'] ** 2:.3g}, {probed[0, 1]:.3g} ± "
+            f"{error[0, 1]:.2g}."
         )
     return "\n".join(lines)
 
@@ -160,9 +176,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
     arguments = parser.parse_args()
     out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
-    config = SMOKE if arguments.smoke else {"images": IMAGES, "side": SIDE, "epochs": EPOCHS}
+    config = SMOKE if arguments.smoke else {"images": IMAGES, "side": SIDE, "epochs": EPOCHS, "seeds": SEEDS}
     epochs, found = config["epochs"], {"masses": {}, "pictures": {}}
-    for epoch, net in trained(*images(config["images"], config["side"]), epochs):
+    inputs, labels = images(config["images"], config["side"])
+    found["initial"] = {str(c): initial_shares(inputs, labels, c, config["seeds"]) for c in (10 * CLUSTERS, 10)}
+    for epoch, net in trained(inputs, labels, epochs):
         found["masses"][str(epoch)] = masses(net)
         if epoch in (0, epochs[-1] // 2, epochs[-1]):
             found["pictures"][str(epoch)] = picture(net, config["side"])

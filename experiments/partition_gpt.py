@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import hessian_tools as ht
 from hessian_tools import data, report, zoo
-from hessian_tools.partition_text import report_table, suggestion_text
+from hessian_tools.partition_text import suggestion_text
 from hessian_tools.problem import Problem
 from hessian_tools.runs import RunFolder
 
@@ -94,7 +94,7 @@ def text(result: dict[str, Any]) -> str:
         savings = "\n".join(f"  {name}: {words}" for name, words in found["savings"].items())
         parts.append(f"== {time}, loss {found['loss']:.4g} ==\noptimizer state\n{savings}")
         for name, own in found["reports"].items():
-            parts.append(f"-- {name}, {time} --\n{report_table(own)}")
+            parts.append(f"-- {name}, {time} --\n{own}")
             if name in found["suggestions"]:
                 parts.append(found["suggestions"][name])
     return "\n\n".join(parts)

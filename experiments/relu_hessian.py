@@ -51,8 +51,9 @@ class ReluHessian:
     def mean_loss(self) -> float:
         return float(nn.functional.cross_entropy(self.hidden @ self.v.T, self.labels))
 
-    def ww(self) -> Tensor:
-        """(m, m) masses of H_{w_i w_j}."""
+    def ww(self, inputs: Tensor | None = None) -> Tensor:
+        """(m, m) masses of H_{w_i w_j}; ``inputs``, some columns of all inputs: of their weights alone."""
+        inputs = self.inputs if inputs is None else inputs
         count, size = len(self.inputs), len(self.w)
         if self.loss == "CE":
             p = self.probabilities
@@ -62,7 +63,7 @@ class ReluHessian:
         else:
             inner = (2 / len(self.v) * self.v.T @ self.v).expand(count, size, size)
         factors = (inner * self.gates[:, :, None] * self.gates[:, None, :]).flatten(1)  # (N, m m)
-        products = (self.inputs @ self.inputs.T).square_()  # (N, N)
+        products = (inputs @ inputs.T).square_()  # (N, N)
         return ((products @ factors) * factors).sum(0).view(size, size) / count**2
 
     def vv(self) -> Tensor:
@@ -80,13 +81,14 @@ class ReluHessian:
                 mass += entry.square_() * (1 if k == other else 2)
         return mass
 
-    def wv(self) -> Tensor:
-        """(m, C) masses of H_{w_i v_c}. CE only."""
+    def wv(self, inputs: Tensor | None = None) -> Tensor:
+        """(m, C) masses of H_{w_i v_c}, ``inputs`` as for :meth:`ww`. CE only."""
+        inputs = self.inputs if inputs is None else inputs
         p, mean, rows = self.probabilities, self.probabilities @ self.v, []
         for i in range(len(self.w)):
             factors = (p * (self.v[:, i] - mean[:, i, None]))[:, :, None] * self.hidden[:, None, :]  # (N, C, m)
             factors[:, :, i] += self._residuals
-            columns = self.inputs.T @ (factors * self.gates[:, i, None, None]).flatten(1) / len(p)  # (d, C m)
+            columns = inputs.T @ (factors * self.gates[:, i, None, None]).flatten(1) / len(p)  # (d, C m)
             rows.append(columns.square().sum(0).view(len(self.v), len(self.w)).sum(1))
         return torch.stack(rows)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from heat_map import heat_map
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ SEQUENCES = 24  # of which the Hessian is
 STEPS, BATCH, RATE, SEED = 2000, 64, 3e-3, 0  # Adam
 TIMES = {"initialisation": 0.0, "1 % of training": 0.01, "end of training": 1.0}
 PERMUTATIONS = 200
+MOST_DRAWN = 256  # rows of a heat map
 SMOKE = {"sequences": 1, "steps": 1, "permutations": 5}
 TENSORS = {
     "embedding": "tokens.weight", "query": "blocks.0.attention.query.weight", "key": "blocks.0.attention.key.weight",
@@ -126,15 +128,9 @@ def structure(model: NanoGPT, batches: list[data.Batch], permutations: int) -> d
         found[tensor] = {
             "cuts": against_chance(model, name, matrix, permutations), "verdict": verdict.verdict,
             "reason": verdict.reason, "diagonal": verdict["elements"].share, "norm": verdict.norm,
-            "logarithm": logarithm(matrix), "symmetry error": dense[name].symmetry_error,
+            "heat map": heat_map(matrix, -(-len(matrix) // MOST_DRAWN)), "symmetry error": dense[name].symmetry_error,
         }  # fmt: skip
     return {"loss": problem.loss, "tensors": found}
-
-
-def logarithm(matrix: np.ndarray) -> np.ndarray:
-    """log10 of magnitudes over the largest, to an eighth of a decade; zeros and what is smaller are -12."""
-    sizes = np.abs(matrix) / np.abs(matrix).max()
-    return (np.round(8 * np.log10(np.maximum(sizes, 1e-12))) / 8).astype(np.float16)
 
 
 def text(found: dict[str, Any], permutations: int) -> str:

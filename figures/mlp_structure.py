@@ -15,14 +15,14 @@ TIMES = ("initialisation", "half of training", "end of training")
 STYLE = {"fontsize": 8, "frameon": False}
 
 
-def heat(axes, logarithms: np.ndarray, rows: int, columns: int, colour: str = "white"):
+def heat(axes, colours: np.ndarray, rows: int, columns: int):
     """log10 |H| with borders between ``rows`` and ``columns`` blocks."""
-    shown = logarithms.astype(float)
-    image = axes.imshow(shown - shown.max(), cmap="magma", vmin=-DECADES, vmax=0, aspect="auto",
+    shown = colours.astype(float)
+    image = axes.imshow(shown, cmap="magma", vmin=-DECADES, vmax=0, aspect="auto",
                         interpolation="nearest")  # fmt: skip
     for count, size, line in ((rows, shown.shape[0], axes.axhline), (columns, shown.shape[1], axes.axvline)):
         for edge in np.arange(1, count) * size / count:
-            line(edge - 0.5, color=colour, linewidth=0.6 if count < 20 else 0.15, alpha=0.9)
+            line(edge - 0.5, color="white", linewidth=0.6 if count < 20 else 0.15, alpha=0.9)
     axes.set_xticks([])
     axes.set_yticks([])
     return image
@@ -49,7 +49,7 @@ def curves(panels, masses: dict) -> None:
         panel.tick_params(labelsize=8)
         panel.legend(**STYLE)
     for panel in panels[::2]:
-        panel.set_ylim(0, 1.12)
+        panel.set_ylim(bottom=0)
     panels[1].set_yscale("log")
     panels[2].set_xlabel("training loss (training goes to the right)", fontsize=8.5)
 
@@ -76,10 +76,13 @@ def main(source: str = "results/mlp_structure/result", target: str = __file__.re
         panel.set_ylabel(word, fontsize=9.5)
     curves(axes[:, -1], masses)
     bar = figure.colorbar(image, ax=axes[:, :-1], location="bottom", fraction=0.02, pad=0.01, aspect=60)
-    bar.set_label(r"$\log_{10}|H_{ij}|$, largest of each picture = 0", fontsize=9)
+    bar.set_label(
+        r"$\log_{10}|H_{ij}|$, largest of each picture = 0; black rows and columns of blocks: a neuron that has died",
+        fontsize=9,
+    )
     figure.suptitle(
-        f"MLP {found['inputs']:,}-{hidden}-{found['classes']} without bias on Fashion-MNIST at 3 x 32 x 32, 100 classes: "
-        "10 clusters in each real one (CIFAR-100 is not packaged)\n"
+        f"MLP {found['inputs']:,}-{hidden}-{found['classes']} without bias on Fashion-MNIST at 3 x 32 x 32, 100 "
+        "classes: 10 clusters in each real one (CIFAR-100 is not packaged)\n"
         "drawn: every fourth pixel of one of three equal channels; all numbers are of the whole Hessian",
         fontsize=10.5,
     )

@@ -11,6 +11,7 @@ import hessian_tools as ht
 from hessian_tools.partition_plotting import COLOURS
 from hessian_tools.partition_verdict import VERDICTS
 
+STRIP = 0.035  # width of the edge that tells the likely verdict
 TITLES = {"adam_mini": "adam_mini", "neuron": "neuron\n(all by output)", "tensor": "tensor\n(all whole)",
           "stored rows": "rows as stored\n(naive, axis 0)"}  # fmt: skip
 SHORT = {"elements": "entries", "columns": "inputs", "rows": "outputs"}  # of a weight, whichever way it is stored
@@ -18,14 +19,14 @@ TOKENS = {"transformer.wte.weight": {"rows": "tokens", "columns": "features"},
           "transformer.wpe.weight": {"rows": "positions", "columns": "features"}}  # fmt: skip
 
 
-def cell(report: ht.PartitionReport, name: str) -> tuple[str, str] | None:
-    """Verdict and words on one weight, or on the tensor that it is a role of; None where nothing is claimed."""
+def cell(report: ht.PartitionReport, name: str) -> tuple[str, str, str] | None:
+    """Verdict, words, and the verdict by the estimates alone, on one weight or the tensor that it is a role of."""
     found = next((t for t in report.tensors if t.name in (name, name.partition("[")[0])), None)
     if found is None:
         return None
     words = TOKENS.get(name, SHORT).get(found.claim, found.claim)
-    likely = f"; likely {found.likely}" if found.verdict == "undecided" and found.likely != "undecided" else ""
-    return found.verdict, f"{words} {_percent(found.claimed.share)}{likely}"
+    likely = f", likely {found.likely}" if found.verdict == "undecided" and found.likely != "undecided" else ""
+    return found.verdict, f"{words} {_percent(found.claimed.share)}{likely}", found.likely
 
 
 def panel(axes: plt.Axes, found: dict, names: tuple[str, ...]) -> None:
@@ -39,13 +40,22 @@ def panel(axes: plt.Axes, found: dict, names: tuple[str, ...]) -> None:
             if shown is not None:
                 box = {"facecolor": COLOURS[shown[0]], "edgecolor": "white", "linewidth": 1.5}
                 axes.add_patch(plt.Rectangle((column, row), 1, span, **box))
-                text = shown[1] if span == 1 else f"q, k, v together\n{shown[1].replace('; ', chr(10))}"
-                axes.text(column + 0.5, row + span / 2, text, fontsize=6.6, color="white", ha="center", va="center")
+                axes.add_patch(plt.Rectangle((column, row), STRIP, span, **box | {"facecolor": COLOURS[shown[2]]}))
+                text = shown[1] if span == 1 else f"q, k, v together\n{shown[1].replace(', ', chr(10))}"
+                axes.text(
+                    column + 0.5 + STRIP / 2,
+                    row + span / 2,
+                    text,
+                    fontsize=6.6,
+                    color="white",
+                    ha="center",
+                    va="center",
+                )
             row += span
     for row, name in enumerate(names):
-        top = found["extremes"].top[found["extremes"].names.index(name)]
+        top = found["extremes"].largest[found["extremes"].names.index(name)]
         axes.text(len(found["reports"]) + 0.08, row + 0.5, f"{top:.2g}", fontsize=7, va="center")
-    axes.text(len(found["reports"]) + 0.08, -0.12, "top |λ|", fontsize=7.5, va="bottom")
+    axes.text(len(found["reports"]) + 0.08, -0.12, "$\\lambda_{max}$", fontsize=7.5, va="bottom")
     axes.set_xlim(0, len(found["reports"]) + 0.45)
     axes.set_ylim(len(names), 0)
     axes.set_xticks([i + 0.5 for i in range(len(found["reports"]))], [TITLES[c] for c in found["reports"]], fontsize=8)
@@ -61,14 +71,21 @@ def main(source: str = "results/partition_gpt/result", target: str = __file__.re
                                   layout="constrained", squeeze=False)  # fmt: skip
     for axes, (time, found) in zip(panels[0], result.items(), strict=True):
         panel(axes, found, names)
-        axes.set_title(f"{time}, loss {found['loss']:.2f}", fontsize=10, pad=8)
+        rates = found["savings"]["adam_mini"].split(" for ")[0]
+        told = found["reports"]["adam_mini"].savings
+        axes.set_title(
+            f"{time}, loss {found['loss']:.2f}\nadam_mini: {rates}; suggested in its place: "
+            f"{told.num_blocks:,}, {told.saved_percent:.1f} % less state than Adam",
+            fontsize=9.5,
+            pad=8,
+        )
     labels = [n.removeprefix("transformer.").replace(".weight", "") for n in names]
     panels[0, 0].set_yticks([i + 0.5 for i in range(len(names))], labels, fontsize=7.5)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[verdict]) for verdict in VERDICTS]
     figure.legend(handles, VERDICTS, ncols=len(VERDICTS), loc="outside lower center", fontsize=8.5, frameon=False)
     figure.suptitle("Does the partition follow the Hessian? A GPT-2 of 4 layers, width 128, on Shakespeare's bytes; in "
                     "each cell: what is a block,\nand the share of the tensor's own Hessian mass (squared Frobenius "
-                    "norm) inside these blocks", fontsize=10)  # fmt: skip
+                    "norm) inside these blocks; grey: not significant, edge and words tell what is likely", fontsize=10)  # fmt: skip
     figure.savefig(target, dpi=150)
 
 

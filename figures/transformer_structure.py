@@ -20,9 +20,9 @@ COLOURS = {"follows": "#1f7a4d", "too coarse": "#b8860b", "too fine": "#7b3fa0",
            "undecided": "#7f7f7f"}  # fmt: skip
 
 
-def heat(axes, logarithms: np.ndarray, blocks: int):
-    image = axes.imshow(logarithms.astype(float), cmap="magma", vmin=-DECADES, vmax=0, interpolation="nearest")
-    for edge in np.arange(1, blocks) * len(logarithms) / blocks:
+def heat(axes, colours: np.ndarray, blocks: int):
+    image = axes.imshow(colours.astype(float), cmap="magma", vmin=-DECADES, vmax=0, interpolation="nearest")
+    for edge in np.arange(1, blocks) * len(colours) / blocks:
         for line in (axes.axhline, axes.axvline):
             line(edge - 0.5, color="white", linewidth=0.6 if blocks < 20 else 0.25, alpha=0.9)
     axes.set_xticks([])
@@ -57,7 +57,7 @@ def main(source: str = "results/transformer_structure/result", target: str = __f
     for row, (when, at) in enumerate(times.items()):
         for column, (name, tensor) in enumerate(at["tensors"].items()):
             panel, claim = grid[row, column], tensor["cuts"][claims[name]]
-            image = heat(panel, tensor["logarithm"], claim["blocks"])
+            image = heat(panel, tensor["heat map"], claim["blocks"])
             panel.set_xlabel(f"{claim['share']:.1%} inside\n(by chance {claim['chance']:.1%})", fontsize=8.5)
             if row == 0:
                 word = "tokens" if name in TOKENS else WORDS[claims[name]]

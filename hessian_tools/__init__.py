@@ -24,7 +24,8 @@ from hessian_tools.lanczos import LanczosResult, lanczos
 from hessian_tools.operators import DenseOperator, DiagonalOperator, ScipyOperator, SymmetricOperator
 from hessian_tools.param_groups import AdamMiniArguments, StateSavings, adam_mini_arguments, param_groups, state_savings
 from hessian_tools.partition import Block, Partition, alternatives, partition
-from hessian_tools.partition_check import PartitionReport, check_partition
+from hessian_tools.partition_check import check_partition
+from hessian_tools.partition_report import PartitionReport
 from hessian_tools.problem import Problem, cross_entropy, huggingface, mse
 from hessian_tools.quadrature import BlockSpectra, Quadrature, blockwise_slq, slq
 from hessian_tools.recompute import Segments

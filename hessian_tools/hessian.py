@@ -37,8 +37,9 @@ Spread = Callable[[slice], Sequence[Tensor | None]]  # None: zero
 Collect = Callable[[slice, Sequence[Tensor | None], float], None]
 Todo = list[tuple[float, Any, int]]  # weight in L, micro-batch, rows that are done
 ROUTES = ("auto", "linear program", "double backward")
-# operations of products after which "auto" traces: seconds of work, as tracing takes; counted, so that runs agree
-_WORTH_TRACING = {"cpu": 4e11, "cuda": 1e14}
+# operations of products after which "auto" traces: a linear program would by then have saved the seconds that tracing
+# takes; counted, so that runs agree
+_WORTH_TRACING = {"cpu": 1.5e12, "cuda": 1e14}
 
 
 class _Engine:
@@ -124,7 +125,7 @@ class _Engine:
                 return False
             examples = sum(batch_length(batch) or 1 for _, batch in self.plan.pieces)
             self._operations += rows * examples * self.trials.example_operations * (6 if whole else 1.3)
-            return self._operations > _WORTH_TRACING.get(self.problem.device.type, 4e11)
+            return self._operations > _WORTH_TRACING.get(self.problem.device.type, _WORTH_TRACING["cpu"])
         return True
 
     def _linearise(self) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hessian_tools.gradient_graph import Untraceable, traced_gradient
-from hessian_tools.linearised import Linearisation, Program
+from hessian_tools.linear_program import Program
+from hessian_tools.linearised import Linearisation
 from hessian_tools.problem import Problem, tensors_of, with_tensors
 
 MOST_SHAPES = 4  # of micro-batches; each is traced on its own

@@ -115,7 +115,9 @@ def _by_globs(survey: Survey, axes: Mapping[str, Any]) -> list[Cut]:
         missed += [] if decisive else [site.name]
         cuts += along(survey, site, decisive[0]) if decisive else []
     if missed:
-        survey.notes.append(f"{len(missed)} tensors match no glob and are in no block: {', '.join(missed[:5])}")
+        survey.notes.append(
+            f"{len(missed)} tensors match no glob and are in no block: {', '.join(missed[:5])}{', ...' * (len(missed) > 5)}"
+        )
     return cuts
 
 
@@ -149,7 +151,9 @@ def _of_groups(survey: Survey, optimizer: Optimizer) -> list[Cut]:
             cuts.append(together(members, str(group.get("name", f"group {number}"))))
     missed = [name for name in sites if name not in seen]
     if missed:
-        survey.notes.append(f"{len(missed)} tensors are in no group and in no block: {', '.join(missed[:5])}")
+        survey.notes.append(
+            f"{len(missed)} tensors are in no group and in no block: {', '.join(missed[:5])}{', ...' * (len(missed) > 5)}"
+        )
     return cuts
 
 

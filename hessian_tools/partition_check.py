@@ -8,7 +8,6 @@ a block over several tensors is judged in each of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +19,11 @@ from hessian_tools.dense import problem_of
 from hessian_tools.hessian import HessianOperator
 from hessian_tools.mass_probing import cost, measure
 from hessian_tools.own_blocks import SEMANTIC
-from hessian_tools.param_groups import StateSavings, state_savings
+from hessian_tools.param_groups import state_savings
 from hessian_tools.partition import partition
+from hessian_tools.partition_report import CutEvidence, PartitionReport, TensorReport
 from hessian_tools.partition_suggestion import composed
-from hessian_tools.partition_verdict import CONTRADICTED, FOLLOWS, VERDICTS, Levels, Statement, error_rates, judge
+from hessian_tools.partition_verdict import CONTRADICTED, FOLLOWS, Levels, judge
 from hessian_tools.problem import Problem
 from hessian_tools.structure import Survey
 
@@ -31,94 +31,6 @@ Measurements = dict[tuple[Any, ...], BlockMass]
 CLAIMED = "claimed"  # the name of a cut that is none of the alternatives
 EXACT_WORTH = 4
 MOST_EXACT = 4096  # entries of a tensor that exact=True takes: 128 MiB, and as many products
-
-
-@dataclass(frozen=True)
-class CutEvidence:
-    """One way to cut a tensor. Masses are squared Frobenius norms within the tensor's own Hessian."""
-
-    cut: str  # "whole" | "rows" | "columns" | "heads" | "roles" | "elements" | ... | "claimed"
-    num_blocks: int
-    share: float  # of the mass, inside blocks
-    share_error: float  # standard errors; 0 when exact
-    expected: float  # the share without structure
-    excess: float  # (share - expected) / (1 - expected); nan for "whole"
-    excess_error: float
-    contrast: float  # odds of off-diagonal mass to lie inside, over those without structure
-    verdict: str  # on this cut, had it been claimed
-    likely: str  # by the estimates alone
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """The verdict on the blocks of one tensor, or of one role of a fused one."""
-
-    name: str
-    parameter: str
-    size: int
-    claim: str  # the name of its cut
-    verdict: str  # "follows" | "too coarse" | "too fine" | "wrong axis" | "undecided"
-    reason: str
-    likely: str  # by the estimates alone
-    suggested: str  # the cut to take: one that follows, or the claim, or where that is contradicted what likely follows
-    evidence: tuple[CutEvidence, ...]
-    tests: tuple[Statement, ...]  # all that the verdict on the claim rests on
-    norm: float  # |H_tt|_F of the mean loss
-    exact: bool
-    num_matvecs: int
-
-    def __getitem__(self, cut: str) -> CutEvidence:
-        for found in self.evidence:
-            if found.cut == cut:
-                return found
-        raise KeyError(f"{self.name} has no cut {cut!r}; its cuts are {', '.join(e.cut for e in self.evidence)}")
-
-    @property
-    def claimed(self) -> CutEvidence:
-        return self[self.claim]
-
-
-@dataclass(frozen=True)
-class PartitionReport:
-    """Verdicts on a partition; indexed by the tensor's name, ``report["transformer.wte.weight"].verdict``."""
-
-    tensors: tuple[TensorReport, ...]
-    preset: str  # "" for own blocks
-    levels: Levels
-    seed: int
-    num_matvecs: int
-    suggestion: Partition  # the cut that suits each tensor
-    savings: StateSavings  # of the suggestion
-    notes: tuple[str, ...]
-    route: str
-
-    def __getitem__(self, name: str) -> TensorReport:
-        for found in self.tensors:
-            if found.name == name:
-                return found
-        raise KeyError(
-            f"no tensor is named {name!r}; the report has {', '.join(t.name for t in self.tensors[:8])}, ..."
-        )
-
-    @property
-    def verdict(self) -> dict[str, str]:
-        """By tensor."""
-        return {tensor.name: tensor.verdict for tensor in self.tensors}
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Tensors by verdict."""
-        return {verdict: sum(t.verdict == verdict for t in self.tensors) for verdict in VERDICTS}
-
-    @property
-    def reliability(self) -> str:
-        """The level of the tests, and the error rates measured, in words."""
-        return f"each tensor's verdict at level {self.levels.alpha:g}; {error_rates()}"
-
-    @property
-    def contradicted(self) -> tuple[str, ...]:
-        """Tensors whose blocks are too coarse, too fine or along the wrong axis."""
-        return tuple(t.name for t in self.tensors if t.verdict in CONTRADICTED)
 
 
 def check_partition(
@@ -156,7 +68,7 @@ def check_partition(
         for region, cuttings, claim in units(problem, blocks):
             if region.name not in done:
                 bar.set_postfix_str(region.name)
-                settings = {"num_probes": num_probes, "num_blocks": num_blocks, "seed": seed,
+                settings: dict[str, Any] = {"num_probes": num_probes, "num_blocks": num_blocks, "seed": seed,
                             "exact": _is_exact(region, cuttings, num_probes, num_blocks, exact)}  # fmt: skip
                 key = (region.name, *(way.name for way in cuttings), *settings.values())
                 if measured is None or key not in measured or claim == CLAIMED:  # which may be another cut each time

@@ -19,15 +19,9 @@ from hessian_tools.hessian import HessianOperator
 from hessian_tools.network_options import COUNT, add_network_options, load_problem, positive, say, verify, whole_number
 from hessian_tools.own_blocks import AXES
 from hessian_tools.partition import PRESETS, Partition, partition
-from hessian_tools.partition_check import PartitionReport, TensorReport, check_partition, planned_products
-from hessian_tools.partition_text import (
-    Conditions,
-    conditioning_summary,
-    conditioning_table,
-    report_table,
-    suggestion_text,
-    summary,
-)
+from hessian_tools.partition_check import EXACT_WORTH, MOST_EXACT, check_partition, planned_products
+from hessian_tools.partition_report import PartitionReport, TensorReport
+from hessian_tools.partition_text import Conditions, conditioning_summary, conditioning_table, suggestion_text, summary
 from hessian_tools.precision import PRECISIONS
 from hessian_tools.problem import Problem
 from hessian_tools.results import write_atomically
@@ -36,7 +30,7 @@ from hessian_tools.runs import RunFolder
 MOST_DENSE = 1024  # entries of a model whose whole dense Hessian is drawn
 CONDITIONED = 4  # blocks of each cut whose kappa and tau are computed with --conditioning
 _KNOBS = tuple(
-    "command preset check only probes blocks alpha contrast diagonal seed precision conditioning coupling".split()
+    "command preset check only probes blocks exact alpha contrast diagonal seed precision conditioning coupling".split()
 )
 
 
@@ -61,6 +55,8 @@ def add(commands: Any, epilog: str) -> None:
     add("--probes", type=whole_number(3), metavar="N", default=8, help="products with each whole tensor (default: 8)")
     add("--blocks", type=whole_number(4), metavar="N", default=32, help="products with single blocks of each way to "
         "cut a tensor (default: 32)")
+    add("--exact", action="store_true", help="masses from each tensor's dense Hessian, without error, for tensors up "
+        f"to {MOST_EXACT:,} entries (default: where that takes at most {EXACT_WORTH} times the products)")
     add("--alpha", type=_fraction, metavar="P", default=0.05, help="chance that a statement behind a tensor's verdict "
         "is wrong (default: 0.05)")
     add("--contrast", type=positive, metavar="RATIO", default=4.0, help="mean square of a dense block's entries over "
@@ -102,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(summary(report) | conditioning_summary(measured), indent=1))
     else:
-        print(f"{described}\n{report_table(report)}\n\n{suggestion_text(problem, report)}")
+        print(f"{described}\n{report}\n\n{suggestion_text(problem, report)}")
         if measured is not None:
             print(f"\n{conditioning_table(*measured)}")
     if folder:
@@ -124,7 +120,11 @@ def _claimed(arguments: argparse.Namespace, problem: Problem) -> Partition:
     if preset.endswith(".json"):
         if arguments.only:
             raise ValueError("--only chooses of a preset; leave it out with a file")
+        if not Path(preset).is_file():
+            raise ValueError(f"--preset {preset}: there is no such file; name one that Partition.to_json wrote")
         return Partition.from_json(preset, problem.model)
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset}: presets are {', '.join(PRESETS)}; a file's name ends in .json")
     try:
         return partition(problem.model, preset, only=arguments.only)
     except ValueError as error:
@@ -150,7 +150,8 @@ def _report(
         say("finished before, nothing is computed")
         return folder.result["report"]
     started, finished = time.monotonic(), dict[str, Any](folder.journal.finished) if folder else {}
-    settings = {"num_probes": arguments.probes, "num_blocks": arguments.blocks}
+    settings: dict[str, Any] = {"num_probes": arguments.probes, "num_blocks": arguments.blocks}
+    settings["exact"] = arguments.exact or None
     products = planned_products(hessian.problem, claimed, **settings, finished=finished)
     say(f"plan: {described}: {len(claimed):,} blocks in {len(claimed.cuts)} cuts, {len(finished)} tensors done before")
     if products:

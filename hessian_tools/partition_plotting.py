@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from hessian_tools.block_mass import ELEMENTS, WHOLE
 from hessian_tools.coupling import Coupling
 from hessian_tools.dense import DenseBlock
-from hessian_tools.partition_check import PartitionReport
+from hessian_tools.partition_report import PartitionReport
 from hessian_tools.plotting import MAX_LABELS, shortened, titled, written
 
 MOST_ROWS = 80  # tensors of one picture

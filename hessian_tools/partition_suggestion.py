@@ -7,10 +7,11 @@ role alone.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 from torch import nn
 
 from hessian_tools.attention_layout import is_transposed
-from hessian_tools.blocks import Block, Cut, Partition
+from hessian_tools.blocks import Block, Cut, Part, Partition
 from hessian_tools.structure import Site, Survey
 
 _BY = {"whole": "", "heads": "head", "rows": "row"}
@@ -32,7 +33,7 @@ def composed(
 
 
 def _cuts(survey: Survey, site: Site, region: Block, way: str, claimed: Partition) -> list[Cut]:
-    part = region.as_cut().parts[0]
+    part = _region(region.as_cut().parts[0])
     is_role = region.name != site.name
     known = dict(survey.equal_cuts(site))
     if way not in known and way != "whole":
@@ -50,6 +51,16 @@ def _cuts(survey: Survey, site: Site, region: Block, way: str, claimed: Partitio
     pieces = replace(part, axes=axes)
     label = region.name[len(site.name) + 1 : -1]
     return [Cut((pieces,), site.name, (label,), way.removesuffix("s"), pieces.num_blocks)]
+
+
+def _region(part: Part) -> Part:
+    """A part of one piece, as a region that is not cut."""
+    starts = [part.index[axis].start for axis in part.axes]
+    grid = [part.index[axis].stop - start for axis, start in zip(part.axes, starts, strict=True)]
+    index, places = list(part.index), np.unravel_index(part.window[0] if part.window else 0, grid)
+    for axis, start, place in zip(part.axes, starts, places, strict=True):
+        index[axis] = slice(start + int(place), start + int(place) + 1)
+    return replace(part, index=tuple(index), axes=(), window=None)
 
 
 def _lies_in(cut: Cut, region: Block) -> bool:

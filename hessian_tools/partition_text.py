@@ -1,47 +1,15 @@
 """A checked partition as text and as plain numbers: what the command line prints."""
 
 import math
-import textwrap
 from typing import Any
 
-from hessian_tools.block_mass import WHOLE
 from hessian_tools.conditioning import BlockConditioning, BlockExtremes
 from hessian_tools.param_groups import adam_mini_arguments, patterns
-from hessian_tools.partition_check import PartitionReport
+from hessian_tools.partition_report import PartitionReport
 from hessian_tools.problem import Problem
-from hessian_tools.report import plus_minus, table
+from hessian_tools.tables import table
 
 Conditions = tuple[BlockConditioning | None, BlockExtremes]
-
-
-def report_table(report: PartitionReport) -> str:
-    """A row a tensor: its cut, share inside with its error, what is expected, the best cut ("?": by estimates alone,
-    not significantly), the verdict; then the reasons."""
-    header = ("tensor", "cut", "blocks", "mass inside", "unstructured", "contrast", "best cut", "its mass", "verdict")
-    rows = []
-    for tensor in report.tensors:
-        own, best = tensor.claimed, tensor[tensor.suggested]
-        doubt = "" if best.verdict == "follows" else "?"
-        rows.append([
-            tensor.name, own.cut, f"{own.num_blocks:,}", _share(own.share, own.share_error), f"{own.expected:.1%}",
-            "" if own.cut == WHOLE else f"{own.contrast:.3g}", f"{best.cut}{doubt}" if best is not own else "",
-            _share(best.share, best.share_error) if best is not own else "", tensor.verdict,
-        ])  # fmt: skip
-    reasons = [
-        textwrap.fill(f"{tensor.name}: {tensor.verdict}: {tensor.reason}", 118, subsequent_indent="    ")
-        for tensor in report.tensors if tensor.verdict != "follows"
-    ]  # fmt: skip
-    counted = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items() if count)
-    products = f"{report.num_matvecs} Hessian-vector products"
-    return "\n".join(
-        [
-            table(header, rows, left=2),
-            *reasons,
-            *(f"note: {n}" for n in report.notes),
-            f"{counted}; {products}",
-            textwrap.fill(report.reliability, 118),
-        ]
-    )
 
 
 def suggestion_text(problem: Problem, report: PartitionReport, full: bool = False) -> str:
@@ -116,10 +84,6 @@ def conditioning_summary(measured: Conditions | None) -> dict[str, Any]:
         values = {key: value.tolist() for key, value in vars(small.values).items()}
         found["conditioning"] = {"names": small.names, "sizes": small.sizes.tolist(), **values, "notes": small.notes}
     return _plain(found)
-
-
-def _share(share: float, error: float) -> str:
-    return f"{share:.1%}" if not error else f"{plus_minus(100 * share, 100 * error)} %"
 
 
 def _plain(value: Any) -> Any:

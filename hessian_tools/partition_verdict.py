@@ -126,7 +126,7 @@ class _Court:
         if supported == "yes" and not unclear:
             return FOLLOWS, self._follows(cut)
         unclear = ([words] if supported != "yes" else []) + unclear
-        return UNDECIDED, f"not significant: {'; '.join(unclear)}; more num_blocks and num_probes would tell"
+        return UNDECIDED, f"not significant: {'; '.join(unclear)}; more blocks and probes would tell"
 
     def supported(self, cut: str) -> tuple[str, str]:
         """The answer, and what it rests on in words."""

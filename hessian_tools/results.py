@@ -29,7 +29,7 @@ from hessian_tools.dense import DenseBlock
 from hessian_tools.density import Axis, SpectralDensity
 from hessian_tools.heterogeneity import JSHeterogeneity, Reading, ScaleSpread
 from hessian_tools.param_groups import AdamMiniArguments, StateSavings
-from hessian_tools.partition_check import CutEvidence, PartitionReport, TensorReport
+from hessian_tools.partition_report import CutEvidence, PartitionReport, TensorReport
 from hessian_tools.partition_verdict import Levels, Statement
 from hessian_tools.quadratic.simulation import Runs
 from hessian_tools.quadratic.sweeps import Sweep

@@ -375,7 +375,7 @@ OF_SPECTRA = ("(default: 4, with --tolerance 10; paper: 10)", "(default: 40, wit
 HELP = {  # command -> number of options, what its help tells
     "js0": (23, (*OF_SPECTRA, "(default: weights; paper: official)")),
     "spectrum": (21, (*OF_SPECTRA, "(default: model; paper: official)")),
-    "partition": (26, ("arXiv 2406.16793", "(default: adam_mini)", "Exit code 1 when a claim is contradicted")),
+    "partition": (27, ("arXiv 2406.16793", "(default: adam_mini)", "Exit code 1 when a claim is contradicted")),
     "quadratic": (16, ("(default: 5000; cases 3 and 4: 2000; a file's own; paper: 5000, thesis: 2000)",)),
 }
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hessian_tools as ht
 from hessian_tools import hessian
 from hessian_tools.double_backward import DoubleBackward
-from hessian_tools.linearised import Program
+from hessian_tools.linear_program import Program
 from hessian_tools.memory import LiveBytes
 from hessian_tools.recompute import LAYERED, NONE
 

@@ -11,7 +11,8 @@ from torch import nn
 import hessian_tools as ht
 from hessian_tools import partition_verdict
 from hessian_tools.blocks import Cut, Part
-from hessian_tools.partition_check import CutEvidence, _suggested
+from hessian_tools.partition_check import _suggested
+from hessian_tools.partition_report import CutEvidence
 from hessian_tools.partition_verdict import CONTRADICTED, VERDICTS, Statement
 
 ROWS, COLUMNS = 16, 12

@@ -63,6 +63,16 @@ def test_a_single_claim_is_tested_and_a_wrong_one_is_code_1(claim, code, verdict
     assert "  row       ^fc\\.weight$" in out.splitlines() and "learning rates for 192 parameters" in out
 
 
+def test_exact_masses_leave_nothing_undecided(capsys):
+    assert (
+        run("partition", "--model", "own.py:rows", "--check", "fc.weight=row", "--blocks", "4", "--exact", *FAST) == 0
+    )
+    assert "  100.0%  " in capsys.readouterr().out
+    run("partition", "--model", "own.py:rows", "--preset", "neuron", "--json", "--exact", *FAST)
+    (tensor,) = json.loads(capsys.readouterr().out)["tensors"]
+    assert tensor["exact"] and tensor["num_matvecs"] == 192 and tensor["evidence"][2]["share_error"] == 0
+
+
 def test_json_holds_all_of_the_report(capsys):
     assert run("partition", "--model", "own.py:rows", "--preset", "tensor", "--json", *FAST) == 1
     found = json.loads(capsys.readouterr().out)
@@ -142,7 +152,8 @@ def test_conditioning_is_told(capsys, undrawn):
         (("--check", "fc.weight=rwo"), "axes are whole, role"),
         (("--check", "fc.weight=row", "--preset", "tensor"), "leave out --preset and --only"),
         (("--preset", "tensr"), "--preset tensr: "),
-        (("--preset", "none.json"), "none.json"),
+        (("--preset", "none.json"), "--preset none.json: there is no such file"),
+        (("--preset", "own.py"), "--preset own.py: presets are tensor"),
         (("--contrast", "1"), "--contrast is 1; it must exceed 1"),
         (("--alpha", "1"), "'1' is not between 0 and 1"),
         (("--probes", "2"), "'2' is not a whole number of at least 3"),

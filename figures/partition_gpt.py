@@ -40,7 +40,9 @@ def panel(axes: plt.Axes, found: dict, names: tuple[str, ...]) -> None:
             if shown is not None:
                 box = {"facecolor": COLOURS[shown[0]], "edgecolor": "white", "linewidth": 1.5}
                 axes.add_patch(plt.Rectangle((column, row), 1, span, **box))
-                axes.add_patch(plt.Rectangle((column, row), STRIP, span, **box | {"facecolor": COLOURS[shown[2]]}))
+                if shown[0] != shown[2]:
+                    edge = {"facecolor": COLOURS[shown[2]], "edgecolor": "none"}
+                    axes.add_patch(plt.Rectangle((column, row + 0.04), STRIP, span - 0.08, **edge))
                 text = shown[1] if span == 1 else f"q, k, v together\n{shown[1].replace(', ', chr(10))}"
                 axes.text(
                     column + 0.5 + STRIP / 2,
@@ -83,9 +85,12 @@ def main(source: str = "results/partition_gpt/result", target: str = __file__.re
     panels[0, 0].set_yticks([i + 0.5 for i in range(len(names))], labels, fontsize=7.5)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[verdict]) for verdict in VERDICTS]
     figure.legend(handles, VERDICTS, ncols=len(VERDICTS), loc="outside lower center", fontsize=8.5, frameon=False)
-    figure.suptitle("Does the partition follow the Hessian? A GPT-2 of 4 layers, width 128, on Shakespeare's bytes; in "
-                    "each cell: what is a block,\nand the share of the tensor's own Hessian mass (squared Frobenius "
-                    "norm) inside these blocks; grey: not significant, edge and words tell what is likely", fontsize=10)  # fmt: skip
+    title = (
+        "Does the partition follow the Hessian? A GPT-2 of 4 layers, width 128, on Shakespeare's bytes; in each cell: "
+        "what is a block,\nand the share of the tensor's own Hessian mass (squared Frobenius norm) inside these blocks; "
+        "grey: not significant, edge and words tell what is likely"
+    )
+    figure.suptitle(title, fontsize=10)
     figure.savefig(target, dpi=150)
 
 

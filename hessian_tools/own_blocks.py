@@ -115,10 +115,12 @@ def _by_globs(survey: Survey, axes: Mapping[str, Any]) -> list[Cut]:
         missed += [] if decisive else [site.name]
         cuts += along(survey, site, decisive[0]) if decisive else []
     if missed:
-        survey.notes.append(
-            f"{len(missed)} tensors match no glob and are in no block: {', '.join(missed[:5])}{', ...' * (len(missed) > 5)}"
-        )
+        survey.notes.append(f"{len(missed)} tensors match no glob and are in no block: {_first(missed)}")
     return cuts
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join([*names[:5], *["..."] * (len(names) > 5)])
 
 
 def _by_function(survey: Survey, choose: Callable[[str, nn.Parameter, nn.Module], Axis | Cut]) -> list[Cut]:
@@ -151,9 +153,7 @@ def _of_groups(survey: Survey, optimizer: Optimizer) -> list[Cut]:
             cuts.append(together(members, str(group.get("name", f"group {number}"))))
     missed = [name for name in sites if name not in seen]
     if missed:
-        survey.notes.append(
-            f"{len(missed)} tensors are in no group and in no block: {', '.join(missed[:5])}{', ...' * (len(missed) > 5)}"
-        )
+        survey.notes.append(f"{len(missed)} tensors are in no group and in no block: {_first(missed)}")
     return cuts
 
 

@@ -40,7 +40,7 @@ def panel(axes: plt.Axes, found: dict, names: tuple[str, ...]) -> None:
             if shown is not None:
                 box = {"facecolor": COLOURS[shown[0]], "edgecolor": "white", "linewidth": 1.5}
                 axes.add_patch(plt.Rectangle((column, row), 1, span, **box))
-                if shown[0] != shown[2]:
+                if shown[0] == "undecided":
                     edge = {"facecolor": COLOURS[shown[2]], "edgecolor": "none"}
                     axes.add_patch(plt.Rectangle((column, row + 0.04), STRIP, span - 0.08, **edge))
                 text = shown[1] if span == 1 else f"q, k, v together\n{shown[1].replace(', ', chr(10))}"
@@ -87,7 +87,7 @@ def main(source: str = "results/partition_gpt/result", target: str = __file__.re
     figure.legend(handles, VERDICTS, ncols=len(VERDICTS), loc="outside lower center", fontsize=8.5, frameon=False)
     title = (
         "Does the partition follow the Hessian? A GPT-2 of 4 layers, width 128, on Shakespeare's bytes; in each cell: "
-        "what is a block,\nand the share of the tensor's own Hessian mass (squared Frobenius norm) inside these blocks; "
+        "what is a block,\nand the share of the tensor's own Hessian mass (squared Frobenius norm) inside them; "
         "grey: not significant, edge and words tell what is likely"
     )
     figure.suptitle(title, fontsize=10)

@@ -7,10 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hessian_tools.plotting import shortened
+from hessian_tools.plotting import shortened, written
 from hessian_tools.quadratic import Constants, Quadratic, Runs
 from hessian_tools.quadratic.lineup import Standing
-from hessian_tools.results import write_atomically
 
 # Okabe & Ito's colours, told apart in every kind of colour vision; dashes tell apart what shares one
 STYLES = {
@@ -31,11 +30,7 @@ def draw(folder: Path, problem: Quadratic, runs: Mapping[str, Runs], found: Cons
     block_eigenvalues(left, problem)
     loss_curves(right, runs, found)
     figure.suptitle(title, fontsize=10)
-    path = folder / "quadratic.png"
-    figure.savefig(temporary := folder / ".quadratic.png", dpi=150, format="png")
-    write_atomically(path, temporary.read_bytes())
-    temporary.unlink()
-    return path
+    return written(figure, folder / "quadratic.png")
 
 
 def block_eigenvalues(axes: Axes, problem: Quadratic, *, most: int = 24) -> None:

@@ -146,7 +146,12 @@ def _from_file(path: Path, arguments: argparse.Namespace) -> Quadratic:
 
 def _spectra(path: Path) -> BlockSpectra:
     """The BlockSpectra in a run's folder or a saved result."""
-    found = load(path / "result" if path.is_dir() else path)
+    try:
+        found = load(path / "result" if path.is_dir() else path)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"--from {path}: there is no such result; give what `hessian-tools js0 --out` wrote"
+        ) from error
     found = found.get("spectra") if isinstance(found, dict) else found
     if not isinstance(found, BlockSpectra):
         raise ValueError(f"--from {path} holds no block spectra; give what `hessian-tools js0 --out` wrote")

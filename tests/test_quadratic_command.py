@@ -106,6 +106,7 @@ def test_a_measured_network(capsys, tmp_path):
         (["BROKEN"], "is not JSON"),
         (["FILE", "--kappa", "9"], "does not apply to a file"),
         (["--from", "RESULT"], "holds no block spectra"),
+        (["--from", "nowhere"], "there is no such result"),
     ],
 )
 def test_bad_input_is_one_line(capsys, tmp_path, arguments, words):

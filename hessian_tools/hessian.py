@@ -228,6 +228,28 @@ class _Engine:
         return self._changed(plan, pieces=tuple(piece for cut in pieces.values() for piece in cut)), left
 
 
+class _Sum:
+    """The products of micro-batches, added up in the dtype of the vectors: ``rows`` (k, n), pieces of given sizes."""
+
+    def __init__(self, vectors: Tensor, sizes: Sequence[int]) -> None:
+        self.rows, self._sizes = torch.empty_like(vectors), sizes
+        self._begun = 0  # rows below this hold a sum; the others' first product is written, which saves two passes
+
+    def add(self, part: slice, products: Sequence[Tensor | None], weight: float) -> None:
+        first = part.start >= self._begun
+        for place, product in zip(self.rows[part].split(self._sizes, dim=1), products, strict=True):
+            if product is None:
+                if first:
+                    place.zero_()
+            elif first:
+                place.copy_(product.reshape(place.shape))
+                if weight != 1:
+                    place.mul_(weight)
+            else:
+                place.add_(product.reshape(place.shape), alpha=weight)
+        self._begun = max(self._begun, part.stop)
+
+
 class HessianOperator(SymmetricOperator):
     """The (P, P) Hessian of L, the pooled mean loss of a Problem; vectors follow ``problem.parameters``' order.
 
@@ -272,20 +294,16 @@ class HessianOperator(SymmetricOperator):
         self._engine = _Engine(problem, self.arithmetic, memory, Wishes(record, microbatch, segments), route)
 
     def _matmat(self, vectors: Tensor) -> Tensor:
-        out, shapes = torch.zeros_like(vectors), [p.shape for p in self.problem.parameters.values()]
+        shapes = [p.shape for p in self.problem.parameters.values()]
         sizes = [shape.numel() for shape in shapes]
+        total = _Sum(vectors, sizes)
 
         def spread(part: slice) -> list[Tensor]:
             pieces = zip(vectors[part].split(sizes, dim=1), shapes, strict=True)
             return [piece.reshape(-1, *shape) for piece, shape in pieces]
 
-        def collect(part: slice, products: Sequence[Tensor | None], weight: float) -> None:
-            for place, product in zip(out[part].split(sizes, dim=1), products, strict=True):
-                if product is not None:
-                    place.add_(product.reshape(place.shape), alpha=weight)  # in the dtype of the vectors
-
-        self._engine.products(list(self.problem.parameters), len(vectors), spread, collect)
-        return out
+        self._engine.products(list(self.problem.parameters), len(vectors), spread, total.add)
+        return total.rows
 
     def block(self, block: Block) -> "StackedBlocks":
         """The diagonal block H_bb of one Block, an (n, n) operator."""
@@ -347,7 +365,8 @@ class StackedBlocks(SymmetricOperator):
         if vectors.shape[0] % self.num_blocks:
             raise ValueError(f"vectors has {vectors.shape[0]} rows; {self.num_blocks} blocks need a multiple of that")
         names = list(self.cut.parameters)
-        sizes, out = [part.block_size for part in self.cut.parts], torch.zeros_like(vectors)
+        sizes = [part.block_size for part in self.cut.parts]
+        total = _Sum(vectors, sizes)
         # a row is its block's vector in that block's place of the tensor, and zero elsewhere
         owner = torch.arange(len(vectors), device=self.device) // max(1, len(vectors) // self.num_blocks)
 
@@ -365,11 +384,10 @@ class StackedBlocks(SymmetricOperator):
             return [wide[name] for name in names]
 
         def collect(rows: slice, products: Sequence[Tensor | None], weight: float) -> None:
-            for part, place in zip(self.cut.parts, out[rows].split(sizes, dim=1), strict=True):
-                product = products[names.index(part.parameter)]
-                if product is not None:
-                    local = torch.arange(len(place), device=self.device)
-                    place.add_(part.rows(product)[local, owner[rows]], alpha=weight)  # in the dtype of the vectors
+            local = torch.arange(rows.stop - rows.start, device=self.device)
+            chosen = (products[names.index(part.parameter)] for part in self.cut.parts)
+            pairs = zip(self.cut.parts, chosen, strict=True)
+            total.add(rows, [None if p is None else part.rows(p)[local, owner[rows]] for part, p in pairs], weight)
 
         self._engine.products(names, len(vectors), spread, collect)
-        return out
+        return total.rows

@@ -22,6 +22,7 @@ vectors, and for "full" the basis), and :func:`resume` makes further steps from 
 Shapes: k start vectors (rows), m steps, n size of the operator.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +31,8 @@ import torch
 from torch import Tensor
 
 REORTHOGONALIZE = ("full", "local", "none")
-_COLUMNS = 1 << 22  # columns that _dots takes at a time, so that no copy of the whole batch is made
+_COLUMNS = 1 << 22  # that are taken at a time, so that no copy of the whole batch is made
+_CACHED = 1 << 18  # entries of a batch that stay in a CPU's cache from one operation to the next
 _ROUNDING = 8.0  # breakdown below this times (1 + log2 n) roundings of the operator's scale
 
 
@@ -186,24 +188,29 @@ def _iterate(operator: Any, state: LanczosState, m: int) -> LanczosState:
     alphas, betas = (torch.cat([old, old.new_zeros(k, m - done)], dim=1) for old in (state.alphas, state.betas))
     previous, current, beta, scale = state.previous, state.current, state.beta, state.scale
     steps, nonfinite, alive, broken = state.steps, state.nonfinite, state.alive, state.broken
+    waits = state.current.device.type != "cpu"
+    own: list[Tensor] = []  # vectors made here that nobody needs any more: fresh memory costs more than arithmetic
     for j in range(done, m):
         if basis:
             basis[-1][:, j - done] = current
-        residual = _minus(operator.matmat(current).detach(), beta, previous)
+        product = operator.matmat(current).detach()  # perhaps the operator's own memory
+        residual = own.pop() if own else torch.empty_like(current)
+        torch.addcmul(product, beta.to(product.dtype)[:, None], previous, value=-1, out=residual)
+        del product
         alpha = _dots(residual, current)
-        residual = _minus(residual, alpha, current)
+        _subtract(residual, alpha, current)
+        square = None
         if full:
             pieces = (*basis[:-1], basis[-1][:, : j - done + 1])
-            before = residual
-            for piece in pieces:
-                residual = _project_out(residual, piece)
-            if _second_pass_needed(before, residual):
-                for piece in pieces:
-                    residual = _project_out(residual, piece)
+            taken = _project_out(residual, pieces)
+            # a first pass that took half of any row's square leaves its rounding (factor 0.7: Daniel et al. 1976)
+            if waits or (0.51 * (square := _dots(residual, residual)) < 0.49 * taken).numpy().any():
+                _project_out(residual, pieces)
+                square = None
         elif state.reorthogonalize == "local":
-            residual = _minus(residual, _dots(residual, previous), previous)
-            residual = _minus(residual, _dots(residual, current), current)
-        beta = _dots(residual, residual).sqrt()
+            _subtract(residual, _dots(residual, previous), previous)
+            _subtract(residual, _dots(residual, current), current)
+        beta = (_dots(residual, residual) if square is None else square).sqrt()
         finite = torch.isfinite(alpha) & torch.isfinite(beta)
         nonfinite = torch.where(alive & ~finite, j + 1.0, nonfinite)
         alphas[:, j], betas[:, j] = torch.where(alive, alpha, 0.0), torch.where(alive, beta, 0.0)
@@ -213,36 +220,44 @@ def _iterate(operator: Any, state: LanczosState, m: int) -> LanczosState:
         small = alive & (beta <= tolerance * scale)
         alive, broken = alive & ~small, broken | small
         beta = torch.where(alive, beta, 1.0)
-        # a finished row goes on as the zero vector: its products cost but cannot spoil anything
-        previous, current = current, torch.where(alive[:, None], residual / beta.to(residual.dtype)[:, None], 0.0)
+        if j > done + 1:
+            own.append(previous)  # the first two are the state's
+        previous, current = current, residual.div_(beta.to(residual.dtype)[:, None])
+        if waits or not alive.numpy().all():
+            current.masked_fill_(~alive[:, None], 0.0)  # a finished row goes on as zero: it can spoil nothing
     return replace(
         state, previous=previous, current=current, basis=basis, alphas=alphas, betas=betas, beta=beta, scale=scale,
         steps=steps, nonfinite=nonfinite, alive=alive, broken=broken,
     )  # fmt: skip
 
 
+def _chunks(vectors: Tensor) -> list[slice]:
+    """Columns to take at a time: on a CPU so many that they stay in the cache between operations."""
+    rows, columns = vectors.shape
+    size = max(_CACHED // rows, 1 << 14) if vectors.device.type == "cpu" else _COLUMNS
+    return [slice(first, min(first + size, columns)) for first in range(0, columns, size)]
+
+
 def _dots(left: Tensor, right: Tensor) -> Tensor:
     """Row-wise dot products, (k,) float64: products in their own dtype (roundings average out), float64 sums."""
-    pieces = zip(left.split(_COLUMNS, dim=1), right.split(_COLUMNS, dim=1), strict=True)
-    return torch.stack([(a * b).sum(1, dtype=torch.float64) for a, b in pieces]).sum(0)
+    parts = [(left[:, c] * right[:, c]).sum(1, dtype=torch.float64) for c in _chunks(left)]
+    return torch.stack(parts).sum(0)
 
 
-def _minus(vectors: Tensor, factors: Tensor, directions: Tensor) -> Tensor:
-    """vectors - factors * directions, row by row."""
-    return torch.addcmul(vectors, factors.to(vectors.dtype)[:, None], directions, value=-1)
+def _subtract(vectors: Tensor, factors: Tensor, directions: Tensor) -> None:
+    """vectors - factors * directions, row by row, in place."""
+    vectors.addcmul_(factors.to(vectors.dtype)[:, None], directions, value=-1)
 
 
-def _second_pass_needed(before: Tensor, after: Tensor) -> bool:
-    """Whether a first pass took so much from any row that its rounding counts (factor 0.7: Daniel et al. 1976).
-
-    Always on a device that would have to be waited for.
-    """
-    if before.device.type != "cpu":
-        return True
-    return bool((_dots(after, after).numpy() < 0.49 * _dots(before, before).numpy()).any())
-
-
-def _project_out(vectors: Tensor, basis: Tensor) -> Tensor:
-    """One Gram-Schmidt pass of (k, n) against (k, j, n): two batched products."""
-    coefficients = torch.bmm(vectors[:, None], basis.transpose(1, 2))  # (k, 1, j): a row times a matrix is the fast way
-    return torch.baddbmm(vectors[:, None], coefficients, basis, alpha=-1)[:, 0]
+def _project_out(vectors: Tensor, basis: Sequence[Tensor]) -> Tensor:
+    """One Gram-Schmidt pass of (k, n) against pieces (k, j, n), in place; the squares of what it took, (k,)."""
+    taken, chunks = vectors.new_zeros(len(vectors), dtype=torch.float64), _chunks(vectors)
+    for piece in basis:
+        # a row times a matrix is the fast way, (k, 1, j)
+        parts = [torch.bmm(vectors[:, None, c], piece[..., c].transpose(1, 2)) for c in chunks]
+        coefficients = torch.stack(parts).sum(0, dtype=torch.float64)
+        taken += coefficients.square().sum((1, 2))
+        coefficients = coefficients.to(vectors.dtype)
+        for c in chunks:
+            vectors[:, c] -= torch.bmm(coefficients, piece[..., c])[:, 0]
+    return taken

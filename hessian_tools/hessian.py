@@ -37,8 +37,8 @@ Spread = Callable[[slice], Sequence[Tensor | None]]  # None: zero
 Collect = Callable[[slice, Sequence[Tensor | None], float], None]
 Todo = list[tuple[float, Any, int]]  # weight in L, micro-batch, rows that are done
 ROUTES = ("auto", "linear program", "double backward")
-# operations of products after which "auto" traces: a linear program would by then have saved the seconds that tracing
-# takes; counted, so that runs agree
+# operations of products, made or announced, after which "auto" traces: a linear program saves by then the seconds that
+# tracing takes; counted, so that runs agree
 _WORTH_TRACING = {"cpu": 1.5e12, "cuda": 1e14}
 
 
@@ -59,10 +59,12 @@ class _Engine:
         self.route: DoubleBackward | Linearised = self.double_backward
         self.without_linear: Plan | None = None  # the plan to go back to from a linear program
         self.not_linear = ""  # why no linear program is used
-        self._operations = 0.0  # of the products so far, by counted cost
+        self._made = self._expected = 0.0  # operations of products, by counted cost
         refused = self.trials.refused
         if wishes.segments and self.trials.footprint(wishes.segments) is None and refused[wishes.segments]:
             raise ValueError(f"segments is {wishes.segments!r}, but layers cannot be: {refused[wishes.segments]}")
+        if problem.device.type == "cpu":
+            keep_freed_memory()
         plan = choose(problem, self.budget, self.trials.footprint, wishes)
         reasons = [f"layers cannot be recomputed: {why}" for kind, why in refused.items() if why and kind.layers]
         self._adopt(replace(plan, notes=tuple(reasons)))
@@ -123,10 +125,20 @@ class _Engine:
         if self.wanted == "auto":
             if not self.plan.recorded or self.plan.segments:
                 return False
-            examples = sum(batch_length(batch) or 1 for _, batch in self.plan.pieces)
-            self._operations += rows * examples * self.trials.example_operations * (6 if whole else 1.3)
-            return self._operations > _WORTH_TRACING.get(self.problem.device.type, _WORTH_TRACING["cpu"])
+            self._made += self._cost(rows, whole)
+            worth = _WORTH_TRACING.get(self.problem.device.type, _WORTH_TRACING["cpu"])
+            return max(self._made, self._expected) > worth
         return True
+
+    def expect(self, rows: int, whole: bool) -> None:
+        """So many products will be asked for, of the whole Hessian or of blocks."""
+        if self.wanted == "auto":
+            self._expected += self._cost(rows, whole)
+
+    def _cost(self, rows: int, whole: bool) -> float:
+        """Floating-point operations of products."""
+        examples = sum(batch_length(batch) or 1 for _, batch in self.plan.pieces)
+        return rows * examples * self.trials.example_operations * (6 if whole else 1.3)
 
     def _linearise(self) -> None:
         """Takes a linear program as the route if there is one, it fits the budget and it gives the same product."""
@@ -312,6 +324,12 @@ class HessianOperator(SymmetricOperator):
     def stacked(self, cut: Cut) -> "StackedBlocks":
         """All diagonal blocks of a Cut, whose products go through the engine together."""
         return StackedBlocks(self, cut)
+
+    def expect(self, num_matvecs: int, blocks: int = 1) -> None:
+        """So many products will be asked for, of one block (the whole Hessian) or of several: "auto" then does at once
+        what a long run is worth. Those who run Lanczos on this operator (:func:`hessian_tools.slq`) say it themselves.
+        """
+        self._engine.expect(num_matvecs, blocks == 1)
 
     def verify(self, blocks: Sequence[Block] = (), *, seed: int = 0) -> Verification:
         """Holds this operator against finite differences of the gradient and against what a Hessian must fulfil.

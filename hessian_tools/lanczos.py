@@ -104,7 +104,8 @@ def lanczos(
     if start.ndim != 2:
         raise ValueError(f"start has shape {tuple(start.shape)}; rows of start vectors, (k, n), are needed")
     start = start.to(device=operator.device, dtype=operator.dtype)
-    state = _iterate(operator, _started(start, reorthogonalize, keep_basis), min(num_steps, start.shape[1]))
+    state = _started(start, reorthogonalize, keep_basis)
+    state = _iterate(operator, state, min(num_steps, start.shape[1]), fresh=True)
     result = _result(state, keep_state)
     bad = np.flatnonzero(~(np.isfinite(result.start_norms) & (result.start_norms > 0)))
     if bad.size:
@@ -177,8 +178,11 @@ def _result(state: LanczosState, keep_state: bool) -> LanczosResult:
     return LanczosResult(alphas, betas, norms, steps.astype(int), status, first, alphas.size, kept, going_on)
 
 
-def _iterate(operator: Any, state: LanczosState, m: int) -> LanczosState:
-    """The loop, up to step m; nothing in it may look at a value on a device that would have to be waited for."""
+def _iterate(operator: Any, state: LanczosState, m: int, fresh: bool = False) -> LanczosState:
+    """The loop, up to step m; nothing in it may look at a value on a device that would have to be waited for.
+
+    ``fresh``: nobody else holds the vectors of ``state``, so they may be written over.
+    """
     k, n = state.current.shape
     done, full = state.alphas.shape[1], state.reorthogonalize == "full"
     tolerance = _ROUNDING * (1 + float(np.log2(n))) * torch.finfo(state.current.dtype).eps
@@ -220,8 +224,8 @@ def _iterate(operator: Any, state: LanczosState, m: int) -> LanczosState:
         small = alive & (beta <= tolerance * scale)
         alive, broken = alive & ~small, broken | small
         beta = torch.where(alive, beta, 1.0)
-        if j > done + 1:
-            own.append(previous)  # the first two are the state's
+        if fresh or j > done + 1:  # else the state's
+            own.append(previous)
         previous, current = current, residual.div_(beta.to(residual.dtype)[:, None])
         if waits or not alive.numpy().all():
             current.masked_fill_(~alive[:, None], 0.0)  # a finished row goes on as zero: it can spoil nothing

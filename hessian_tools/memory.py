@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, limit: float = math.inf) -> None:
         super().__init__()
         self.limit, self.now, self.peak = limit, 0, 0
-        self._sizes: dict[int, int] = {}
+        self._alive: dict[int, weakref.ref] = {}  # storages, by address
 
     def restart(self) -> None:
         """Lets ``peak`` begin again from ``now``."""
@@ -83,21 +83,30 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        given: set[int] | None = None
+        for tensor in (result,) if isinstance(result, Tensor) else _tensors(result):
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key in self._sizes or any(key == other.untyped_storage()._cdata for other in _tensors((args, kwargs))):
-                continue  # a view, or a result in place
-            self._sizes[key] = storage.nbytes()
-            weakref.finalize(storage, self._freed, key).atexit = False
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
+            if key in self._alive:  # a view, or a result in place
+                continue
+            if given is None:
+                given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+            if key not in given:  # else one of a tensor that was there before
+                self._count(storage, key)
         if self.now > self.limit:
             raise OverBudget
         return result
 
-    def _freed(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+    def _count(self, storage: Any, key: int) -> None:
+        size = storage.nbytes()
+
+        def freed(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 class _AllocatedBytes:

@@ -253,6 +253,8 @@ def slq(
         NumericalError: for a product with NaN or inf, naming the Lanczos step (or column) where it appeared first.
     """
     settings = Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
+    if hasattr(operator, "expect"):
+        operator.expect(settings.matvecs(operator.size))
     return dict(_solve(operator, (name,), operator.size, settings))[name]
 
 
@@ -285,6 +287,8 @@ def blockwise_slq(
     names, cuts = names_and_cuts(partition)
     done = {name: finished[name] for name in names if name in finished} if finished else {}
     total = sum(settings.matvecs(cut.block_size) for cut in cuts for name in cut.names if name not in done)
+    if hasattr(hessian, "expect"):
+        hessian.expect(total, len(names))
     with tqdm(total=total, unit="HVP", disable=None if progress else True, dynamic_ncols=True) as bar:
         for name, quadrature in solved(hessian, cuts, done, settings, bar):
             done[name] = quadrature

@@ -386,7 +386,7 @@ def test_a_linear_program_takes_over_once_it_pays(name, monkeypatch):
     operator = ht.HessianOperator(problem, memory="1GiB")
     assert relative_error(operator.matmat(vectors), expected) < 1e-10
     assert operator.route.startswith("double backward")
-    monkeypatch.setitem(hessian._WORTH_TRACING, "cpu", operator._engine._operations)
+    monkeypatch.setitem(hessian._WORTH_TRACING, "cpu", operator._engine._made)
     assert relative_error(operator.matmat(vectors), expected) < 1e-10
     assert operator.route.startswith("linear program") and operator.plan.recorded
     for cut in ht.partition(problem.model, "neuron").cuts[:3]:
@@ -395,6 +395,23 @@ def test_a_linear_program_takes_over_once_it_pays(name, monkeypatch):
         assert (operator.stacked(cut).matmat(rows) - reference).norm() <= 1e-10 * expected.norm()
     operator.release()
     assert relative_error(operator.matmat(vectors), expected) < 1e-10
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_long_runs_are_announced(blockwise, monkeypatch):
+    """SLQ says how many products will come, so a linear program takes over at once: one product is left to compare."""
+    operator, steps = ht.HessianOperator(network("mlp"), memory="1GiB"), 9
+    blocks = list(ht.partition(operator.problem.model, "weights"))[:2] if blockwise else []
+    whole_run = operator._engine._cost(steps * max(1, len(blocks)), not blockwise)
+    monkeypatch.setitem(hessian._WORTH_TRACING, "cpu", 0.9 * whole_run)
+    asked, products = [], DoubleBackward.products
+    monkeypatch.setattr(DoubleBackward, "products", lambda *a: asked.append(a[2]) or products(*a))
+    options = {"num_probes": 1, "num_steps": steps, "exact": False}
+    if blockwise:
+        ht.blockwise_slq(operator, blocks, **options)
+    else:
+        ht.slq(operator, **options)
+    assert operator.route.startswith("linear program") and len(asked) == 1
 
 
 class Detached(nn.Module):
@@ -413,7 +430,7 @@ def test_a_linear_program_with_another_product_is_refused():
     batches = [(torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64))]
     problem = ht.Problem(Detached(), ht.mse, batches)
     operator = ht.HessianOperator(problem, memory="1GiB")
-    operator._engine._operations = 1e30
+    operator._engine._made = 1e30
     vectors = torch.randn(2, problem.num_parameters, dtype=torch.float64)
     assert relative_error(operator.matmat(vectors), vectors @ dense_hessian(problem)) < 1e-10
     assert "double backward" in operator.route and "is not that of double backward" in operator.route

@@ -7,6 +7,7 @@ from scipy.linalg import eigvalsh_tridiagonal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessian_tools.lanczos import lanczos, resume, ritz
+from hessian_tools.memory import measuring
 from hessian_tools.operators import DenseOperator, DiagonalOperator
 from hessian_tools.probes import draw_probes
 
@@ -144,6 +145,27 @@ def test_a_state_holds_two_vectors_and_the_basis_only_where_it_is_needed():
     }
     vector = 3 * 40 * 8
     assert sizes == {"full": 9 * vector, "local": 2 * vector, "none": 2 * vector}
+
+
+@pytest.mark.parametrize("mode", ["full", "local", "none"])
+def test_vectors_held_at_the_peak(mode):
+    """Three that rotate and the operator's product besides the start, and the basis for "full"; no step adds any."""
+    k, n, steps = 2, 1 << 15, 9
+    operator, start = DiagonalOperator(torch.linspace(-1, 1, n)), torch.ones(k, n)
+    with measuring(start.device) as live:
+        result = lanczos(operator, start, steps, reorthogonalize=mode)
+    vectors = 4 + steps * (mode == "full")
+    assert result.steps.tolist() == [steps] * k
+    assert vectors * start.nbytes <= live.peak <= (vectors + 1.1) * start.nbytes  # and one elementwise product
+
+
+@pytest.mark.parametrize("mode", ["full", "local"])
+def test_a_state_is_not_written_over_by_those_who_go_on_from_it(mode):
+    operator = DiagonalOperator(torch.linspace(-1, 2, 40, dtype=torch.float64))
+    state = lanczos(operator, starts(2, 40), 3, reorthogonalize=mode, keep_state=True).state
+    first, second = (resume(operator, state, 9) for _ in range(2))
+    np.testing.assert_array_equal(first.alphas, second.alphas)
+    np.testing.assert_array_equal(first.betas, second.betas)
 
 
 def test_resuming_spends_only_the_new_steps():

@@ -82,7 +82,12 @@ def _decompositions() -> dict[Any, Any]:
         packet = getattr(_ATEN, name)
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
-    return table | {_ATEN.var_mean.correction: _var_mean, _ATEN.var.correction: lambda *a, **k: _var_mean(*a, **k)[0]}
+    return table | {
+        _ATEN.var_mean.correction: _var_mean,
+        _ATEN.var.correction: lambda *a, **k: _var_mean(*a, **k)[0],
+        _ATEN.convolution.default: _convolution,
+        _ATEN.convolution_backward.default: _convolution_backward,
+    }
 
 
 def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
@@ -94,6 +99,51 @@ def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bo
         number - (1 if correction is None else correction), 0
     )
     return variance, mean if keepdim else mean.squeeze(dims)
+
+
+def _seen_taps(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[list[int], list[int]] | None:
+    """First and last + 1 of the kernel's taps that a convolution with a single output position holds against its input
+    (the others only ever see padding), by axis; None for all other convolutions.
+    """
+    stride, padding, dilation, transposed, _, groups = geometry
+    sizes, kernel = x.shape[2:], weight.shape[2:]
+    if transposed or groups != 1 or any(d != 1 for d in dilation):
+        return None
+    if any((n + 2 * p - k) // s for n, p, k, s in zip(sizes, padding, kernel, stride, strict=True)):
+        return None
+    first = list(padding)
+    last = [min(k, p + n) for n, p, k in zip(sizes, padding, kernel, strict=True)]
+    whole = all(p + n <= k for n, p, k in zip(sizes, padding, kernel, strict=True))  # else some input is seen by no tap
+    return (first, last) if whole and all(a < b for a, b in zip(first, last, strict=True)) else None
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Any:
+    """With a single output position it is a matrix product, without the multiplications by padding."""
+    if (taps := _seen_taps(x, weight, geometry)) is None:
+        return NotImplemented
+    out = x.flatten(1) @ _seen(weight, *taps).T
+    out = out if bias is None else out + bias
+    return out.view(*out.shape, *[1] * (x.ndim - 2))
+
+
+def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *geometry: Any) -> Any:
+    *geometry, mask = geometry
+    if (taps := _seen_taps(x, weight, geometry)) is None:
+        return NotImplemented
+    flat = gradient.flatten(1)
+    to_input = (flat @ _seen(weight, *taps)).view(x.shape) if mask[0] else None
+    to_weight = None
+    if mask[1]:
+        to_weight = (flat.T @ x.flatten(1)).view(*weight.shape[:2], *x.shape[2:])
+        ends = zip(*taps, weight.shape[2:], strict=True)
+        to_weight = nn.functional.pad(to_weight, [n for a, b, k in reversed([*ends]) for n in (a, k - b)])
+    return to_input, to_weight, flat.sum(0) if mask[2] else None
+
+
+def _seen(weight: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
+    for axis, (a, b) in enumerate(zip(first, last, strict=True), 2):
+        weight = weight.narrow(axis, a, b - a)
+    return weight.flatten(1)
 
 
 def _make_functional(graph: fx.Graph) -> None:

@@ -103,6 +103,11 @@ OPERATIONS = {
     "convolution": lambda w: F.conv2d(w, w[:, :, :3, :3].sin(), w[:, 0, 0, 0], stride=2, padding=1).tanh(),
     "grouped": lambda w: F.conv2d(w, w[:, :1, :3, :3].repeat(3, 1, 1, 1)[:3].sin(), groups=3).tanh(),
     "transposed": lambda w: F.conv_transpose2d(w, w[:1, :, :2, :2].transpose(0, 1).sin(), stride=2).tanh(),
+    "conv of one entry": lambda w: F.conv2d(w[..., :1, :1], w[..., :3, :3].sin(), w[0, 0, 0, :2], padding=1).tanh(),
+    "conv of a corner": lambda w: F.conv2d(w[..., :2, :2], w[..., :3, :3].sin(), stride=2, padding=1).tanh(),
+    "conv of all": lambda w: F.conv2d(w, w.exp() / 36).tanh(),
+    "conv that skips": lambda w: F.conv2d(w[..., :3, :4], w[..., :2, :4].sin(), stride=3).tanh(),
+    "conv1d of one entry": lambda w: F.conv1d(w[..., 0, :1], w[..., 1, :3].sin(), padding=1).tanh(),
     "conv1d": lambda w: F.conv1d(w[0], w[1, :, :, :3].exp()).sin(),
     "matrix-vector": lambda w: (w[0, 0] @ w[1, 1, 0]).tanh() * (w[0, 1, 2] @ w[1, 2, 3]),
     "embedding": lambda w: F.embedding(torch.tensor([[0, 1, 1], [5, 0, 2]]), w[0, 0]).tanh(),
@@ -120,6 +125,22 @@ def test_operations(name):
     problem = ht.Problem(Own(OPERATIONS[name]), ht.mse, [(torch.zeros(1), torch.randn_like(targets))], num_examples=len)
     vectors = flat(problem, 2)
     assert relative_error(full(problem, vectors), vectors @ dense_hessian(problem)) < 1e-12
+
+
+@pytest.mark.parametrize(("side", "convolutions"), [(1, 0), (2, 2)])
+def test_taps_that_only_see_padding_are_not_multiplied(side, convolutions):
+    """3 x 3 taps on a single entry are a matrix product with the middle one; on 2 x 2 entries all are used."""
+    model = nn.Conv2d(4, 5, 3, padding=1)
+    problem = ht.Problem(model, ht.mse, [(torch.randn(2, 4, side, side), torch.randn(2, 5, side, side))])
+    nodes = traced_gradient(problem, problem.batches[0]).nodes
+    assert sum("convolution" in str(node.target) for node in nodes) == convolutions
+    route = Linearised(problem, problem.batches)
+    vectors = [torch.randn(1, *p.shape) for p in problem.parameters.values()]
+    list(route.products(problem.batches[0], list(problem.parameters), [vectors]))
+    with FlopCounterMode(display=False) as counter:
+        list(route.products(problem.batches[0], list(problem.parameters), [vectors]))
+    taps = 1 if side == 1 else 9 * side**2
+    assert counter.get_total_flops() == 2 * (2 * 2 * 4 * 5 * taps)  # forward tangent, and that of the weight's gradient
 
 
 def test_what_cannot_be_traced_is_refused_with_its_reason():

@@ -127,8 +127,8 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any)
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *geometry: Any) -> Any:
-    *geometry, mask = geometry
-    if (taps := _seen_taps(x, weight, geometry)) is None:
+    *shape, mask = geometry
+    if (taps := _seen_taps(x, weight, shape)) is None:
         return NotImplemented
     flat = gradient.flatten(1)
     to_input = (flat @ _seen(weight, *taps)).view(x.shape) if mask[0] else None

@@ -28,7 +28,7 @@ class Work:
     """How much of each job is done on one model: k probes and m Lanczos steps."""
 
     probes: int = 8  # of job a8
-    density: tuple[int, int] = (2, 12)  # (k, m) of job c
+    density: tuple[int, int] = (4, 25)  # (k, m) of job c; 100 products are PyHessian's default
     blockwise: tuple[int, int] = (2, 6)  # (k, m) of job d
     sample: tuple[int, int] = (1, 1)  # what is run of d by contenders whose every product starts anew
     blocks: int | None = None  # weight matrices of jobs b and d, evenly spaced; None: all
@@ -108,7 +108,7 @@ MODELS: dict[str, tuple[Build, Work]] = {
     "mlp": (partial(_zoo, "mlp", num_examples=IMAGES), Work(density=(4, 40), blockwise=(4, 40), sample=(4, 40))),
     "resnet18": (partial(_zoo, "resnet18", image_size=IMAGE_SIZE, num_examples=RESNET_IMAGES), Work()),
     "gpt": (partial(_gpt, LAYERS, WIDTH, CONTEXT, SEQUENCES), Work()),
-    "gpt2": (partial(_zoo, "gpt2", **GPT2_TEXT), Work(probes=2, density=(1, 3), blockwise=(1, 3), blocks=4)),
+    "gpt2": (partial(_zoo, "gpt2", **GPT2_TEXT), Work(probes=2, density=(1, 8), blockwise=(1, 3), blocks=4)),
 }
 SPECIAL: dict[str, Build] = {"uneven": _uneven, "ignored": _ignored}
 _TINY = Work(probes=2, density=(2, 3), blockwise=(2, 3), blocks=3)

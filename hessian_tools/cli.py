@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +23,15 @@ from hessian_tools.errors import NumericalError
 from hessian_tools.hessian import HessianOperator
 from hessian_tools.heterogeneity import JSHeterogeneity, js_heterogeneity
 from hessian_tools.lanczos import REORTHOGONALIZE
-from hessian_tools.network_options import COUNT, add_network_options, load_problem, positive, say, verify
+from hessian_tools.network_options import (
+    COUNT,
+    add_network_options,
+    add_run_options,
+    load_problem,
+    positive,
+    say,
+    verify,
+)
 from hessian_tools.partition import PRESETS, Partition, partition
 from hessian_tools.precision import PRECISIONS
 from hessian_tools.probes import PROBE_KINDS
@@ -245,12 +252,5 @@ def _add_options(command: argparse.ArgumentParser, blocks: str) -> None:
         "rademacher, which has the least variance for traces, Hutchinson 1989; paper: gaussian)")
     add("--reorthogonalize", choices=REORTHOGONALIZE, default="full", help="full makes nodes countable, the others "
         "need less memory (default: full; paper: none)")
-    add("--no-verify", dest="verify", action="store_false", help="trust the products (default: check them against "
-        "finite differences of the gradient)")
-    add = command.add_argument_group("machine and output").add_argument
-    add("--memory", default="auto", metavar="SIZE", help="budget for graphs and Lanczos vectors, such as 8GiB "
-        "(default: auto, 70 %% of what is free)")
-    add("--out", type=Path, metavar="DIR", help="folder for config.json, result.json, result.npz and pictures; the "
-        "same command with the same folder resumes an interrupted run (default: nothing is saved)")
-    add("--json", action="store_true", help="print JSON on stdout (default: tables)")
     # fmt: on
+    add_run_options(command, "config.json, result.json, result.npz and pictures")

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,22 @@ def add_network_options(command: argparse.ArgumentParser, **model: Any) -> None:
         "ieee, which is true float32 (default: as PyTorch is set, TF32 for convolutions only)")
     add("--seed", type=whole_number(0), metavar="N", default=0, help="of initialisation, data and probes (default: 0)")
     # fmt: on
+
+
+def add_run_options(command: argparse.ArgumentParser, folder: str) -> argparse._ArgumentGroup:
+    """Budget, verification and output; ``folder`` tells what ``--out`` will hold. Returns the group."""
+    # fmt: off
+    group = command.add_argument_group("machine and output")
+    add = group.add_argument
+    add("--memory", default="auto", metavar="SIZE", help="budget for graphs and vectors, such as 8GiB (default: auto, "
+        "70 %% of what is free)")
+    add("--no-verify", dest="verify", action="store_false", help="trust the products (default: check them against "
+        "finite differences of the gradient)")
+    add("--out", type=Path, metavar="DIR", help=f"folder for {folder}; the same command with the same folder resumes "
+        "an interrupted run (default: nothing is saved)")
+    add("--json", action="store_true", help="print JSON on stdout (default: tables)")
+    # fmt: on
+    return group
 
 
 def positive(text: str) -> float:

@@ -16,7 +16,16 @@ from hessian_tools.conditioning import MOST_ENTRIES, block_conditioning, block_e
 from hessian_tools.coupling import Coupling, coupling
 from hessian_tools.dense import DenseBlock, dense_block
 from hessian_tools.hessian import HessianOperator
-from hessian_tools.network_options import COUNT, add_network_options, load_problem, positive, say, verify, whole_number
+from hessian_tools.network_options import (
+    COUNT,
+    add_network_options,
+    add_run_options,
+    load_problem,
+    positive,
+    say,
+    verify,
+    whole_number,
+)
 from hessian_tools.own_blocks import AXES
 from hessian_tools.partition import PRESETS, Partition, partition
 from hessian_tools.partition_check import EXACT_WORTH, MOST_EXACT, check_partition, planned_products
@@ -65,17 +74,11 @@ def add(commands: Any, epilog: str) -> None:
         "makes a block one of single entries (default: 0.5)")
     add("--conditioning", action="store_true", help="kappa with and without Adam's preconditioner and tau of small "
         f"blocks ({CONDITIONED} a cut), and the extreme eigenvalues of all (default: not computed)")
-    add("--no-verify", dest="verify", action="store_false", help="trust the products (default: check them against "
-        "finite differences of the gradient)")
-    add = command.add_argument_group("machine and output").add_argument
-    add("--memory", default="auto", metavar="SIZE", help="budget for graphs and vectors, such as 8GiB (default: auto, "
-        "70 %% of what is free)")
-    add("--out", type=Path, metavar="DIR", help="folder for config.json, result.json, suggestion.json, optimizer.txt "
-        "and pictures; the same command resumes an interrupted run (default: nothing is saved)")
-    add("--coupling", **{**COUNT, "type": whole_number(0)}, default=2, help="with --out, products a tensor for the "
+    output = add_run_options(command, "config.json, result.json, suggestion.json, optimizer.txt and pictures")
+    output.add_argument(
+        "--coupling", **{**COUNT, "type": whole_number(0)}, default=2, help="with --out, products a tensor for the "
         f"matrix of coupling between tensors; of models up to {MOST_DENSE} entries the dense Hessian is drawn instead "
         "(default: 2; 0: none)")
-    add("--json", action="store_true", help="print JSON on stdout (default: tables)")
     # fmt: on
     command.set_defaults(run=run)
 

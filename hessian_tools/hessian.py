@@ -27,7 +27,7 @@ from hessian_tools.memory import budget_bytes, format_bytes, is_out_of_memory, k
 from hessian_tools.operators import SymmetricOperator
 from hessian_tools.partition import Block, Cut
 from hessian_tools.plan import MAX_ROWS, PRODUCT_SHARE, Plan, Wishes, choose, planned
-from hessian_tools.precision import Arithmetic, arithmetic
+from hessian_tools.precision import PRECISIONS, Arithmetic, arithmetic
 from hessian_tools.problem import Problem, batch_length
 from hessian_tools.recompute import LAYERED, NONE, STREAMED, Segments
 from hessian_tools.trials import Trials
@@ -273,8 +273,8 @@ class HessianOperator(SymmetricOperator):
         microbatch: cut batches to at most so many examples; None lets the budget decide.
         segments: what is computed again instead of kept, a :class:`hessian_tools.recompute.Segments`; None lets the
             budget decide.
-        precision: of float32 matrix products and convolutions on CUDA: "tf32", "ieee" (true float32), or "as given", as
-            the process is set (PyTorch's default: TF32 for convolutions). See :mod:`hessian_tools.precision`.
+        precision: of float32 matrix products and convolutions on CUDA: "ieee" (true float32), "tf32" (faster), or "as
+            given", as the process is set (PyTorch's own: TF32 for convolutions). See :mod:`hessian_tools.precision`.
         route: "double backward"; "linear program", which is faster, but must be traced (seconds) and checked against
             the former; "auto" changes from the first to the second once products have cost enough, if it can.
 
@@ -286,14 +286,14 @@ class HessianOperator(SymmetricOperator):
 
     Raises:
         ValueError: a budget too small for one example; a batch that must but cannot be cut; a model in float16; a
-            ``precision`` that is unknown or says nothing about the model's dtype.
+            ``precision`` that is unknown, or TF32 for a model that is not in float32.
         NotTwiceDifferentiable: naming the operation or custom Function.
         NumericalError: for a gradient that is not finite.
     """
 
     def __init__(
         self, problem: Problem, *, memory: str | int = "auto", record: bool | None = None,
-        microbatch: int | None = None, segments: Segments | None = None, precision: str = "as given",
+        microbatch: int | None = None, segments: Segments | None = None, precision: str = PRECISIONS[0],
         route: str = "auto",
     ) -> None:  # fmt: skip
         if not isinstance(problem, Problem):

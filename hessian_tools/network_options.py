@@ -93,8 +93,8 @@ def add_network_options(command: argparse.ArgumentParser, **model: Any) -> None:
     add("--device", type=device, help="cpu, cuda, cuda:1, ... (default: cpu, or what your function chose)")
     add("--dtype", choices=DTYPES, help="of network and products; vectors and sums are float32 at least (default: "
         "float32, or what your function chose)")
-    add("--precision", choices=PRECISIONS[1:], help="of float32 matrix products and convolutions on CUDA: tf32, or "
-        "ieee, which is true float32 (default: as PyTorch is set, TF32 for convolutions only)")
+    add("--precision", choices=PRECISIONS[:2], help="of float32 matrix products and convolutions on CUDA: ieee, which "
+        "is true float32, or tf32, which is faster (default: ieee)")
     add("--seed", type=whole_number(0), metavar="N", default=0, help="of initialisation, data and probes (default: 0)")
     # fmt: on
 

@@ -15,7 +15,7 @@ from hessian_tools.recompute import LAYERED, NONE
 def footprint(monkeypatch, problem, kind, worth):
     """The bytes that the plan is made from, by trials with (worth=0) or without arithmetic."""
     monkeypatch.setattr(trials, "WORTH_IMAGINING", worth)
-    return trials.Trials(problem, arithmetic(problem.model, "as given"), 1 << 30)._trial(kind, 1 << 30)
+    return trials.Trials(problem, arithmetic(problem.model), 1 << 30)._trial(kind, 1 << 30)
 
 
 @pytest.mark.parametrize("kind", [NONE, LAYERED], ids=["plain", "layered"])

@@ -323,6 +323,13 @@ def test_tf32_where_there_is_none_is_told():
     assert torch.equal(hessian @ v, ht.HessianOperator(problem, precision="ieee") @ v)
 
 
+def test_true_float32_is_the_default():
+    card, single = torch.device("cuda"), (torch.float32, torch.float32)
+    default = arithmetic(network("batchnorm-batch", torch.float32).model).precision
+    assert default == "ieee" and Arithmetic(*single, card, default, convolves=True).name == "float32"
+    assert arithmetic(network("mlp", BF16).model).name == "bfloat16"  # whatever the default says about float32
+
+
 def test_a_model_of_mixed_dtypes_is_as_coarse_as_its_coarsest():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     model[1].weight.data = model[1].weight.data.to(BF16)
@@ -334,9 +341,9 @@ def test_a_model_of_mixed_dtypes_is_as_coarse_as_its_coarsest():
     ("dtype", "precision", "message"),
     [
         (torch.float16, "as given", r"torch.float16, which resolves .* use model.to\(torch.bfloat16\)"),
-        (torch.float32, "fp8", "precision is 'fp8'; allowed are 'as given', 'tf32', 'ieee'"),
+        (torch.float32, "fp8", "precision is 'fp8'; allowed are 'ieee', 'tf32', 'as given'"),
         (torch.float64, "tf32", "about products in float32, but model has parameters in torch.float64"),
-        (BF16, "ieee", "about products in float32, but model has parameters in torch.bfloat16"),
+        (BF16, "tf32", "about products in float32, but model has parameters in torch.bfloat16"),
     ],
 )
 def test_what_makes_no_sense_is_refused(dtype, precision, message):

@@ -11,7 +11,7 @@ from hessian_tools.trials import Trials
 
 def test_one_probe_is_tried_where_two_do_not_fit():
     problem = network("gpt", torch.float32)
-    trials = Trials(problem, arithmetic(problem.model, "as given"), 1 << 30)
+    trials = Trials(problem, arithmetic(problem.model), 1 << 30)
     free = trials._trial(NONE, 1 << 30)
     largest = free[max(free)]
     assert all(set(trial.passes) == {2, 3} for trial in free.values())

@@ -1,0 +1,84 @@
+"""The peak that a plan announces against the peak of the process, for each way to compute a batch of products.
+
+`python benchmarks/peaks.py` prints the table and writes benchmarks/results/peaks.json. Every measurement is a process
+of its own, on the networks of the side-by-side benchmark; the process' peak is of resident memory, besides model and data,
+in a product that makes what it needs anew (graphs or constants freed before it, trials' memory given back). CPU only:
+on CUDA the plan is held against the allocator's own count by `benchmarks/gpu.py`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from contest.cases import build, preload
+from contest.jobs import peak_bytes
+from side_by_side import hardware
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import hessian_tools as ht
+from hessian_tools.memory import format_bytes
+from hessian_tools.recompute import LAYERED, STREAMED
+from hessian_tools.results import write_atomically
+from hessian_tools.tables import table
+
+WAYS = {
+    "recorded": {"route": "double backward", "record": True},
+    "rebuilt": {"route": "double backward", "record": False},
+    "recorded, streamed": {"route": "double backward", "record": True, "segments": STREAMED},
+    "recorded, layers recomputed": {"route": "double backward", "record": True, "segments": LAYERED},
+    "linear program": {"route": "linear program"},
+}
+MODELS = ("resnet18", "gpt")
+PROBES = (1, 8)
+
+
+def measured(model: str, way: str, probes: int, smoke: bool) -> dict[str, object]:
+    """Bytes planned and taken by ``probes`` products of the whole Hessian that go together."""
+    preload([model])
+    case = build(model, "cpu", torch.float32, smoke)
+    with sdpa_kernel(SDPBackend.MATH):
+        operator = ht.HessianOperator(case.problem(), memory="12GiB", **WAYS[way])
+        vectors = torch.randn(probes, operator.size, generator=torch.Generator().manual_seed(0))
+        operator.matmat(vectors)  # with a linear program's trace, its comparison and whatever libraries load once
+        operator.release()
+        taken = peak_bytes(operator.device, lambda: operator.matmat(vectors)) + vectors.nbytes
+    return {
+        "planned": operator.plan.peak_bytes(min(probes, operator.plan.rows)),
+        "taken": taken,
+        "plan": operator.route,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--smoke", action="store_true", help="tiny networks: what is loaded once outweighs products")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peaks.json")
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "WAY", "PROBES"), help=argparse.SUPPRESS)
+    found = parser.parse_args()
+    if found.one:
+        print(json.dumps(measured(*found.one[:2], int(found.one[2]), found.smoke)))
+        return
+    rows = []
+    todo = [(model, way, probes) for model in found.models for way in WAYS for probes in PROBES]
+    for model, way, probes in tqdm(todo, file=sys.stderr, disable=None):
+        own = [sys.executable, __file__, "--one", model, way, str(probes), *["--smoke"] * found.smoke]
+        done = subprocess.run(own, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{model}, {way}, {probes} probes: {done.stderr.strip().splitlines()[-1]}")
+        rows.append({"model": model, "way": way, "probes": probes, **json.loads(done.stdout.splitlines()[-1])})
+    write_atomically(found.out, json.dumps({"hardware": hardware(), "peaks": rows}, indent=1).encode())
+    lines = [
+        (r["model"], r["way"], str(r["probes"]), format_bytes(r["planned"]), format_bytes(r["taken"]),
+         f"{r['taken'] / r['planned'] - 1:+.0%}")
+        for r in rows
+    ]  # fmt: skip
+    print(table(("model", "way", "probes", "planned", "taken", "off by"), lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
 """The peak that a plan announces against the peak of the process, for each way to compute a batch of products.
 
 `python benchmarks/peaks.py` prints the table and writes benchmarks/results/peaks.json. Every measurement is a process
-of its own, on the networks of the side-by-side benchmark; the process' peak is of resident memory, besides model and data,
-in a product that makes what it needs anew (graphs or constants freed before it, trials' memory given back). CPU only:
-on CUDA the plan is held against the allocator's own count by `benchmarks/gpu.py`.
+of its own, on the networks of the side-by-side benchmark. The process' peak is of resident memory besides model and data,
+in products that make what they need anew (graphs or constants freed before, memory of trials given back). CPU only: on
+CUDA `benchmarks/gpu.py` holds the plan against the allocator's own count.
 """
 
 import argparse

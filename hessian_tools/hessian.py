@@ -39,7 +39,7 @@ Todo = list[tuple[float, Any, int]]  # weight in L, micro-batch, rows that are d
 ROUTES = ("auto", "linear program", "double backward")
 # operations of products, made or announced, after which "auto" traces: a linear program saves by then the seconds that
 # tracing takes; counted, so that runs agree
-_WORTH_TRACING = {"cpu": 1e12, "cuda": 1e14}
+_WORTH_TRACING = {"cpu": 7e11, "cuda": 1e14}
 
 
 class _Engine:

@@ -47,6 +47,9 @@ def arguments() -> argparse.Namespace:
         "--smoke", action="store_true", help="tiny networks, one round: under a minute, times mean nothing"
     )
     parser.add_argument("--out", type=Path, help=f"JSON file (default {RESULTS.name}/side_by_side_DEVICE.json)")
+    parser.add_argument(
+        "--add", action="store_true", help="put what is measured into the JSON file, in place of the same models' jobs"
+    )
     parser.add_argument("--table", action="store_true", help="print the tables of the JSON file, run nothing")
     found = parser.parse_args()
     kind = found.device.partition(":")[0] + ("_smoke" if found.smoke else "")
@@ -180,13 +183,31 @@ def run(options: argparse.Namespace, result: dict[str, Any], partial: Path) -> N
     }
 
 
+def added(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``old`` with the jobs that ``new`` has measured. Raises SystemExit where they are of different machines."""
+    for what in ("hardware", "packages"):
+        kept, found = old[what], {**old[what], **new[what]}
+        if kept != found:
+            raise SystemExit(
+                f"--add: {what} of the file, {kept}, are not those of this run, {new[what]}; leave --add out"
+            )
+    for name, model in new["models"].items():
+        jobs, correctness = model["jobs"], model["correctness"]
+        if name in old["models"]:
+            jobs = {job: {**old["models"][name]["jobs"], **jobs}[job] for job in job_list.WORDS
+                    if job in jobs or job in old["models"][name]["jobs"]}  # fmt: skip
+            correctness = old["models"][name]["correctness"] | correctness
+        old["models"][name] = {**model, "jobs": jobs, "correctness": correctness}
+    return {**old, "contenders": old["contenders"] | new["contenders"]}
+
+
 def main() -> None:
     options = arguments()
     if not options.table:
         packages = {"torch": version("torch")}
         packages |= {c.package: version(c.package) for c in map(CONTENDERS.get, options.contenders) if c.package}
         labels = {name: {"label": CONTENDERS[name].name, "how": CONTENDERS[name].how} for name in options.contenders}
-        settings = {k: v for k, v in vars(options).items() if k not in ("out", "table", "jobs", "contenders")}
+        settings = {k: v for k, v in vars(options).items() if k not in ("out", "add", "table", "jobs", "contenders")}
         result = {"benchmark": "side_by_side", "hardware": hardware(), "packages": packages, "settings": settings,
                   "contenders": labels, "models": {}, "special": {}}  # fmt: skip
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -197,6 +218,8 @@ def main() -> None:
                 print(f"going on from {partial}, which has {', '.join(kept['models'])}", file=sys.stderr)
                 result = kept
         run(options, result, partial)
+        if options.add and options.out.exists():
+            result = added(json.loads(options.out.read_text()), result)
         summarise(result)
         write_atomically(options.out, json.dumps(result, indent=1).encode())
         partial.unlink(missing_ok=True)

@@ -26,7 +26,12 @@ def main(source: str = str(RESULT), target: str = __file__.replace(".py", ".png"
     for panel, (name, model) in zip(axes[0], models.items(), strict=True):
         for row, job in enumerate(model["jobs"].values()):
             for place, contender in enumerate(contenders):
-                draw(panel, row + 0.13 * (place - (len(contenders) - 1) / 2), contender, job["contenders"][contender])
+                draw(
+                    panel,
+                    row + 0.13 * (place - (len(contenders) - 1) / 2),
+                    contender,
+                    job["contenders"].get(contender, {}),
+                )
         panel.axvline(1, color=STYLES["ours"][0], linewidth=0.8, zorder=0)
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

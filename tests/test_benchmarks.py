@@ -208,6 +208,24 @@ def test_smoke_run_writes_what_table_and_figure_need(tmp_path, monkeypatch, caps
     assert result["special"]["uneven"]["correctness"]["official"]["errors"][referee.WHOLE] > 0.1
 
 
+def test_jobs_are_added_to_a_file_of_the_same_machine_only():
+    def entry(job):
+        return {"text": job, "contenders": {"ours": {}}}
+
+    old = {"hardware": {"cpu": "x"}, "packages": {"torch": "2"}, "contenders": {"ours": 1, "official": 2}, "models": {
+        "gpt": {"jobs": {"a1": entry("old"), "c": entry("old")}, "correctness": {"official": 1}, "F": 1}}}  # fmt: skip
+    new = {"hardware": {"cpu": "x"}, "packages": {"torch": "2"}, "contenders": {"ours": 1}, "models": {
+        "gpt": {"jobs": {"b": entry("new"), "c": entry("new")}, "correctness": {"ours": 0}, "F": 2},
+        "mlp": {"jobs": {"b": entry("new")}, "correctness": {}, "F": 3}}}  # fmt: skip
+    found = side_by_side.added(old, new)
+    gpt = found["models"]["gpt"]
+    assert [(job, entry["text"]) for job, entry in gpt["jobs"].items()] == [("a1", "old"), ("b", "new"), ("c", "new")]
+    assert gpt["correctness"] == {"official": 1, "ours": 0} and list(found["contenders"]) == ["ours", "official"]
+    assert list(found["models"]) == ["gpt", "mlp"]
+    with pytest.raises(SystemExit, match="--add: packages of the file"):
+        side_by_side.added(old, new | {"packages": {"torch": "3"}})
+
+
 def script(monkeypatch, capsys, name, *arguments):
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")

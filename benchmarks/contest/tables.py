@@ -31,7 +31,7 @@ def markdown(result: dict[str, Any]) -> str:
     hardware = result["hardware"]
     place = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
     versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
-    rounds = ", ".join(f"{job} {count}" for job, count in result["settings"]["rounds"].items())
+    rounds = ", ".join(f"{job} {count}" for job, count in _rounds(result).items())
     parts = [
         f"{place}, {hardware['threads']} threads, {result['settings']['dtype']}; {versions}; rounds: {rounds}.",
         "Time as a multiple of ours, median over rounds (quartiles). ~ extrapolated, see below.",
@@ -48,6 +48,16 @@ def markdown(result: dict[str, Any]) -> str:
         *_remarks(result),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _rounds(result: dict[str, Any]) -> dict[str, str]:
+    """How often each job was timed, over all models and contenders."""
+    counts: dict[str, set[int]] = {}
+    for model in result["models"].values():
+        for letter, job in model["jobs"].items():
+            made = [len(entry["repetitions"]) for entry in job["contenders"].values() if "repetitions" in entry]
+            counts.setdefault(letter, set()).update(made)
+    return {j: str(max(c)) if min(c) == max(c) else f"{min(c)} to {max(c)}" for j, c in sorted(counts.items()) if c}
 
 
 def _whole_seconds(entry: dict[str, Any]) -> list[float]:

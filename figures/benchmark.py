@@ -20,11 +20,13 @@ STYLES = {
 def main(source: str = str(RESULT), target: str = __file__.replace(".py", ".png")) -> None:
     result = json.loads(Path(source).read_text())
     models, contenders = result["models"], result["contenders"]
+    letters = sorted({letter for model in models.values() for letter in model["jobs"]})
     figure, axes = plt.subplots(
         1, len(models), figsize=(3.1 * len(models) + 1.2, 3.6), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, (name, model) in zip(axes[0], models.items(), strict=True):
-        for row, job in enumerate(model["jobs"].values()):
+        for letter, job in model["jobs"].items():
+            row = letters.index(letter)
             for place, contender in enumerate(contenders):
                 draw(
                     panel,
@@ -37,7 +39,7 @@ def main(source: str = str(RESULT), target: str = __file__.replace(".py", ".png"
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_yticks(range(len(model["jobs"])), [f"({letter})" for letter in model["jobs"]])
+        panel.set_yticks(range(len(letters)), [f"({letter})" for letter in letters])
         panel.grid(axis="x", linewidth=0.4, alpha=0.6)
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("time / ours", fontsize=8)

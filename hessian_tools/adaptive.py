@@ -7,10 +7,9 @@ is not known of it is told in three parts, as fractions of the mean; the run sto
   cases, sqrt(nu / chi2_nu(0.1)) with Satterthwaite's degrees of freedom nu (1946): 2.3 where four probes of one block
   decide, near 1 where many blocks contribute;
 - the square of the **bias**, for taking the O(1/k) part off leaves O(1/k^2);
-- **steps**: the change over the last third of the Lanczos steps, or half of the change over the third before it where
-  that is larger, for one small change may be chance. The quadratures with fewer nodes come from the same T and cost no
-  product. Of two measures the larger counts: all blocks changed together, and the root of the sum of squares of the
-  changes that single blocks make, for changes that cancel are no convergence.
+- **steps**: the change over the last third of the Lanczos steps. The quadratures with fewer nodes come from the same T
+  and cost no product. Of two measures the larger counts: all blocks changed together, and the root of the sum of
+  squares of the changes that single blocks make, for changes that cancel are no convergence.
 A block grows by what it adds. Steps (half as many again) go first, to the blocks that change the mean most, until the
 rest change it by less than an eighth of the tolerance; then probes, at most doubled in a round: to the blocks of the
 largest bias likewise, and by Neyman's allocation, k_b ~ sqrt(V_b / m_b), with V_b / k_b the block's part of SE^2 and
@@ -54,7 +53,7 @@ class Uncertainty:
     standard_error: float
     doubt: float  # factor for the standard error's own uncertainty, as it comes from few probes
     bias: float  # taken off in the estimate; positive where few probes make the reading too high
-    steps: float  # change over the last third of the Lanczos steps, or half of that over the third before
+    steps: float  # change over the last third of the Lanczos steps
 
     @property
     def total(self) -> float:
@@ -178,12 +177,12 @@ class _Shares:
     probes: np.ndarray  # (B,) k_b
     variances: np.ndarray  # (B,) of SE^2
     biases: np.ndarray  # (B,)
-    steps: np.ndarray  # (B,) change of the mean by the last steps of this block alone
+    steps: np.ndarray  # (B,) change of the mean when this block alone had a third fewer steps
     together: float  # the same, all blocks at once
 
     @property
     def uncertainty(self) -> Uncertainty:
-        steps = max(self.together, float(np.linalg.norm(self.steps)))
+        steps = max(abs(self.together), float(np.linalg.norm(self.steps)))
         total, spread = self.variances.sum(), (self.variances**2 / np.maximum(self.probes - 1, 1)).sum()
         freedom = total**2 / spread if spread > 0 else np.inf
         doubt = float(np.sqrt(freedom / chi2.ppf(_CHANCE, freedom))) if np.isfinite(freedom) else 1.0
@@ -193,29 +192,22 @@ class _Shares:
 def _shares(blocks: Sequence[Quadrature], asked: Sequence[str]) -> tuple[dict[str, _Shares], dict[str, float]]:
     """The shares of all blocks in the uncertainty of each reading asked for, and the means."""
     comparison = Comparison(blocks, [name for name in asked if name != "scale"], DEFAULTS)
-    before, together, alone = _last_third(comparison)
-    _, earlier, each_earlier = _last_third(before)
+    fewer = [block.with_steps(-(-2 * block.nodes.shape[1] // 3)) for block in blocks]
+    together = Comparison(fewer, comparison.readings, DEFAULTS).means
+    alone = [
+        comparison.means if less is block else comparison.replacing(index, less)
+        for index, (block, less) in enumerate(zip(blocks, fewer, strict=True))
+    ]
     parts, shares = jackknife(comparison), {}
     probes = np.array([block.num_probes for block in blocks])
     for name in asked:
         mean, (variances, biases) = comparison.means[name], parts[name]
         unit = abs(mean) or 1.0  # blocks that are all alike differ by 0 +- 0
-        steps = np.maximum(alone[name], each_earlier[name] / 2)
-        all_steps = max(together[name], earlier[name] / 2)
-        shares[name] = _Shares(probes, variances / unit**2, biases / unit, steps / unit, all_steps / unit)
+        changes = np.array([changed[name] for changed in alone]) - mean
+        shares[name] = _Shares(
+            probes, variances / unit**2, biases / unit, changes / unit, (together[name] - mean) / unit
+        )
     return shares, {name: comparison.means[name] for name in asked}
-
-
-def _last_third(now: Comparison) -> tuple[Comparison, dict[str, float], dict[str, np.ndarray]]:
-    """The blocks of ``now`` before the last third of their steps, and how far those steps have moved each mean: of all
-    blocks together, and of each alone, (B,).
-    """
-    fewer = [block.with_steps(-(-2 * block.nodes.shape[1] // 3)) for block in now.blocks]
-    before = Comparison(fewer, now.readings, DEFAULTS)
-    replaced = [now.means if less is block else now.replacing(index, less)
-                for index, (block, less) in enumerate(zip(now.blocks, fewer, strict=True))]  # fmt: skip
-    alone = {name: np.abs([means[name] - mean for means in replaced]) for name, mean in now.means.items()}
-    return before, {name: abs(before.means[name] - mean) for name, mean in now.means.items()}, alone
 
 
 def _wishes(
@@ -237,7 +229,7 @@ def _wishes(
         if found.total <= tolerance:
             continue
         if found.steps > _SHARE * tolerance:
-            chosen = _largest(share.steps, longer, _REST * tolerance)
+            chosen = _largest(np.abs(share.steps), longer, _REST * tolerance)
             steps[chosen] = np.minimum(-(-3 * done[chosen] // 2), longest[chosen])
             if len(chosen):  # probes of too few steps tell nothing about those of more
                 continue

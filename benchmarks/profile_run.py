@@ -45,15 +45,15 @@ def clocked(spent: dict[str, float], name: str, function: Callable[..., Any]) ->
 
 def run(start: float) -> None:
     """The run itself; prints the table."""
-    from hessian_tools import cli, double_backward, hessian, linear_route, plotting, quadrature
+    from hessian_tools import cli, double_backward, engine, linear_route, plotting, quadrature
 
     spent: dict[str, float] = defaultdict(float)
     spent["imports"] = time.time() - start
     differentiated = double_backward.DoubleBackward._differentiated
     double_backward.DoubleBackward._differentiated = clocked(spent, "second-order passes", differentiated)
     linear_route.Program.__call__ = clocked(spent, "second-order passes", linear_route.Program.__call__)
-    hessian.choose = clocked(spent, "planning", hessian.choose)
-    hessian._Engine._linearise = clocked(spent, "tracing and checking the linear program", hessian._Engine._linearise)
+    engine.choose = clocked(spent, "planning", engine.choose)
+    engine.Engine._linearise = clocked(spent, "tracing and checking the linear program", engine.Engine._linearise)
     cli.verify = clocked(spent, "verification", cli.verify)
     quadrature.lanczos = clocked(spent, "Lanczos besides the products", quadrature.lanczos)
     cli.js_heterogeneity = clocked(spent, "heterogeneity", cli.js_heterogeneity)

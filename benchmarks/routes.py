@@ -25,8 +25,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hessian_tools as ht
-from hessian_tools import hessian as engine
-from hessian_tools import memory
+from hessian_tools import engine, memory
 from hessian_tools.report import table
 from hessian_tools.results import write_atomically
 

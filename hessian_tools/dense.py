@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
+from hessian_tools.engine import Spread
 from hessian_tools.errors import NumericalError
-from hessian_tools.hessian import HessianOperator, Spread
+from hessian_tools.hessian import HessianOperator
 from hessian_tools.matrix_file import MatrixFile
 from hessian_tools.memory import AUTO_SHARE, format_bytes, free_bytes
 from hessian_tools.partition import Block, Cut, Partition, partition

@@ -6,6 +6,7 @@ import runpy
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hessian_tools.networks import MLP
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import peaks  # noqa: E402
 import side_by_side  # noqa: E402
 from contest import referee  # noqa: E402
 from contest.cases import Case, Work, build, criterion  # noqa: E402
@@ -254,3 +256,18 @@ def test_a_whole_run_is_divided_up(tmp_path, monkeypatch, capsys):
     shares = [float(line.split()[-1].rstrip("%")) for line in lines[1:-1]]
     assert "exit code 0" in lines[0] and lines[-1].endswith("s") and sum(shares) == pytest.approx(100, abs=1)
     assert any(line.startswith("second-order passes") for line in lines)
+
+
+def test_planned_peaks_are_held_against_the_process(tmp_path, monkeypatch, capsys):
+    found = peaks.measured("gpt", "linear program", 2, "cpu", smoke=True)
+    assert found["planned"] > 0 and found["taken"] > 0 and "linear program" in found["plan"]
+    out, row = tmp_path / "peaks.json", {"planned": 1000, "taken": 1100, "plan": "some"}
+    done = SimpleNamespace(returncode=0, stdout=f"noise\n{json.dumps(row)}\n")
+    monkeypatch.setattr(peaks.subprocess, "run", lambda command, **options: done)
+    monkeypatch.setattr(sys, "argv", ["peaks.py", "--models", "gpt", "--out", str(out)])
+    peaks.main()
+    assert capsys.readouterr().out.count("+10%") == len(peaks.WAYS) * len(peaks.PROBES)
+    assert json.loads(out.read_text())["peaks"][0] == {"model": "gpt", "way": "recorded", "probes": 1, **row}
+    done.returncode, done.stderr = 1, "Traceback\nMemoryError: no more"
+    with pytest.raises(SystemExit, match="gpt, recorded, 1 probes: MemoryError: no more"):
+        peaks.main()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian_tools as ht
-from hessian_tools import hessian
+from hessian_tools import engine
 from hessian_tools.double_backward import DoubleBackward
 from hessian_tools.linear_program import Program
 from hessian_tools.memory import LiveBytes
@@ -386,7 +386,7 @@ def test_a_linear_program_takes_over_once_it_pays(name, monkeypatch):
     operator = ht.HessianOperator(problem, memory="1GiB")
     assert relative_error(operator.matmat(vectors), expected) < 1e-10
     assert operator.route.startswith("double backward")
-    monkeypatch.setitem(hessian._WORTH_TRACING, "cpu", operator._engine._made)
+    monkeypatch.setitem(engine._WORTH_TRACING, "cpu", operator._engine._made)
     assert relative_error(operator.matmat(vectors), expected) < 1e-10
     assert operator.route.startswith("linear program") and operator.plan.recorded
     for cut in ht.partition(problem.model, "neuron").cuts[:3]:
@@ -403,7 +403,7 @@ def test_long_runs_are_announced(blockwise, monkeypatch):
     operator, steps = ht.HessianOperator(network("mlp"), memory="1GiB"), 9
     blocks = list(ht.partition(operator.problem.model, "weights"))[:2] if blockwise else []
     whole_run = operator._engine._cost(steps * max(1, len(blocks)), not blockwise)
-    monkeypatch.setitem(hessian._WORTH_TRACING, "cpu", 0.9 * whole_run)
+    monkeypatch.setitem(engine._WORTH_TRACING, "cpu", 0.9 * whole_run)
     asked, products = [], DoubleBackward.products
     monkeypatch.setattr(DoubleBackward, "products", lambda *a: asked.append(a[2]) or products(*a))
     options = {"num_probes": 1, "num_steps": steps, "exact": False}

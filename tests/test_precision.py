@@ -323,7 +323,8 @@ def test_tf32_where_there_is_none_is_told():
     assert torch.equal(hessian @ v, ht.HessianOperator(problem, precision="ieee") @ v)
 
 
-def test_true_float32_is_the_default():
+def test_true_float32_is_the_default(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     card, single = torch.device("cuda"), (torch.float32, torch.float32)
     default = arithmetic(network("batchnorm-batch", torch.float32).model).precision
     assert default == "ieee" and Arithmetic(*single, card, default, convolves=True).name == "float32"

@@ -74,7 +74,7 @@ def main() -> None:
         if done.returncode:
             raise SystemExit(f"{model}, {way}, {probes} probes: {done.stderr.strip().splitlines()[-1]}")
         rows.append({"model": model, "way": way, "probes": probes, **json.loads(done.stdout.splitlines()[-1])})
-    write_atomically(out, json.dumps({"hardware": hardware(), "peaks": rows}, indent=1).encode())
+        write_atomically(out, json.dumps({"hardware": hardware(), "peaks": rows}, indent=1).encode())
     lines = [
         (r["model"], r["way"], str(r["probes"]), format_bytes(r["planned"]), format_bytes(r["taken"]),
          f"{r['taken'] / r['planned'] - 1:+.0%}")

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hessian_tools as ht
 from hessian_tools import engine
 from hessian_tools.double_backward import DoubleBackward
+from hessian_tools.hessian import _Sum
 from hessian_tools.linear_program import Program
 from hessian_tools.memory import LiveBytes
 from hessian_tools.recompute import LAYERED, NONE
@@ -395,6 +396,16 @@ def test_a_linear_program_takes_over_once_it_pays(name, monkeypatch):
         assert (operator.stacked(cut).matmat(rows) - reference).norm() <= 1e-10 * expected.norm()
     operator.release()
     assert relative_error(operator.matmat(vectors), expected) < 1e-10
+
+
+def test_a_sums_first_term_is_written_over_whatever_was_in_memory():
+    total = _Sum(torch.empty(3, 5), [2, 3])
+    total.rows.fill_(float("nan"))
+    one = torch.ones(2, 2, 1)
+    total.add(slice(0, 2), [one, None], 0.5)
+    total.add(slice(2, 3), [None, torch.ones(1, 3)], 1.0)
+    total.add(slice(0, 3), [torch.ones(3, 2), None], 0.25)
+    assert total.rows.tolist() == [[0.75, 0.75, 0, 0, 0]] * 2 + [[0.25, 0.25, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("blockwise", [False, True])

@@ -56,7 +56,7 @@ class DoubleBackward:
         self._forget_stale()
         kept = self.recorded and not self.segments and self.holds(batch)  # then the model is not called
         live = None if self.recorded else names
-        with contextlib.nullcontext() if kept else self.problem.evaluating(self.segments, live):
+        with contextlib.nullcontext() if kept else recompute.recomputing(self.problem, self.segments, live):
             gradients = self._graph(batch, names)
             for cotangents in chunks:
                 yield self._differentiated(gradients, names, cotangents)

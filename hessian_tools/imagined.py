@@ -31,7 +31,7 @@ class Imagined:
         if any(isinstance(module, nn.RNNBase) for module in problem.model.modules()):
             raise Unimaginable("recurrent layers")
         self._real, self._mode = problem, FakeTensorMode(allow_non_fake_inputs=True)
-        self.evaluating = problem.evaluating
+        self.model, self.evaluating = problem.model, problem.evaluating
         self.parameters = {name: self._mode.from_tensor(p) for name, p in problem.parameters.items()}
 
     def batch(self, batch: Any) -> Any:

@@ -11,7 +11,7 @@ nothing depends on how the data is cut into batches. Letters: n_b valid examples
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessian_tools.errors import NumericalError
-from hessian_tools.recompute import NONE, Segments, applied
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 # attention kernels of transformers that have no second derivative
@@ -171,26 +170,18 @@ class Problem:
         return own(self.model, batch) if own is not None else batch_length(batch) or 1
 
     @contextlib.contextmanager
-    def evaluating(self, segments: Segments = NONE, live: Collection[str] | None = None) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """The model as it is differentiated: BatchNorm as stated, attention by a kernel with second derivatives.
 
-        ``segments``: what is computed in segments; passes over what is recorded then belong inside, too. ``live``:
-        names of the only parameters to require grad; autograd keeps nothing that only the others would need.
         Everything is put back on leaving, also after an exception.
         """
-        frozen = [p for name, p in self.parameters.items() if live is not None and name not in live]
         norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)] if self.batch_stats is not None else []
         modes = [(m, m.training, m.track_running_stats) for m in norms]
         buffers = [(b, b._version, b.clone()) for b in self.model.buffers()]
         configs = {id(c): c for m in self.model.modules() if (c := getattr(m, "config", None)) is not None}
         kernels = [(c, getattr(c, "_attn_implementation", None)) for c in configs.values()]
-        caching = [c for c in configs.values() if segments.layers and getattr(c, "use_cache", None) is True]
         fastpath = torch.backends.mha.get_fastpath_enabled()
         try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            for config in caching:  # a segment that is run again would meet its own keys in the cache
-                config.use_cache = False
             for norm in norms:  # without tracking, neither the running statistics nor their counter is touched
                 norm.training = bool(self.batch_stats)
                 if self.batch_stats:
@@ -201,13 +192,9 @@ class Problem:
             torch.backends.mha.set_fastpath_enabled(False)
             has_rnn = any(isinstance(m, nn.RNNBase) for m in self.model.modules())
             cudnn = _without_cudnn() if has_rnn else contextlib.nullcontext()
-            with cudnn, sdpa_kernel(SDPBackend.MATH), applied(segments, self.model):
+            with cudnn, sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            for config in caching:
-                config.use_cache = True
             torch.backends.mha.set_fastpath_enabled(fastpath)
             for config, kernel in kernels:
                 if kernel in _ONCE_DIFFERENTIABLE_ATTENTION:

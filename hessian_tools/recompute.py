@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hessian_tools.imagined import Imagined
+from hessian_tools.problem import Problem
+
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.Size, type(None))
 
 
@@ -195,6 +198,41 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
         else:
             found += repeated_layers(child)
     return list(dict.fromkeys(found))
+
+
+@contextlib.contextmanager
+def recomputing(
+    problem: Problem | Imagined, segments: Segments = NONE, live: Collection[str] | None = None
+) -> Iterator[None]:
+    """``problem.evaluating()`` in segments; passes over what is recorded inside belong inside, too.
+
+    ``live``: names of the only parameters to require grad; autograd then keeps nothing that only the others would need.
+    Everything is put back on leaving, also after an exception.
+    """
+    frozen = [p for name, p in problem.parameters.items() if live is not None and name not in live]
+    with contextlib.ExitStack() as stack:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+            stack.callback(parameter.requires_grad_, True)
+        if segments.layers:
+            stack.enter_context(_without_cache(problem.model))
+        stack.enter_context(problem.evaluating())
+        stack.enter_context(applied(segments, problem.model))
+        yield
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No key-value cache in models of transformers: a segment that runs again would meet its own keys there."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from hessian_tools.memory import OverBudget, budget_bytes, is_out_of_memory, mea
 from hessian_tools.plan import MEASURED_ROWS, Footprint, Trial
 from hessian_tools.precision import Arithmetic
 from hessian_tools.problem import Problem
-from hessian_tools.recompute import Segments, repeated_layers
+from hessian_tools.recompute import Segments, repeated_layers, recomputing
 
 TRIAL_PASSES = 33  # forward passes: a graph (3) and products (6 a probe) of 2 and 3 probes
 WORTH_IMAGINING = 1e12  # operations of a trial; without arithmetic it takes 2 to 10 s, whatever the model's size
@@ -76,7 +76,7 @@ class Trials:
         found, parameters = [], list(problem.parameters.values())
         for kind in (replace(segments, layers=False), segments)[: 1 + segments.layers]:
             try:
-                with problem.evaluating(kind), torch.enable_grad():
+                with recomputing(problem, kind), torch.enable_grad():
                     loss = problem.batch_loss(batch)
                     if not kind.layers:
                         refuse_once_differentiable(loss)

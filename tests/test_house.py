@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # the reading order: a module may import only what stands before it
 ORDER = (
     "errors operators attention_layout blocks token_tables weight_axes structure own_blocks adam_mini_names partition "
-    "param_groups memory recompute precision problem imagined verification plan "
+    "param_groups memory precision problem imagined recompute verification plan "
     "double_backward trials gradient_graph linear_program tangent_rules linearised linear_route engine hessian lanczos "
     "probes quadrature density comparison verdict heterogeneity growing adaptive "
     "matrix_file dense block_draws coupling conditioning block_mass mass_probing partition_verdict "

@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian_tools as ht
-from hessian_tools.networks import NanoGPT
-from hessian_tools.report import table
+from hessian_tools.app.report import table
+from hessian_tools.problem.networks import NanoGPT
 
 LAYERS, WIDTH, HEADS, VOCABULARY, CONTEXT, SEQUENCES = 4, 128, 4, 256, 64, 4
 

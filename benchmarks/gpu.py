@@ -26,8 +26,8 @@ import gpu_throughput
 import torch
 from gpu_measure import ResultFile, named, precisions
 
-from hessian_tools.memory import format_bytes
-from hessian_tools.report import table
+from hessian_tools.app.report import table
+from hessian_tools.curvature.engine.memory import format_bytes
 
 # Assumptions of the plan about an H200-class card, until `rates` has measured them: operations and bytes a second
 ASSUMED_RATES = {"float32": 50e12, "tf32": 400e12, "bfloat16": 790e12}

@@ -21,11 +21,11 @@ from gpu_throughput import PRECISION_OPTION, llama
 from torch import Tensor, nn
 
 import hessian_tools as ht
-from hessian_tools import data, zoo
-from hessian_tools.memory import format_bytes
-from hessian_tools.report import readings_table, summary
+from hessian_tools.app.report import readings_table, summary
+from hessian_tools.app.runs import RunFolder
+from hessian_tools.curvature.engine.memory import format_bytes
+from hessian_tools.problem import data, zoo
 from hessian_tools.results import Journal, write_atomically
-from hessian_tools.runs import RunFolder
 
 
 class Stopped(Exception):

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools import data, zoo
-from hessian_tools.vision import repair, torchvision
+from hessian_tools.problem import data, zoo
+from hessian_tools.problem.vision import repair, torchvision
 
 PRODUCTS = ("full", "block")
 PRECISION_OPTION = {"float32": {"precision": "ieee"}, "tf32": {"precision": "tf32"}, "bfloat16": {}}

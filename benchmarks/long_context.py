@@ -14,7 +14,7 @@ import torch
 from side_by_side import hardware
 
 import hessian_tools as ht
-from hessian_tools import zoo
+from hessian_tools.problem import zoo
 from hessian_tools.results import write_atomically
 
 BLOCK = "transformer.h.0.attn.c_attn.weight[q]"

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import hessian_tools as ht
-from hessian_tools.memory import format_bytes
-from hessian_tools.recompute import LAYERED, STREAMED
+from hessian_tools.curvature.engine.memory import format_bytes
+from hessian_tools.curvature.engine.recompute import LAYERED, STREAMED
 from hessian_tools.results import write_atomically
 from hessian_tools.tables import table
 

@@ -45,7 +45,11 @@ def clocked(spent: dict[str, float], name: str, function: Callable[..., Any]) ->
 
 def run(start: float) -> None:
     """The run itself; prints the table."""
-    from hessian_tools import cli, double_backward, engine, linear_route, plotting, quadrature
+    from hessian_tools.app import cli
+    from hessian_tools.curvature.engine import double_backward, engine
+    from hessian_tools.curvature.tangent import route as linear_route
+    from hessian_tools.plots import spectra as plotting
+    from hessian_tools.spectra import quadrature
 
     spent: dict[str, float] = defaultdict(float)
     spent["imports"] = time.time() - start

@@ -23,8 +23,8 @@ from gpu_measure import hardware, named, operations, wait
 from torch import Tensor
 
 from hessian_tools import quadratic
+from hessian_tools.app.report import table
 from hessian_tools.quadratic import simulation
-from hessian_tools.report import table
 from hessian_tools.results import write_atomically
 
 PROBLEMS, STARTS, STEPS = 10, 1000, 10_000

@@ -2,7 +2,7 @@
 
 `python benchmarks/routes.py [--models gpt resnet18] [--compile] [--rounds 5]` prints a table and writes
 benchmarks/results/routes.json. Rows: double backward and linear programs, one and eight probes at once, with and
-without keeping freed memory (`hessian_tools.memory.keep_freed_memory`); `vmap(jvp(grad))` as functorch computes it;
+without keeping freed memory (`hessian_tools.curvature.engine.memory.keep_freed_memory`); `vmap(jvp(grad))` as functorch computes it;
 and, with --compile (minutes, needs a C++ compiler), that pass traced, its constant part taken out, and compiled by
 torch.compile: what fused elementwise kernels would bring beyond the linear program.
 """
@@ -25,8 +25,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hessian_tools as ht
-from hessian_tools import engine, memory
-from hessian_tools.report import table
+from hessian_tools.app.report import table
+from hessian_tools.curvature.engine import engine, memory
 from hessian_tools.results import write_atomically
 
 PROBES = 8

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hessian_tools as ht
-from hessian_tools import report
+from hessian_tools.app import report
 
 HIDDEN, INPUTS, EXAMPLES = 8, 60, 600
 CLASSES = (10, 30, 100, 300, 1000)

@@ -10,8 +10,9 @@ import argparse
 from pathlib import Path
 
 import hessian_tools as ht
-from hessian_tools import report, zoo
-from hessian_tools.runs import RunFolder
+from hessian_tools.app import report
+from hessian_tools.app.runs import RunFolder
+from hessian_tools.problem import zoo
 
 # name -> knobs of zoo.load; ResNet-18 at full size on small images, so that minutes suffice
 MODELS: dict[str, dict[str, int]] = {"resnet18": {"image_size": 32, "num_examples": 32}}

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hessian_tools as ht
-from hessian_tools import data, report
-from hessian_tools.blocks import Cut, Part
+from hessian_tools.app import report
+from hessian_tools.blocks.block import Cut, Part
+from hessian_tools.problem import data
 
 IMAGES, SIDE, CHANNELS, HIDDEN = 2000, 32, 3, 8
 CLUSTERS, ROUNDS = 10, 30  # of k-means in each class; classes of the network: 10 times as many

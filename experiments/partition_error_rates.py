@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 import hessian_tools as ht
-from hessian_tools import report
+from hessian_tools.app import report
 
 OUTPUTS, INPUTS = 24, 16
 KINDS = ("rows", "columns", "elements", "dense")

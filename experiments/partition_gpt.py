@@ -15,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 import hessian_tools as ht
-from hessian_tools import data, report, zoo
-from hessian_tools.partition_text import suggestion_text
-from hessian_tools.problem import Problem
-from hessian_tools.runs import RunFolder
+from hessian_tools.app import report
+from hessian_tools.app.partition_text import suggestion_text
+from hessian_tools.app.runs import RunFolder
+from hessian_tools.problem import data, zoo
+from hessian_tools.problem.problem import Problem
 
 MODEL, SEQUENCES, CONTEXT, SEED = "gpt2-nano", 4, 64, 0  # byte tokens: 257 classes
 TRAINING, BATCH, RATE = 300, 16, 1e-3  # steps, sequences of a step, Adam's learning rate

@@ -13,8 +13,8 @@ import numpy as np
 
 import hessian_tools as ht
 from hessian_tools import quadratic
+from hessian_tools.app.report import table
 from hessian_tools.quadratic import Quadratic, Runs
-from hessian_tools.report import table
 
 GROUPS = ((1.0, 2.0, 3.0), (99.0, 100.0, 101.0), (4998.0, 4999.0, 5000.0))
 SIZE, STARTS, STEPS, TOLERANCE, SEED = 30, 48, 20_000, 1e-6, 0

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import hessian_tools as ht
 from hessian_tools import quadratic
+from hessian_tools.app.report import table
 from hessian_tools.quadratic import Quadratic
-from hessian_tools.report import table
 
 KAPPA, BASES, STARTS, TOLERANCE, SEED = 2000, 12, 12, 1e-6, 0
 ANGLES = (0, 0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import hessian_tools as ht
-from hessian_tools.networks import MLP
+from hessian_tools.problem.networks import MLP
 
 LOSSES = {"CE": ht.cross_entropy, "MSE": ht.mse}
 

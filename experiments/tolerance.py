@@ -17,9 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 import hessian_tools as ht
-from hessian_tools import report, zoo
-from hessian_tools.adaptive import adaptive_js0
-from hessian_tools.runs import RunFolder
+from hessian_tools.app import report
+from hessian_tools.app.runs import RunFolder
+from hessian_tools.heterogeneity.adaptive import adaptive_js0
+from hessian_tools.problem import zoo
 
 TOLERANCE = 0.05
 READINGS = ("scale", "unnormalised", "log", "wasserstein")  # "scale": the spread of block scales

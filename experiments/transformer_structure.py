@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hessian_tools as ht
-from hessian_tools import data, report
-from hessian_tools.networks import NanoGPT
+from hessian_tools.app import report
+from hessian_tools.problem import data
+from hessian_tools.problem.networks import NanoGPT
 
 WIDTH, HEADS, CONTEXT = 16, 4, 32
 RARE = 5000  # occurrences in the text below which a character reads as a space

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 import hessian_tools as ht
-from hessian_tools import zoo
+from hessian_tools.problem import zoo
 
 COLOURS = {"CNN": "#2a7f62", "MLP": "#8a8a8a", "Mixer": "#d08c2e", "Transformer": "#1f4e79"}
 TITLES = {

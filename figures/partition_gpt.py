@@ -8,8 +8,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import hessian_tools as ht
-from hessian_tools.partition_plotting import COLOURS
-from hessian_tools.partition_verdict import VERDICTS
+from hessian_tools.plots.partition import COLOURS
+from hessian_tools.structure.judgement import VERDICTS
 
 STRIP = 0.035  # width of the edge that tells the likely verdict
 TITLES = {"adam_mini": "adam_mini", "neuron": "neuron\n(all by output)", "tensor": "tensor\n(all whole)",

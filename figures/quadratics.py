@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import hessian_tools as ht
-from hessian_tools.quadratic_plotting import loss_curves, short
+from hessian_tools.plots.quadratic import loss_curves, short
 
 WORDS = {
     "case 1": "GPT-2's blocks", "case 2": "ResNet-18's blocks", "case 3": "heterogeneous", "case 4": "homogeneous",

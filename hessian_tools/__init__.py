@@ -5,32 +5,38 @@ libraries (torchvision, transformers, matplotlib) are imported only when a model
 """
 
 from hessian_tools import quadratic
-from hessian_tools.adam_mini_names import adam_mini_names
-from hessian_tools.adaptive import AdaptiveJS0, adaptive_js0
-from hessian_tools.conditioning import (
+from hessian_tools.blocks.adam_mini_names import adam_mini_names
+from hessian_tools.blocks.param_groups import (
+    AdamMiniArguments,
+    StateSavings,
+    adam_mini_arguments,
+    param_groups,
+    state_savings,
+)
+from hessian_tools.blocks.partition import Block, Partition, alternatives, partition
+from hessian_tools.curvature.engine.recompute import Segments
+from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.operators import DenseOperator, DiagonalOperator, ScipyOperator, SymmetricOperator
+from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
+from hessian_tools.heterogeneity.adaptive import AdaptiveJS0, adaptive_js0
+from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
+from hessian_tools.heterogeneity.verdict import Verdict
+from hessian_tools.problem.problem import Problem, cross_entropy, huggingface, mse
+from hessian_tools.results import load, save
+from hessian_tools.spectra.density import SpectralDensity, spectral_density
+from hessian_tools.spectra.lanczos import LanczosResult, lanczos
+from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature, blockwise_slq, slq
+from hessian_tools.structure.check import check_partition
+from hessian_tools.structure.conditioning import (
     BlockConditioning,
     BlockExtremes,
     adam_conditioning,
     block_conditioning,
     block_extremes,
 )
-from hessian_tools.coupling import Coupling, coupling
-from hessian_tools.dense import DenseBlock, dense_block
-from hessian_tools.density import SpectralDensity, spectral_density
-from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
-from hessian_tools.hessian import HessianOperator
-from hessian_tools.heterogeneity import JSHeterogeneity, js_heterogeneity
-from hessian_tools.lanczos import LanczosResult, lanczos
-from hessian_tools.operators import DenseOperator, DiagonalOperator, ScipyOperator, SymmetricOperator
-from hessian_tools.param_groups import AdamMiniArguments, StateSavings, adam_mini_arguments, param_groups, state_savings
-from hessian_tools.partition import Block, Partition, alternatives, partition
-from hessian_tools.partition_check import check_partition
-from hessian_tools.partition_report import PartitionReport
-from hessian_tools.problem import Problem, cross_entropy, huggingface, mse
-from hessian_tools.quadrature import BlockSpectra, Quadrature, blockwise_slq, slq
-from hessian_tools.recompute import Segments
-from hessian_tools.results import load, save
-from hessian_tools.verdict import Verdict
+from hessian_tools.structure.coupling import Coupling, coupling
+from hessian_tools.structure.dense import DenseBlock, dense_block
+from hessian_tools.structure.report import PartitionReport
 
 __all__ = [
     "AdamMiniArguments",

@@ -1,5 +1,5 @@
 """``python -m hessian_tools`` is ``hessian-tools``."""
 
-from hessian_tools.cli import main
+from hessian_tools.app.cli import main
 
 raise SystemExit(main())

@@ -20,23 +20,23 @@ from typing import Any
 
 import numpy as np
 
-from hessian_tools.adam_mini_names import Keywords
-from hessian_tools.adaptive import AdaptiveJS0, Round, Uncertainty
-from hessian_tools.blocks import Cut, Part, Partition
-from hessian_tools.conditioning import AdamConditioning, BlockConditioning, BlockExtremes
-from hessian_tools.coupling import Coupling
-from hessian_tools.dense import DenseBlock
-from hessian_tools.density import Axis, SpectralDensity
-from hessian_tools.heterogeneity import JSHeterogeneity, Reading, ScaleSpread
-from hessian_tools.param_groups import AdamMiniArguments, StateSavings
-from hessian_tools.partition_report import CutEvidence, PartitionReport, TensorReport
-from hessian_tools.partition_verdict import Levels, Statement
+from hessian_tools.blocks.adam_mini_names import Keywords
+from hessian_tools.blocks.block import Cut, Part, Partition
+from hessian_tools.blocks.param_groups import AdamMiniArguments, StateSavings
+from hessian_tools.curvature.verification import Check, Verification
+from hessian_tools.heterogeneity.adaptive import AdaptiveJS0, Round, Uncertainty
+from hessian_tools.heterogeneity.js import JSHeterogeneity, Reading, ScaleSpread
+from hessian_tools.heterogeneity.verdict import Verdict
 from hessian_tools.quadratic.simulation import Runs
 from hessian_tools.quadratic.sweeps import Sweep
 from hessian_tools.quadratic.theory import BoundCheck, Constants, LimitCycle, Scorecard
-from hessian_tools.quadrature import BlockSpectra, Estimate, Quadrature, RitzValue
-from hessian_tools.verdict import Verdict
-from hessian_tools.verification import Check, Verification
+from hessian_tools.spectra.density import Axis, SpectralDensity
+from hessian_tools.spectra.quadrature import BlockSpectra, Estimate, Quadrature, RitzValue
+from hessian_tools.structure.conditioning import AdamConditioning, BlockConditioning, BlockExtremes
+from hessian_tools.structure.coupling import Coupling
+from hessian_tools.structure.dense import DenseBlock
+from hessian_tools.structure.judgement import Levels, Statement
+from hessian_tools.structure.report import CutEvidence, PartitionReport, TensorReport
 
 FORMAT = 1
 _RESULTS: tuple[type, ...] = (

@@ -4,7 +4,7 @@ import torch
 from problems import transformers
 from torch import nn
 
-from hessian_tools.vision import torchvision
+from hessian_tools.problem.vision import torchvision
 
 D, HEADS, KV, F, V = 32, 4, 2, 48, 64  # width, heads, key/value heads, MLP width, vocabulary
 SIZES = {"hidden_size": D, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": F}

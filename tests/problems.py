@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import hessian_tools as ht
-from hessian_tools.networks import NanoGPT
-from hessian_tools.vision import repair
+from hessian_tools.problem.networks import NanoGPT
+from hessian_tools.problem.vision import repair
 
 
 def dense_hessian(problem: ht.Problem) -> Tensor:

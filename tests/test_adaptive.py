@@ -5,12 +5,12 @@ import pytest
 import torch
 from test_quadrature import FakeCut, FakeHessian, FakePartition, random_symmetric, same
 
-from hessian_tools import adaptive
-from hessian_tools.adaptive import adaptive_js0
+from hessian_tools.curvature.operators import DenseOperator
 from hessian_tools.errors import NumericalError
-from hessian_tools.heterogeneity import js_heterogeneity
-from hessian_tools.operators import DenseOperator
-from hessian_tools.quadrature import blockwise_slq, slq
+from hessian_tools.heterogeneity import adaptive
+from hessian_tools.heterogeneity.adaptive import adaptive_js0
+from hessian_tools.heterogeneity.js import js_heterogeneity
+from hessian_tools.spectra.quadrature import blockwise_slq, slq
 
 SIZES = {"tiny": 12, "low": 90, "mid": 200, "high": 260}
 

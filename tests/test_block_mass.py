@@ -7,9 +7,9 @@ from problems import dense_hessian, network
 from test_partition_check import planted
 
 import hessian_tools as ht
-from hessian_tools.block_mass import ELEMENTS, WHOLE, Draws, Pilots, cutting
-from hessian_tools.mass_probing import cost, measure
-from hessian_tools.partition_check import units
+from hessian_tools.structure.check import units
+from hessian_tools.structure.mass import ELEMENTS, WHOLE, Draws, Pilots, cutting
+from hessian_tools.structure.probing import cost, measure
 
 
 def masses(problem, claim="rows", exact=False, seed=0, **counts):

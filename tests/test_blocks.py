@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools.blocks import Cut, Part, Partition, check_disjoint
-from hessian_tools.partition import partition
+from hessian_tools.blocks.block import Cut, Part, Partition, check_disjoint
+from hessian_tools.blocks.partition import partition
 
 
 def model():

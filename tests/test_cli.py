@@ -20,8 +20,11 @@ from problems import dense_hessian
 from test_results import same
 
 import hessian_tools as ht
-from hessian_tools import cli, plotting, results, runs, zoo
-from hessian_tools.hessian import StackedBlocks
+from hessian_tools import results
+from hessian_tools.app import cli, runs
+from hessian_tools.curvature.hessian import StackedBlocks
+from hessian_tools.plots import spectra as plotting
+from hessian_tools.problem import zoo
 
 ROOT = Path(__file__).parent.parent
 OWN = """

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessian_tools as ht
-from hessian_tools.networks import NanoGPT
-from hessian_tools.probes import PROBE_KINDS, draw_probes
+from hessian_tools.problem.networks import NanoGPT
+from hessian_tools.spectra.probes import PROBE_KINDS, draw_probes
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import gpu

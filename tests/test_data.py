@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from hessian_tools import data
+from hessian_tools.problem import data
 
-ASSETS = Path(data.__file__).parent / "assets"
+ASSETS = Path(data.__file__).parents[1] / "assets"
 
 
 def plain_text() -> str:

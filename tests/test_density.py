@@ -7,8 +7,8 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from hessian_tools.density import Axis, SpectralGrid, kernel_sum, spanning_grid, spectral_density, symlog_axis
-from hessian_tools.quadrature import Quadrature
+from hessian_tools.spectra.density import Axis, SpectralGrid, kernel_sum, spanning_grid, spectral_density, symlog_axis
+from hessian_tools.spectra.quadrature import Quadrature
 
 
 def quadrature(nodes, weights=None, **fields):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools.memory import measuring
+from hessian_tools.curvature.engine.memory import measuring
 from hessian_tools.results import load
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))

@@ -9,12 +9,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian_tools as ht
-from hessian_tools import engine
-from hessian_tools.double_backward import DoubleBackward
-from hessian_tools.hessian import _Sum
-from hessian_tools.linear_program import Program
-from hessian_tools.memory import LiveBytes
-from hessian_tools.recompute import LAYERED, NONE
+from hessian_tools.curvature.engine import engine
+from hessian_tools.curvature.engine.double_backward import DoubleBackward
+from hessian_tools.curvature.engine.memory import LiveBytes
+from hessian_tools.curvature.engine.recompute import LAYERED, NONE
+from hessian_tools.curvature.hessian import _Sum
+from hessian_tools.curvature.tangent.program import Program
 
 
 @pytest.fixture(params=list(NETWORKS))

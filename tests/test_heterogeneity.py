@@ -7,11 +7,17 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import logsumexp
 from scipy.stats import norm, wasserstein_distance
 
-from hessian_tools.comparison import READINGS, Comparison, js_divergences, literature_grid, wasserstein_distances
-from hessian_tools.density import Axis, symlog_axis
-from hessian_tools.heterogeneity import js_heterogeneity
-from hessian_tools.quadrature import Quadrature
-from hessian_tools.verdict import PUBLISHED_JS0, SCALE_FREE_CASES, Contrast, decide, published_boundaries
+from hessian_tools.heterogeneity.comparison import (
+    READINGS,
+    Comparison,
+    js_divergences,
+    literature_grid,
+    wasserstein_distances,
+)
+from hessian_tools.heterogeneity.js import js_heterogeneity
+from hessian_tools.heterogeneity.verdict import PUBLISHED_JS0, SCALE_FREE_CASES, Contrast, decide, published_boundaries
+from hessian_tools.spectra.density import Axis, symlog_axis
+from hessian_tools.spectra.quadrature import Quadrature
 
 
 def quadrature(nodes, weights=None, status="complete"):
@@ -86,7 +92,7 @@ def test_wasserstein_against_scipy():
 def test_wasserstein_in_slabs_is_the_same(monkeypatch):
     found = list(blocks().values())
     whole = wasserstein_distances(found, Axis("linear"))
-    monkeypatch.setattr("hessian_tools.comparison._SLAB", 5)
+    monkeypatch.setattr("hessian_tools.heterogeneity.comparison._SLAB", 5)
     assert np.allclose(wasserstein_distances(found, Axis("linear")), whole, rtol=1e-12)
 
 

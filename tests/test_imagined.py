@@ -6,10 +6,10 @@ from problems import network
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools import trials
-from hessian_tools.imagined import Imagined, imagines
-from hessian_tools.precision import arithmetic
-from hessian_tools.recompute import LAYERED, NONE
+from hessian_tools.curvature.engine import trials
+from hessian_tools.curvature.engine.fake_problem import Imagined, imagines
+from hessian_tools.curvature.engine.precision import arithmetic
+from hessian_tools.curvature.engine.recompute import LAYERED, NONE
 
 
 def footprint(monkeypatch, problem, kind, worth):

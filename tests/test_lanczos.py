@@ -6,10 +6,10 @@ import torch
 from scipy.linalg import eigvalsh_tridiagonal
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hessian_tools.lanczos import lanczos, resume, ritz
-from hessian_tools.memory import measuring
-from hessian_tools.operators import DenseOperator, DiagonalOperator
-from hessian_tools.probes import draw_probes
+from hessian_tools.curvature.engine.memory import measuring
+from hessian_tools.curvature.operators import DenseOperator, DiagonalOperator
+from hessian_tools.spectra.lanczos import lanczos, resume, ritz
+from hessian_tools.spectra.probes import draw_probes
 
 DTYPES = (torch.float64, torch.float32)
 

@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian_tools as ht
-from hessian_tools.gradient_graph import Untraceable, traced_gradient
-from hessian_tools.linear_route import Linearised
-from hessian_tools.linearised import Linearisation
-from hessian_tools.memory import measuring
-from hessian_tools.networks import NanoGPT
+from hessian_tools.curvature.engine.memory import measuring
+from hessian_tools.curvature.tangent.graph import Untraceable, traced_gradient
+from hessian_tools.curvature.tangent.linearize import Linearisation
+from hessian_tools.curvature.tangent.route import Linearised
+from hessian_tools.problem.networks import NanoGPT
 
 
 def products(problem, names, vectors, route=None) -> list[torch.Tensor]:

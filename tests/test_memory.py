@@ -10,7 +10,7 @@ from problems import network
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools.memory import (
+from hessian_tools.curvature.engine.memory import (
     AUTO_SHARE,
     LiveBytes,
     OverBudget,
@@ -103,7 +103,7 @@ def test_bytes_in_words():
 def test_freed_memory_is_kept_until_it_is_returned():
     script = """
 import resource, torch
-from hessian_tools.memory import keep_freed_memory, return_freed_memory
+from hessian_tools.curvature.engine.memory import keep_freed_memory, return_freed_memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
 before = resident()

@@ -7,10 +7,10 @@ import torch
 from architectures import ARCHITECTURES, HEADS, KV, D, F, gpt2, llama, mixtral
 from torch import nn
 
-from hessian_tools.adam_mini_names import adam_mini_names
-from hessian_tools.blocks import Cut, Part
-from hessian_tools.param_groups import adam_mini_arguments, param_groups, patterns, state_savings
-from hessian_tools.partition import partition
+from hessian_tools.blocks.adam_mini_names import adam_mini_names
+from hessian_tools.blocks.block import Cut, Part
+from hessian_tools.blocks.param_groups import adam_mini_arguments, param_groups, patterns, state_savings
+from hessian_tools.blocks.partition import partition
 
 
 def blocks_by_entry(cuts, tensors):

@@ -8,7 +8,7 @@ from problems import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from hessian_tools.partition import PRESETS, Block, Cut, Part, Partition, partition
+from hessian_tools.blocks.partition import PRESETS, Block, Cut, Part, Partition, partition
 
 D, HEADS = 32, 4
 SIZES = {"hidden_size": D, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": 48}

@@ -9,11 +9,11 @@ from problems import network, transformers
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools import partition_verdict
-from hessian_tools.blocks import Cut, Part
-from hessian_tools.partition_check import _suggested
-from hessian_tools.partition_report import CutEvidence
-from hessian_tools.partition_verdict import CONTRADICTED, VERDICTS, Statement
+from hessian_tools.blocks.block import Cut, Part
+from hessian_tools.structure import judgement as partition_verdict
+from hessian_tools.structure.check import _suggested
+from hessian_tools.structure.judgement import CONTRADICTED, VERDICTS, Statement
+from hessian_tools.structure.report import CutEvidence
 
 ROWS, COLUMNS = 16, 12
 
@@ -190,7 +190,7 @@ def test_the_suggestion_covers_what_was_judged_and_makes_a_partition():
 
 def test_a_trained_gpt2_contradicts_the_naive_cut_of_its_transposed_layer():
     """Conv1D stores c_fc as (inputs, outputs): its first axis is no neuron's. 60 steps of Adam on the plays' bytes."""
-    from hessian_tools import data
+    from hessian_tools.problem import data
 
     hf = transformers()
     config = hf.GPT2Config(

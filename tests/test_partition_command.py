@@ -7,7 +7,9 @@ import torch
 from test_cli import run
 
 import hessian_tools as ht
-from hessian_tools import partition_check, partition_command, partition_plotting
+from hessian_tools.app import partition_command
+from hessian_tools.plots import partition as partition_plotting
+from hessian_tools.structure import check as partition_check
 
 OWN = """
 import torch

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools.block_mass import ELEMENTS, WHOLE, cutting
-from hessian_tools.blocks import check_disjoint
-from hessian_tools.partition_check import units
-from hessian_tools.partition_suggestion import composed
+from hessian_tools.blocks.block import check_disjoint
+from hessian_tools.structure.check import units
+from hessian_tools.structure.mass import ELEMENTS, WHOLE, cutting
+from hessian_tools.structure.suggestion import composed
 
 
 def torch_attention() -> nn.Module:

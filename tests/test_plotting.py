@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import hessian_tools as ht
-from hessian_tools import plotting
-from hessian_tools.density import Axis
-from hessian_tools.operators import DiagonalOperator
+from hessian_tools.curvature.operators import DiagonalOperator
+from hessian_tools.plots import spectra as plotting
+from hessian_tools.spectra.density import Axis
 
 GPT2 = [
     f"transformer.h.{layer}.{name}"

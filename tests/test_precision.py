@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessian_tools as ht
-from hessian_tools.lanczos import lanczos
-from hessian_tools.operators import SymmetricOperator
-from hessian_tools.precision import Arithmetic, arithmetic, tf32
-from hessian_tools.probes import draw_probes
+from hessian_tools.curvature.engine.precision import Arithmetic, arithmetic, tf32
+from hessian_tools.curvature.operators import SymmetricOperator
+from hessian_tools.spectra.lanczos import lanczos
+from hessian_tools.spectra.probes import draw_probes
 
 BF16 = torch.bfloat16
 ROUNDOFF = torch.finfo(BF16).eps / 2  # largest relative error of rounding to nearest
@@ -286,7 +286,7 @@ def test_tf32_is_on_inside_products_only(monkeypatch):
 
     model, batch = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
     card = Arithmetic(torch.float32, torch.float32, torch.device("cuda"), "tf32", False)  # flags need no card to move
-    monkeypatch.setattr("hessian_tools.hessian.arithmetic", lambda model, precision: card)
+    monkeypatch.setattr("hessian_tools.curvature.hessian.arithmetic", lambda model, precision: card)
     hessian = ht.HessianOperator(ht.Problem(model, loss_fn, [batch]), record=False)
     seen.clear()
     before = settings()

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import hessian_tools as ht
-from hessian_tools import quadratic, quadratic_plotting
-from hessian_tools.cli import main
+from hessian_tools import quadratic
+from hessian_tools.app.cli import main
+from hessian_tools.app.quadratic_command import winner
+from hessian_tools.plots import quadratic as quadratic_plotting
 from hessian_tools.quadratic import simulation
-from hessian_tools.quadratic_command import winner
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -56,7 +57,7 @@ def test_out_saves_and_the_same_command_reads(capsys, tmp_path, monkeypatch):
     assert code == 0 and (folder / "quadratic.png").read_bytes().startswith(b"\x89PNG")
     saved = ht.load(folder / "result")
     assert isinstance(saved["runs"]["gd"], quadratic.Runs) and isinstance(saved["constants"], quadratic.Constants)
-    monkeypatch.setattr("hessian_tools.quadratic_command.compare", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr("hessian_tools.app.quadratic_command.compare", lambda *a, **k: pytest.fail("computed again"))
     assert told(capsys, "3", *FAST, "--out", str(folder))[1] == first
     code, _, error = told(capsys, "4", *FAST, "--out", str(folder))
     assert code == 2 and "another source" in error

@@ -8,7 +8,7 @@ import hessian_tools as ht
 from hessian_tools import quadratic
 from hessian_tools.quadratic.cases import shifted_and_scaled
 from hessian_tools.quadratic.problems import haar
-from hessian_tools.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Quadrature
 
 
 def test_a_quadratic_has_the_eigenvalues_it_was_given_block_by_block():

@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian_tools as ht
-from hessian_tools import vision
-from hessian_tools.double_backward import DoubleBackward
-from hessian_tools.memory import LiveBytes
-from hessian_tools.networks import SmallResNet
-from hessian_tools.recompute import NONE, Segments, applied, repeated_layers, segment
+from hessian_tools.curvature.engine.double_backward import DoubleBackward
+from hessian_tools.curvature.engine.memory import LiveBytes
+from hessian_tools.curvature.engine.recompute import NONE, Segments, applied, repeated_layers, segment
+from hessian_tools.problem import vision
+from hessian_tools.problem.networks import SmallResNet
 
 DEEP = {**HF_TINY, "num_hidden_layers": 3}
 FINE = {  # every kind, so fine that tiny networks have several blocks of queries and chunks of rows

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import hessian_tools as ht
-from hessian_tools import report
-from hessian_tools.operators import DiagonalOperator
+from hessian_tools.app import report
+from hessian_tools.curvature.operators import DiagonalOperator
 
 
 def spectra(blocks, notes=()):

@@ -14,11 +14,11 @@ import torch
 
 import hessian_tools as ht
 from hessian_tools import quadratic, results
-from hessian_tools.adaptive import Round, Uncertainty
-from hessian_tools.operators import DiagonalOperator
-from hessian_tools.quadrature import Estimate, RitzValue
+from hessian_tools.curvature.operators import DiagonalOperator
+from hessian_tools.curvature.verification import Check, Verification
+from hessian_tools.heterogeneity.adaptive import Round, Uncertainty
 from hessian_tools.results import Journal, load, save, write_atomically
-from hessian_tools.verification import Check, Verification
+from hessian_tools.spectra.quadrature import Estimate, RitzValue
 
 
 def quadrature(seed=0, exact="auto"):

@@ -3,10 +3,10 @@
 import torch
 from problems import network
 
-from hessian_tools.plan import Footprint
-from hessian_tools.precision import arithmetic
-from hessian_tools.recompute import NONE
-from hessian_tools.trials import Trials
+from hessian_tools.curvature.engine.plan import Footprint
+from hessian_tools.curvature.engine.precision import arithmetic
+from hessian_tools.curvature.engine.recompute import NONE
+from hessian_tools.curvature.engine.trials import Trials
 
 
 def test_one_probe_is_tried_where_two_do_not_fit():

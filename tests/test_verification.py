@@ -8,7 +8,7 @@ from problems import NETWORKS, Cubed, SilentlyWrong, network
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools.networks import SmallResNet, SmallVGG
+from hessian_tools.problem.networks import SmallResNet, SmallVGG
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from hessian_tools import zoo
-from hessian_tools.networks import MLP, MLPMixer, NanoGPT
-from hessian_tools.problem import Problem
+from hessian_tools.problem import zoo
+from hessian_tools.problem.networks import MLP, MLPMixer, NanoGPT
+from hessian_tools.problem.problem import Problem
 
 SMALL = [name for name in zoo.names() if "nano" in name or name == "mlp"]
 ROOT = Path(zoo.__file__).parents[1]
@@ -238,7 +238,7 @@ def test_mlp_has_the_layers_asked_for():
 
 def test_importing_the_zoo_imports_nothing_heavy():
     heavy = "{'torchvision', 'transformers', 'tokenizers', 'PIL', 'matplotlib'}"
-    assert run(f"import sys, hessian_tools.zoo; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
+    assert run(f"import sys, hessian_tools.problem.zoo; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
 
 
 def test_repair_makes_transformers_and_torchvision_usable():
@@ -249,7 +249,7 @@ def test_repair_makes_transformers_and_torchvision_usable():
         "    try:\n"
         "        import transformers; getattr(transformers, name)\n"
         "    except ImportError: failed = True\n"
-        "from hessian_tools.vision import repair, torchvision\n"
+        "from hessian_tools.problem.vision import repair, torchvision\n"
         "assert repair() is failed and repair() is False\n"
         "from transformers import GPT2LMHeadModel, ViTForImageClassification, BertForMaskedLM\n"
         "import torchvision as again\n"
@@ -263,7 +263,7 @@ def test_repair_leaves_other_failures_alone(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('something else')")
     output = run(
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from hessian_tools.vision import repair, torchvision\n"
+        "from hessian_tools.problem.vision import repair, torchvision\n"
         "assert repair() is False\n"
         "try: torchvision()\n"
         "except RuntimeError as error: print(error)"

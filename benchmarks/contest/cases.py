@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hessian_tools as ht
-from hessian_tools import data, networks, vision, zoo
+from hessian_tools.problem import data, networks, vision, zoo
 
 SEED = 0
 LAYERS, WIDTH, HEADS, TOKENIZER = 6, 256, 4, "byte"  # the GPT; "byte" has 257 tokens, "bpe" 8192

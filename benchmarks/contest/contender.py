@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from contest.cases import Case
-from hessian_tools.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Quadrature
 
 GRID = 10_000  # G
 

@@ -12,7 +12,7 @@ import hessian_tools as ht
 from contest.cases import criterion
 from contest.contender import GRID, Contender, quadrature, smoothed
 from contest.peers import Curvlinops, HessianEigenthings, PyHessian
-from hessian_tools.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Quadrature
 
 
 class HessianTools(Contender):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from contest.cases import criterion
 from contest.contender import GRID, Contender, quadrature, smoothed
-from hessian_tools.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Quadrature
 
 
 class HessianEigenthings(Contender):

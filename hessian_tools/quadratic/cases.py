@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hessian_tools.dense import DenseBlock
-from hessian_tools.probes import draw_probes
 from hessian_tools.quadratic.problems import Quadratic, exact_quadrature, from_blocks
-from hessian_tools.quadrature import Quadrature
+from hessian_tools.spectra.probes import draw_probes
+from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.structure.dense import DenseBlock
 
 CASES = (1, 2, 3, 4)
 DRAWS = ("nodes", "weights")

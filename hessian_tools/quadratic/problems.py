@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessian_tools.heterogeneity import JSHeterogeneity, js_heterogeneity
-from hessian_tools.probes import draw_probes
-from hessian_tools.quadrature import BlockSpectra, Quadrature
+from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
+from hessian_tools.spectra.probes import draw_probes
+from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 
 
 @dataclass(frozen=True, eq=False)

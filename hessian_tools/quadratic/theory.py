@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessian_tools.probes import draw_probes
 from hessian_tools.quadratic.methods import METHOD_DEFAULTS
 from hessian_tools.quadratic.preconditioning import extremes, first_gradient_ratios, linear_iterations
 from hessian_tools.quadratic.problems import Quadratic, draw_starts, from_blocks
 from hessian_tools.quadratic.simulation import VANISHED
 from hessian_tools.quadratic.sweeps import run
+from hessian_tools.spectra.probes import draw_probes
 
 ADAM = METHOD_DEFAULTS["adam"]  # the theorem's
 ROUNDING = 1e-12  # relative; a step's loss is known to about this, and a bound met exactly is no violation

@@ -1,0 +1,69 @@
+"""Results as text: the tables that the command line prints."""
+
+import math
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from hessian_tools.heterogeneity.js import JSHeterogeneity
+from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
+from hessian_tools.tables import plus_minus, table
+
+_LABELS = {
+    "unnormalised": "JS0 (literature, unnormalised)", "bounded": "JS bounded", "log": "JS log",
+    "wasserstein": "Wasserstein",
+}  # fmt: skip
+
+
+def spectra_table(spectra: BlockSpectra) -> str:
+    """A row a block: size, scale, extremes, trace with standard error, products spent."""
+    header = ("block", "size", "rms eigenvalue", "smallest", "largest", "trace", "HVPs", "status")
+    return table(header, [_spectrum_row(name, quadrature) for name, quadrature in spectra.items()])
+
+
+def readings_table(found: Mapping[str, JSHeterogeneity]) -> str:
+    """A row a reading, a column a model: mean over pairs of blocks, with its standard error."""
+    first, rows = next(iter(found.values())), []
+    for name, reading in first.readings.items():
+        values = (plus_minus(r.mean, r.standard_error) for r in (js.readings[name] for js in found.values()))
+        rows.append([f"{_LABELS[name]} [{reading.unit}]", *values])
+    spreads = (plus_minus(js.scale_spread.value, js.scale_spread.standard_error) for js in found.values())
+    rows.append([f"spread of block scales [{first.scale_spread.unit}]", *spreads])
+    rows.append(["verdict", *(js.verdict.decision for js in found.values())])
+    return table(("reading (mean over pairs ± standard error)", *found), rows)
+
+
+def verdict_text(label: str, js: JSHeterogeneity) -> str:
+    """The verdict and what to know about its numbers, in lines of 100 characters."""
+    paragraphs = [f"{label}: {js.verdict}", *(f"note: {note}" for note in js.notes)]
+    wrapped = (textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) for text in paragraphs)
+    return "\n".join(wrapped)
+
+
+def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]:
+    """The numbers of both tables, JSON-able (non-finite ones as words), for ``--json``."""
+    blocks = [
+        {"name": name, "size": q.size, "rms": _number(q.rms.value), "smallest": _number(q.smallest.value),
+         "largest": _number(q.largest.value), "trace": _number(q.trace.value),
+         "trace_standard_error": _number(q.trace.standard_error), "matvecs": q.num_matvecs, "status": q.status}
+        for name, q in spectra.items()
+    ]  # fmt: skip
+    found: dict[str, Any] = {"blocks": blocks, "matvecs": spectra.num_matvecs, "route": spectra.route}
+    if js is not None:
+        readings: dict[str, Any] = {**js.readings, "scale_spread": js.scale_spread}
+        found["readings"] = {
+            name: {"mean": _number(r.mean), "standard_error": _number(r.standard_error), "unit": r.unit}
+            for name, r in readings.items()
+        }
+        found["verdict"] = {"decision": js.verdict.decision, "words": str(js.verdict)}
+    return {**found, "notes": [*spectra.notes, *(js.notes if js is not None else ())]}
+
+
+def _spectrum_row(name: str, q: Quadrature) -> list[str]:
+    trace = plus_minus(q.trace.value, q.trace.standard_error)
+    numbers = (f"{value:.3g}" for value in (q.rms.value, q.smallest.value, q.largest.value))
+    return [name, f"{q.size:,}", *numbers, trace, str(q.num_matvecs), q.status]
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,1 @@
+"""How a model's parameters are cut into named blocks."""

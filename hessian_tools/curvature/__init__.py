@@ -1,0 +1,1 @@
+"""Products with the Hessian: exact, within a memory budget, verified."""

@@ -1,0 +1,1 @@
+"""How products are computed: what is recorded, cut and recomputed so that they fit the budget."""

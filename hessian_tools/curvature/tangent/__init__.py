@@ -1,0 +1,1 @@
+"""The compiled route: the gradient traced once and differentiated forward symbolically."""

@@ -1,0 +1,1 @@
+"""How different the spectra of blocks are: readings, their errors, a verdict."""

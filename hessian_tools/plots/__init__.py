@@ -1,0 +1,1 @@
+"""Figures: each function draws one result. The only folder that imports matplotlib."""

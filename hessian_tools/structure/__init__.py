@@ -1,0 +1,1 @@
+"""Where the Hessian's mass lies, and whether a partition follows it."""

@@ -1,0 +1,208 @@
+"""Does a partition follow the Hessian's dense sub-blocks? A verdict for every tensor, and a better partition.
+
+Adam-mini's principle (Zhang et al., arXiv 2406.16793): parameters that share a learning rate should be one dense
+sub-block of the Hessian, the smallest such. Every tensor (every role of a fused query/key/value tensor, unless blocks
+go across roles) is judged by itself against every way to cut it: :mod:`hessian_tools.structure.judgement` has the rules,
+:mod:`hessian_tools.structure.mass` what is measured. What lies between tensors is :func:`hessian_tools.structure.coupling`'s matter;
+a block over several tensors is judged in each of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hessian_tools.blocks.block import Block, Cut, Partition
+from hessian_tools.blocks.param_groups import state_savings
+from hessian_tools.blocks.partition import partition
+from hessian_tools.blocks.specification import SEMANTIC
+from hessian_tools.blocks.survey import Survey
+from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.problem.problem import Problem
+from hessian_tools.structure.dense import problem_of
+from hessian_tools.structure.judgement import CONTRADICTED, FOLLOWS, Levels, judge
+from hessian_tools.structure.mass import ELEMENTS, WHOLE, BlockMass, Cutting, cutting
+from hessian_tools.structure.probing import cost, measure
+from hessian_tools.structure.report import CutEvidence, PartitionReport, TensorReport
+from hessian_tools.structure.suggestion import composed
+
+Measurements = dict[tuple[Any, ...], BlockMass]
+CLAIMED = "claimed"  # the name of a cut that is none of the alternatives
+EXACT_WORTH = 4
+MOST_EXACT = 4096  # entries of a tensor that exact=True takes: 128 MiB, and as many products
+
+
+def check_partition(
+    problem_or_hessian: Problem | HessianOperator, partition: Any = "adam_mini", *, seed: int = 0, num_probes: int = 8,
+    num_blocks: int = 32, exact: bool | None = None, alpha: float = 0.05, contrast: float = 4.0, diagonal: float = 0.5,
+    measured: Measurements | None = None, finished: Mapping[str, TensorReport] | None = None,
+    on_tensor: Callable[[str, TensorReport], None] | None = None, progress: bool = True,
+) -> PartitionReport:  # fmt: skip
+    """Judges every tensor's blocks against the mass inside them, an unstructured Hessian, and every other cut.
+
+    Args:
+        partition: a Partition, or what ``ht.partition`` takes. Tensors that it leaves out are not judged.
+        seed: with tensors' names the only source of randomness.
+        num_probes: products with all of a tensor; at least 3.
+        num_blocks: products with single blocks of each way to cut it; at least 4.
+        exact: from the dense matrix of each tensor, without error. None: where that takes at most EXACT_WORTH times the
+            products; True: always, up to MOST_EXACT entries; False: never.
+        alpha: chance, for one tensor, that any statement its verdict rests on is wrong (Bonferroni, t-tests).
+        contrast, diagonal: see :mod:`hessian_tools.structure.judgement`.
+        measured: keeps the masses; with the same dict, further partitions of the same problem cost only what is new.
+        finished: reports of an earlier run with the same arguments, by name: these tensors are not computed again.
+        on_tensor: called with name and report as each tensor is done.
+        progress: a bar on stderr, products done and left, when that is a terminal.
+    Raises:
+        ValueError: an argument out of range; blocks of another model; ``exact=True`` for too large a tensor.
+        NumericalError: for a product with NaN or inf, naming the tensor.
+    """
+    _validate(num_probes, num_blocks, alpha, contrast, diagonal)
+    problem = problem_of(problem_or_hessian)
+    blocks = _partition(problem, partition)
+    hessian = problem_or_hessian if isinstance(problem_or_hessian, HessianOperator) else HessianOperator(problem)
+    done, levels, regions = dict(finished or {}), Levels(alpha, contrast, diagonal), []
+    with tqdm(total=planned_products(problem, blocks, num_probes, num_blocks, exact, done), unit="HVP",
+              disable=None if progress else True, dynamic_ncols=True) as bar:  # fmt: skip
+        for region, cuttings, claim in units(problem, blocks):
+            if region.name not in done:
+                bar.set_postfix_str(region.name)
+                settings: dict[str, Any] = {"num_probes": num_probes, "num_blocks": num_blocks, "seed": seed,
+                            "exact": _is_exact(region, cuttings, num_probes, num_blocks, exact)}  # fmt: skip
+                key = (region.name, *(way.name for way in cuttings), *settings.values())
+                if measured is None or key not in measured or claim == CLAIMED:  # which may be another cut each time
+                    mass = measure(hessian, region, cuttings, **settings, on_products=bar.update)
+                    (measured if measured is not None else {})[key] = mass
+                else:
+                    mass = measured[key]
+                    bar.update(mass.num_matvecs)
+                done[region.name] = _report(region, mass, claim, levels)
+                if on_tensor is not None:
+                    on_tensor(region.name, done[region.name])
+            regions.append(region)
+    reports = tuple(done[region.name] for region in regions)
+    suggestion = composed(problem.model, regions, {report.name: report.suggested for report in reports}, blocks)
+    return PartitionReport(
+        reports, blocks.preset, levels, seed, sum(report.num_matvecs for report in reports), suggestion,
+        state_savings(problem.model, suggestion), _notes(blocks), hessian.route,
+    )  # fmt: skip
+
+
+def planned_products(
+    problem: Problem, blocks: Partition, num_probes: int, num_blocks: int, exact: bool | None = None,
+    finished: Mapping[str, Any] | None = None,
+) -> int:  # fmt: skip
+    """Products that :func:`check_partition` will spend on tensors not yet ``finished``, at most."""
+    return sum(
+        region.numel if _is_exact(region, cuttings, num_probes, num_blocks, exact)
+        else cost(cuttings, num_probes, num_blocks)
+        for region, cuttings, _ in units(problem, blocks) if region.name not in (finished or {})
+    )  # fmt: skip
+
+
+def units(problem: Problem, blocks: Partition) -> Iterator[tuple[Block, list[Cutting], str]]:
+    """What is judged by itself: the region, every way to cut it, and the name of the one claimed.
+
+    A region is a role of a fused tensor where the claimed blocks respect roles, else a tensor.
+    """
+    survey = Survey(problem.model)
+    for site in survey.sites:
+        cuts = [cut for cut in blocks.cuts if site.name in cut.parameters]
+        if not cuts:
+            continue
+        tensor = site.uncut()[0]
+        roles = [cut[i] for cut in survey.cuts(site, SEMANTIC) for i in range(cut.num_blocks)]
+        claimed = cutting(CLAIMED, cuts, tensor)
+        apart = cutting("roles", [role.as_cut() for role in roles], tensor)
+        assert claimed is not None and apart is not None
+        for region in roles if claimed.is_inside(apart) else [tensor]:
+            if (own := cutting(CLAIMED, cuts, region)) is not None:
+                yield region, *_ways(dict(survey.equal_cuts(site)), region, own)
+
+
+def _ways(known: Mapping[str, Cut], region: Block, claimed: Cutting) -> tuple[list[Cutting], str]:
+    """Every way to cut the region, no two alike, and the name of the one that is as ``claimed``."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    found = [Cutting(WHOLE, nothing, 1)]
+    if region.numel > 1:
+        found.append(Cutting(ELEMENTS, nothing, region.numel))
+    claim = next((way.name for way in found if way.num_blocks == claimed.num_blocks), CLAIMED)
+    made = (cutting(name, [cut], region) for name, cut in known.items()
+            if name not in (WHOLE, ELEMENTS))  # fmt: skip
+    for way in [*made, claimed]:
+        if way is None or way.num_blocks in (1, region.numel):
+            continue
+        twin = next((w for w in found if w.num_blocks == way.num_blocks and w.is_inside(way)), None)
+        if way is claimed and twin is not None:
+            claim = twin.name
+        if twin is None:
+            found.append(way)
+    return found, claim
+
+
+def _report(region: Block, mass: BlockMass, claim: str, levels: Levels) -> TensorReport:
+    judgements = {cut: judge(mass, cut, levels) for cut in mass.cuts}
+    evidence = []
+    for cut, judgement in judgements.items():
+        share, excess = mass.share(cut), mass.excess(cut)
+        evidence.append(CutEvidence(
+            cut, mass.num_blocks[cut], share.value, share.standard_error, mass.expected(cut), excess.value,
+            excess.standard_error, mass.contrast(cut), judgement.verdict, judgement.likely,
+        ))  # fmt: skip
+    own = judgements[claim]
+    return TensorReport(
+        region.name, region.parameter, region.numel, claim, own.verdict, own.reason, own.likely,
+        _suggested(evidence, claim), tuple(evidence), own.tests, mass.norm, mass.exact, mass.num_matvecs,
+    )  # fmt: skip
+
+
+def _suggested(evidence: list[CutEvidence], claim: str) -> str:
+    """A cut that follows, the claim before others; else the claim, or if contradicted what likely follows."""
+    (claimed,) = (found for found in evidence if found.cut == claim)
+    following = [found for found in evidence if found.verdict == FOLLOWS]
+    if not following and claimed.verdict in CONTRADICTED:
+        following = [found for found in evidence if found.likely == FOLLOWS]
+    if not following or claimed in following:
+        return claim
+    return max(following, key=lambda found: (found.cut != WHOLE, found.excess)).cut  # the whole has no excess
+
+
+def _is_exact(region: Block, cuttings: list[Cutting], num_probes: int, num_blocks: int, exact: bool | None) -> bool:
+    if exact and region.numel > MOST_EXACT:
+        raise ValueError(
+            f"exact=True asks for the dense Hessian of {region.name}, {region.numel:,} entries; at most {MOST_EXACT:,} "
+            "are taken: leave exact out, or the tensor"
+        )
+    return region.numel <= EXACT_WORTH * cost(cuttings, num_probes, num_blocks) if exact is None else exact
+
+
+def _partition(problem: Problem, given: Any) -> Partition:
+    found = given if isinstance(given, Partition) else partition(problem.model, given)
+    for cut in found.cuts:
+        for part in cut.parts:
+            parameter = problem.parameters.get(part.parameter)
+            if parameter is None or tuple(parameter.shape) != part.shape:
+                raise ValueError(f"partition holds {cut.name!r}, which lies in no trainable parameter of this model")
+    return found
+
+
+def _notes(blocks: Partition) -> tuple[str, ...]:
+    across = [cut.name for cut in blocks.cuts if len(cut.parameters) > 1]
+    if across:
+        told = (
+            f"{len(across)} cuts ({across[0]}, ...) have blocks over several tensors, which are judged in each tensor"
+        )
+        return (*blocks.notes, f"{told} by itself")
+    return tuple(blocks.notes)
+
+
+def _validate(num_probes: int, num_blocks: int, alpha: float, contrast: float, diagonal: float) -> None:
+    for name, value, least in (("num_probes", num_probes, 3), ("num_blocks", num_blocks, 4)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+    for name, level in (("alpha", alpha), ("diagonal", diagonal)):
+        if not 0 < level < 1:
+            raise ValueError(f"{name} is {level!r}; it must lie between 0 and 1")
+    if not contrast > 1:
+        raise ValueError(f"contrast is {contrast!r}; it must exceed 1, which is no structure at all")

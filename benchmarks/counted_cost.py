@@ -29,7 +29,9 @@ def problem() -> ht.Problem:
     return ht.Problem(model, ht.cross_entropy, [(tokens[:, :-1], tokens[:, 1:])])
 
 
-def full_product(problem: ht.Problem, probes: int, record: bool, route: str = "double backward") -> float:
+def full_product(
+    problem: ht.Problem, probes: int, record: bool, route: str = "double backward"
+) -> float:
     """Operations a probe of the whole Hessian; a recorded graph's own recording is not counted."""
     hessian = ht.HessianOperator(problem, record=record, route=route)
     vectors = torch.randn(probes, hessian.size)
@@ -60,7 +62,11 @@ def into_all_leaves(problem: ht.Problem) -> float:
     for leaf, gradient in zip(leaves, gradients, strict=True):
         if leaf.ndim > 1:
             vector = torch.randn_like(leaf)
-            costs.append(operations(lambda g=gradient, v=vector: torch.autograd.backward(g, v, retain_graph=True)))
+            costs.append(
+                operations(
+                    lambda g=gradient, v=vector: torch.autograd.backward(g, v, retain_graph=True)
+                )
+            )
     for leaf in leaves:
         leaf.grad = None
     return sum(costs) / len(costs)
@@ -80,7 +86,10 @@ def main() -> None:
         ("whole Hessian, graph rebuilt, 8 probes", full_product(case, 8, False)),
         ("whole Hessian, graph rebuilt, 1 probe", full_product(case, 1, False)),
         ("one weight block (mean), 4 probes", block_product(case, 4)),
-        ("one weight block (mean), linear program, 4 probes", block_product(case, 4, "linear program")),
+        (
+            "one weight block (mean), linear program, 4 probes",
+            block_product(case, 4, "linear program"),
+        ),
         ("one weight block (mean), 1 probe", block_product(case, 1)),
         ("one weight block (mean), backward into all leaves, 1 probe", into_all_leaves(case)),
     ]

@@ -84,7 +84,9 @@ def chosen_tensors(settings: Settings) -> dict[str, int]:
     """The tensors whose blocks are asked for, {parameter: how many blocks it is cut into}, in the model's order."""
     layers = settings.chosen_layers
     if settings.model == "llama":
-        inner = {f"model.layers.{i}.{matrix}.weight": 1 for i in layers for matrix in LLAMA_MATRICES}
+        inner = {
+            f"model.layers.{i}.{matrix}.weight": 1 for i in layers for matrix in LLAMA_MATRICES
+        }
         return {"model.embed_tokens.weight": 1, **inner, "lm_head.weight": 1}
     inner = {"attn.c_attn": 3, "attn.c_proj": 1, "mlp.c_fc": 1, "mlp.c_proj": 1}
     return {"transformer.wte.weight": 1} | {
@@ -123,7 +125,9 @@ def plan(settings: Settings) -> Plan:
     meta = torch.device("meta")
     tokens = torch.zeros(settings.sequences, settings.context, dtype=torch.int64, device=meta)
     model = build_model(settings, meta)
-    model.config.use_cache = True  # without, transformers looks at a value of its mask, and meta tensors have none
+    model.config.use_cache = (
+        True  # without, transformers looks at a value of its mask, and meta tensors have none
+    )
     return counted(model, token_loss, (tokens, tokens), chosen_tensors(settings), probes=settings.probes,
                    steps=settings.steps)  # fmt: skip
 
@@ -171,7 +175,9 @@ def folder(out: Path, settings: Settings) -> Path:
     return out / f"gpu_{settings.model}_{settings.precision}"
 
 
-def run(settings: Settings, device: torch.device, out: Path, minutes: float | None) -> dict[str, Any]:
+def run(
+    settings: Settings, device: torch.device, out: Path, minutes: float | None
+) -> dict[str, Any]:
     """Goes on until done and writes run.json, or until ``minutes`` are over (:class:`Stopped`)."""
     path = folder(out, settings)
     if (path / "run.json").exists():
@@ -181,7 +187,9 @@ def run(settings: Settings, device: torch.device, out: Path, minutes: float | No
     phases = Phases(path / "seconds.json", device)
     problem = build_problem(settings, device)
     phases.lap(model=0.0)
-    hessian = ht.HessianOperator(problem, memory=settings.memory, **PRECISION_OPTION[settings.precision])
+    hessian = ht.HessianOperator(
+        problem, memory=settings.memory, **PRECISION_OPTION[settings.precision]
+    )
     partition = ht.partition(problem.model, "tensor" if settings.model == "llama" else "official")
     phases.lap(planning=0.0)
     config = {
@@ -208,7 +216,12 @@ def run(settings: Settings, device: torch.device, out: Path, minutes: float | No
 
 
 def _spectra(
-    hessian: Timed, partition: ht.Partition, settings: Settings, journal: Journal, phases: Phases, minutes: float | None
+    hessian: Timed,
+    partition: ht.Partition,
+    settings: Settings,
+    journal: Journal,
+    phases: Phases,
+    minutes: float | None,
 ) -> ht.BlockSpectra:
     """Recording, told by a first product that takes longer than the second, then all blocks."""
     block = hessian.stacked(partition.cuts[-1].chunk(0, 1))

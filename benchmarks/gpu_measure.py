@@ -28,7 +28,11 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfl
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
-    found: dict[str, Any] = {"device": device.type, "cpu": _processor(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "device": device.type,
+        "cpu": _processor(),
+        "threads": torch.get_num_threads(),
+    }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         found |= {"gpu": card.name, "gpu_bytes": card.total_memory, "multiprocessors": card.multi_processor_count,
@@ -62,7 +66,12 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> d
         wait(device)
         times.append(time.perf_counter() - start)
     counted = times[1:]
-    return {"median": float(np.median(counted)), "low": min(counted), "high": max(counted), "repeats": repeats}
+    return {
+        "median": float(np.median(counted)),
+        "low": min(counted),
+        "high": max(counted),
+        "repeats": repeats,
+    }
 
 
 class Clock:
@@ -112,11 +121,19 @@ def matmul_rate(precision: str, size: int, device: torch.device, repeats: int) -
     Random, for a GPU multiplies zeros faster: it draws less power and keeps its clock.
     """
     generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(size, size, device=device, generator=generator).to(DTYPES[precision]) for _ in range(2))
+    a, b = (
+        torch.randn(size, size, device=device, generator=generator).to(DTYPES[precision])
+        for _ in range(2)
+    )
     out = torch.empty_like(a)
     with tf32(precision == "tf32"):
         taken = seconds(lambda: torch.mm(a, b, out=out), device, repeats)
-    return {"precision": precision, "size": size, "seconds": taken, "rate": 2 * size**3 / taken["median"]}
+    return {
+        "precision": precision,
+        "size": size,
+        "seconds": taken,
+        "rate": 2 * size**3 / taken["median"],
+    }
 
 
 def operations(call: Callable[[], object]) -> int:
@@ -145,7 +162,12 @@ def launches(call: Callable[[], object], device: torch.device) -> dict[str, Any]
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     copies = [e for e in events if e.name.startswith(("Memcpy", "Memset"))]
     busy = sum(e.time_range.elapsed_us() for e in events) / 1e6
-    return {**found, "kernels": len(events) - len(copies), "copies": len(copies), "device_seconds": busy}
+    return {
+        **found,
+        "kernels": len(events) - len(copies),
+        "copies": len(copies),
+        "device_seconds": busy,
+    }
 
 
 def moves_data(function: Any) -> bool:
@@ -160,7 +182,9 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if moves_data(function):
             self.calls[str(function)] += 1
         return function(*args, **(kwargs or {}))
@@ -181,9 +205,13 @@ class ResultFile:
         if path.exists():
             kept = json.loads(path.read_text())
             self.rows = kept.pop("rows")
-            differing = [key for key in {**self.header, **kept} if kept.get(key) != self.header.get(key)]
+            differing = [
+                key for key in {**self.header, **kept} if kept.get(key) != self.header.get(key)
+            ]
             if differing:
-                raise ValueError(f"{path} has rows of another {', '.join(differing)}; remove it or name another --out")
+                raise ValueError(
+                    f"{path} has rows of another {', '.join(differing)}; remove it or name another --out"
+                )
 
     def has(self, **key: Any) -> bool:
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
@@ -191,7 +219,9 @@ class ResultFile:
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows.append(json.loads(json.dumps(row)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps({**self.header, "rows": self.rows}, indent=1).encode())
+        write_atomically(
+            self.path, json.dumps({**self.header, "rows": self.rows}, indent=1).encode()
+        )
 
 
 def _processor() -> str:

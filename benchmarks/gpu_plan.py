@@ -47,7 +47,9 @@ class Plan:
     model_bytes: int
     forward_operations: int
     gradient_operations: int
-    graph_bytes: int  # saved by autograd for second derivatives, and the gradients of the chosen blocks
+    graph_bytes: (
+        int  # saved by autograd for second derivatives, and the gradients of the chosen blocks
+    )
     costs: tuple[BlockCost, ...]
     probes: int  # k
     steps: int  # m
@@ -71,7 +73,9 @@ class Plan:
     def lanczos_traffic(self) -> int:
         """Bytes that full re-orthogonalisation moves: step j reads j vectors, twice in each of two passes."""
         reads = 2 * self.steps * (self.steps + 1) + STEP_VECTORS * self.steps
-        return self.probes * reads * sum(cost.blocks * cost.size * VECTOR_BYTES for cost in self.costs)
+        return (
+            self.probes * reads * sum(cost.blocks * cost.size * VECTOR_BYTES for cost in self.costs)
+        )
 
     @property
     def largest_basis(self) -> int:
@@ -85,7 +89,11 @@ class Plan:
 
     def seconds(self, rate: float, bandwidth: float) -> tuple[float, float, float]:
         """At a ``rate``: of the operations, of the products' traffic and of re-orthogonalisation's."""
-        return self.operations / rate, self.product_traffic / bandwidth, self.lanczos_traffic / bandwidth
+        return (
+            self.operations / rate,
+            self.product_traffic / bandwidth,
+            self.lanczos_traffic / bandwidth,
+        )
 
     def report(self, rate: float, share: float, bandwidth: float) -> str:
         """The counts and the time at a share of the rate, in lines."""
@@ -111,7 +119,13 @@ class Plan:
 
 
 def counted(
-    model: nn.Module, loss_fn: LossFunction, batch: Any, blocks: Mapping[str, int], *, probes: int, steps: int
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Any,
+    blocks: Mapping[str, int],
+    *,
+    probes: int,
+    steps: int,
 ) -> Plan:
     """The Plan of a run on ``model`` and ``batch``, both of meta tensors; ``blocks``: how many of each tensor's equal
     parts are blocks, {parameter: count}, and no other parameter is differentiated."""
@@ -120,13 +134,20 @@ def counted(
     for name, parameter in named.items():
         parameter.requires_grad_(name in blocks)
     saved = _Storages(named.values())
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.enable_grad(),
+        saved_tensors_hooks(saved.pack, lambda tensor: tensor),
+    ):
         losses: list[Tensor] = []
         forward = operations(lambda: losses.append(loss_fn(model, batch)))
         gradients: list[Tensor] = []
-        backward = operations(lambda: gradients.extend(torch.autograd.grad(losses, chosen, create_graph=True)))
+        backward = operations(
+            lambda: gradients.extend(torch.autograd.grad(losses, chosen, create_graph=True))
+        )
     costs = tuple(
-        _block_cost(name, count, *pair) for (name, count), *pair in zip(blocks.items(), chosen, gradients, strict=True)
+        _block_cost(name, count, *pair)
+        for (name, count), *pair in zip(blocks.items(), chosen, gradients, strict=True)
     )
     return Plan(
         sum(p.numel() for p in named.values()), sum(p.nbytes for p in named.values()), forward, forward + backward,
@@ -138,7 +159,9 @@ def _block_cost(name: str, count: int, parameter: Tensor, gradient: Tensor) -> B
     vector = torch.zeros_like(gradient)[None]
 
     def product() -> None:
-        torch.autograd.grad([gradient], [parameter], [vector], retain_graph=True, is_grads_batched=True)
+        torch.autograd.grad(
+            [gradient], [parameter], [vector], retain_graph=True, is_grads_batched=True
+        )
 
     with _Traffic() as traffic:
         counted = operations(product)
@@ -167,7 +190,9 @@ class _Traffic(TorchDispatchMode):
         super().__init__()
         self.nbytes = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         if moves_data(function):
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]

@@ -28,7 +28,12 @@ class Settings:
     probes: tuple[int, ...] = (1, 8, 32)
     repeats: int = 10
     models: tuple[str, ...] = ("gpt2", "llama", "resnet50")
-    small_models: tuple[str, ...] = ("mlp", "gpt-nano", "resnet-nano", "gpt2")  # whose launches are counted
+    small_models: tuple[str, ...] = (
+        "mlp",
+        "gpt-nano",
+        "resnet-nano",
+        "gpt2",
+    )  # whose launches are counted
     sequences: int = 4
     context: int = 1024
     images: int = 64
@@ -69,15 +74,21 @@ def measure_products(
         for precision in rates:
             cases = [(kind, k) for kind in PRODUCTS for k in settings.probes]
             key = {"model": model, "precision": precision}
-            missing = [(kind, k) for kind, k in cases if not results.has(**key, product=kind, probes=k)]
+            missing = [
+                (kind, k) for kind, k in cases if not results.has(**key, product=kind, probes=k)
+            ]
             if not missing:
                 continue
             problem = build(model, settings, device, precision)
-            hessian = ht.HessianOperator(problem, memory=settings.memory, **PRECISION_OPTION[precision])
+            hessian = ht.HessianOperator(
+                problem, memory=settings.memory, **PRECISION_OPTION[precision]
+            )
             forward = forward_operations(problem)
             for kind, k in missing:
                 row = {**key, "product": kind, "probes": k, "forward_operations": forward}
-                results.add({**row, **_measured(hessian, kind, k, settings.repeats, rates[precision])})
+                results.add(
+                    {**row, **_measured(hessian, kind, k, settings.repeats, rates[precision])}
+                )
             del problem, hessian
 
 
@@ -86,7 +97,10 @@ def _measured(hessian: Any, kind: str, k: int, repeats: int, rate: float) -> dic
     device = hessian.device
     operators = [hessian] if kind == "full" else sampled_blocks(hessian)
     try:
-        vectors = [torch.randn(k, operator.size, device=device).to(operator.dtype) for operator in operators]
+        vectors = [
+            torch.randn(k, operator.size, device=device).to(operator.dtype)
+            for operator in operators
+        ]
 
         def products() -> None:
             for operator, rows in zip(operators, vectors, strict=True):
@@ -141,7 +155,9 @@ def _calls(hessian: Any) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def gradient() -> None:
         with problem.evaluating():
-            torch.autograd.grad(problem.batch_loss(problem.batches[0]), list(problem.parameters.values()))
+            torch.autograd.grad(
+                problem.batch_loss(problem.batches[0]), list(problem.parameters.values())
+            )
 
     yield "gradient", gradient
     yield "full product", lambda: hessian.matmat(whole)
@@ -180,10 +196,14 @@ def build(model: str, settings: Settings, device: torch.device, precision: str) 
         examples, size = (settings.sequences, settings.context) if text else (settings.images, None)
         loaded = zoo.load(model, seed=settings.seed, num_examples=examples, context=size if text else None,
                           device=device, dtype=dtype)  # fmt: skip
-        return ht.Problem(loaded.model, loaded.loss_fn, loaded.batches, batch_stats=loaded.batch_stats)
+        return ht.Problem(
+            loaded.model, loaded.loss_fn, loaded.batches, batch_stats=loaded.batch_stats
+        )
     torch.manual_seed(settings.seed)
     if model == "llama":
-        network: nn.Module = llama(*settings.llama, vocabulary=data.TOKENIZERS["bpe"].size, context=settings.context)
+        network: nn.Module = llama(
+            *settings.llama, vocabulary=data.TOKENIZERS["bpe"].size, context=settings.context
+        )
         batches = data.language_batches(data.text_tokens("bpe"), num_examples=settings.sequences,
                                         batch_size=settings.sequences, context=settings.context)  # fmt: skip
         return ht.Problem(network.to(device, dtype).eval(), ht.cross_entropy, batches)
@@ -195,7 +215,14 @@ def build(model: str, settings: Settings, device: torch.device, precision: str) 
 
 
 def llama(
-    width: int, mlp: int, heads: int, layers: int, *, vocabulary: int, context: int, dtype: torch.dtype = torch.float32
+    width: int,
+    mlp: int,
+    heads: int,
+    layers: int,
+    *,
+    vocabulary: int,
+    context: int,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """A Llama of transformers on torch's default device, at random initialisation, in evaluation mode."""
     repair()

@@ -21,11 +21,15 @@ BLOCK = "transformer.h.0.attn.c_attn.weight[q]"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="gpt2", help="a GPT-2 of `hessian-tools models`")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--memory", default="8GB")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "long_context.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "long_context.json"
+    )
     found = parser.parse_args()
     made = zoo.load(found.model, num_examples=1, context=found.context)
     problem = ht.Problem(made.model, made.loss_fn, made.batches)
@@ -41,7 +45,9 @@ def main() -> None:
     }  # fmt: skip
     found.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(found.out, json.dumps({"hardware": hardware(), **facts}, indent=1).encode())
-    print(f"{hessian.route}\nprocess: {before:.2f} GiB with model and data, {peak:.2f} GiB at its peak")
+    print(
+        f"{hessian.route}\nprocess: {before:.2f} GiB with model and data, {peak:.2f} GiB at its peak"
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,11 @@ WAYS = {
     "recorded": {"route": "double backward", "record": True},
     "rebuilt": {"route": "double backward", "record": False},
     "recorded, streamed": {"route": "double backward", "record": True, "segments": STREAMED},
-    "recorded, layers recomputed": {"route": "double backward", "record": True, "segments": LAYERED},
+    "recorded, layers recomputed": {
+        "route": "double backward",
+        "record": True,
+        "segments": LAYERED,
+    },
     "linear program": {"route": "linear program"},
 }
 MODELS = ("resnet18", "gpt")
@@ -42,8 +46,12 @@ def measured(model: str, way: str, probes: int, device: str, smoke: bool) -> dic
     case = build(model, device, torch.float32, smoke)
     with sdpa_kernel(SDPBackend.MATH):
         operator = ht.HessianOperator(case.problem(), memory="12GiB", **WAYS[way])
-        vectors = torch.randn(probes, operator.size, generator=torch.Generator().manual_seed(0)).to(operator.device)
-        operator.matmat(vectors)  # with a linear program's trace, its comparison and whatever libraries load once
+        vectors = torch.randn(probes, operator.size, generator=torch.Generator().manual_seed(0)).to(
+            operator.device
+        )
+        operator.matmat(
+            vectors
+        )  # with a linear program's trace, its comparison and whatever libraries load once
         operator.release()
         taken = peak_bytes(operator.device, lambda: operator.matmat(vectors)) + vectors.nbytes
     return {
@@ -54,27 +62,49 @@ def measured(model: str, way: str, probes: int, device: str, smoke: bool) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--smoke", action="store_true", help="tiny networks: what is loaded once outweighs products")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny networks: what is loaded once outweighs products"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default results/peaks_DEVICE.json)")
-    parser.add_argument("--one", nargs=3, metavar=("MODEL", "WAY", "PROBES"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--one", nargs=3, metavar=("MODEL", "WAY", "PROBES"), help=argparse.SUPPRESS
+    )
     found = parser.parse_args()
     if found.one:
         model, way, probes = found.one
         print(json.dumps(measured(model, way, int(probes), found.device, found.smoke)))
         return
-    out = found.out or Path(__file__).parent / "results" / f"peaks_{found.device.partition(':')[0]}.json"
+    out = (
+        found.out
+        or Path(__file__).parent / "results" / f"peaks_{found.device.partition(':')[0]}.json"
+    )
     rows = []
     todo = [(model, way, probes) for model in found.models for way in WAYS for probes in PROBES]
     for model, way, probes in tqdm(todo, file=sys.stderr, disable=None):
         own = [sys.executable, __file__, "--one", model, way, str(probes), "--device", found.device]
-        done = subprocess.run([*own, *["--smoke"] * found.smoke], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*own, *["--smoke"] * found.smoke], capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            raise SystemExit(f"{model}, {way}, {probes} probes: {done.stderr.strip().splitlines()[-1]}")
-        rows.append({"model": model, "way": way, "probes": probes, **json.loads(done.stdout.splitlines()[-1])})
-        write_atomically(out, json.dumps({"hardware": hardware(), "peaks": rows}, indent=1).encode())
+            raise SystemExit(
+                f"{model}, {way}, {probes} probes: {done.stderr.strip().splitlines()[-1]}"
+            )
+        rows.append(
+            {
+                "model": model,
+                "way": way,
+                "probes": probes,
+                **json.loads(done.stdout.splitlines()[-1]),
+            }
+        )
+        write_atomically(
+            out, json.dumps({"hardware": hardware(), "peaks": rows}, indent=1).encode()
+        )
     lines = [
         (r["model"], r["way"], str(r["probes"]), format_bytes(r["planned"]), format_bytes(r["taken"]),
          f"{r['taken'] / r['planned'] - 1:+.0%}")

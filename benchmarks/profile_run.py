@@ -54,10 +54,16 @@ def run(start: float) -> None:
     spent: dict[str, float] = defaultdict(float)
     spent["imports"] = time.time() - start
     differentiated = double_backward.DoubleBackward._differentiated
-    double_backward.DoubleBackward._differentiated = clocked(spent, "second-order passes", differentiated)
-    linear_route.Program.__call__ = clocked(spent, "second-order passes", linear_route.Program.__call__)
+    double_backward.DoubleBackward._differentiated = clocked(
+        spent, "second-order passes", differentiated
+    )
+    linear_route.Program.__call__ = clocked(
+        spent, "second-order passes", linear_route.Program.__call__
+    )
     engine.choose = clocked(spent, "planning", engine.choose)
-    engine.Engine._linearise = clocked(spent, "tracing and checking the linear program", engine.Engine._linearise)
+    engine.Engine._linearise = clocked(
+        spent, "tracing and checking the linear program", engine.Engine._linearise
+    )
     cli.verify = clocked(spent, "verification", cli.verify)
     quadrature.lanczos = clocked(spent, "Lanczos besides the products", quadrature.lanczos)
     cli.js_heterogeneity = clocked(spent, "heterogeneity", cli.js_heterogeneity)
@@ -67,20 +73,31 @@ def run(start: float) -> None:
         code = cli.main(["js0", "--model", model, *ARGUMENTS, "--out", str(Path(folder) / "out")])
     total = time.time() - start
     spent["all else"] = total - sum(spent.values())
-    print(f"\nhessian-tools js0 --model benchmarks/profile_run.py:problem {' '.join(ARGUMENTS)}, exit code {code}")
+    print(
+        f"\nhessian-tools js0 --model benchmarks/profile_run.py:problem {' '.join(ARGUMENTS)}, exit code {code}"
+    )
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"{name:<42}{seconds / total:8.1%}")
     print(f"{'whole process':<42}{total:7.1f} s")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny network; shares mean nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
     found = parser.parse_args()
-    environment = os.environ | {"PROFILE_START": repr(time.time()), "PROFILE_SMOKE": "1" if found.smoke else ""}
+    environment = os.environ | {
+        "PROFILE_START": repr(time.time()),
+        "PROFILE_SMOKE": "1" if found.smoke else "",
+    }
     ran = subprocess.run(
-        [sys.executable, __file__, "--run"], env=environment, check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--run"],
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     text = ran.stdout[ran.stdout.index("\nhessian-tools js0") + 1 :]
     found.out.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,11 @@ def counted(q: quadratic.Quadratic, method: str, settings: dict[str, Any]) -> fl
     few, knobs, threads = q.part(slice(0, 1)), settings | {"step": 0.01}, torch.get_num_threads()
 
     def steps(number: int) -> int:
-        return operations(lambda: quadratic.run(few, method, num_starts=2, num_steps=number, progress=False, **knobs))
+        return operations(
+            lambda: quadratic.run(
+                few, method, num_starts=2, num_steps=number, progress=False, **knobs
+            )
+        )
 
     torch.set_num_threads(1)  # the counter sees what its own thread does
     try:
@@ -68,7 +72,13 @@ def products_alone(q: quadratic.Quadratic, starts: int, steps: int) -> float:
     def one(piece: tuple[slice, slice]) -> Tensor:
         problems, runs = piece
         part = q.part(problems)
-        w = torch.randn(part.num_problems, runs.stop - runs.start, q.size, dtype=torch.float64, device=q.hessian.device)
+        w = torch.randn(
+            part.num_problems,
+            runs.stop - runs.start,
+            q.size,
+            dtype=torch.float64,
+            device=q.hessian.device,
+        )
         tiles = simulation.tiles_of(part)
         if part.num_problems == 1:
             w, tiles = w[0], [(where, block[0]) for where, block in tiles]
@@ -125,22 +135,40 @@ def as_table(found: dict[str, Any]) -> str:
         rows.append([label, f"{seconds:.1f}", f"{1e9 * seconds / total:.0f}", f"{row['flop_a_step']:,.0f}",
                      f"{rate / 1e9:.1f}", f"{100 * rate / found['peak_flop_per_second']:.0f} %",
                      f"{found['products_alone_seconds']:.1f}"])  # fmt: skip
-    header = ("method", "seconds", "ns a step", "FLOP a step", "GFLOP/s", "of the peak rate", "products alone, s")
+    header = (
+        "method",
+        "seconds",
+        "ns a step",
+        "FLOP a step",
+        "GFLOP/s",
+        "of the peak rate",
+        "products alone, s",
+    )
     title = f"{found['runs']:,} runs of {found['steps']:,} steps, d = 90, float64, {named(found['hardware'])}; "
     title += f"peak {found['peak_flop_per_second'] / 1e9:.0f} GFLOP/s"
-    return "\n".join([title + (f" ({found['note']})" if found["note"] else ""), table(header, rows)])
+    return "\n".join(
+        [title + (f" ({found['note']})" if found["note"] else ""), table(header, rows)]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--repeats", type=int, default=1, help="of each method; all are kept (default: 1)")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="of each method; all are kept (default: 1)"
+    )
     parser.add_argument("--smoke", action="store_true", help="40 runs of 130 steps")
     parser.add_argument("--note", default="", help="kept with the numbers and printed above them")
     parser.add_argument("--out", type=Path, help="file of the result")
     parser.add_argument("--table", action="store_true", help="print the table of the kept result")
     arguments = parser.parse_args()
-    name = "quadratic" + ("" if arguments.device == "cpu" else "_cuda") + ("_smoke" if arguments.smoke else "")
+    name = (
+        "quadratic"
+        + ("" if arguments.device == "cpu" else "_cuda")
+        + ("_smoke" if arguments.smoke else "")
+    )
     out = arguments.out or RESULTS / f"{name}.json"
     if arguments.table:
         print(as_table(json.loads(out.read_text())))

@@ -33,36 +33,51 @@ PROBES = 8
 RESULT = Path(__file__).parent / "results" / "routes.json"
 
 
-def by_functorch(case: Case, vectors: Tensor) -> tuple[Callable[[list[Tensor]], list[Tensor]], list[Tensor]]:
+def by_functorch(
+    case: Case, vectors: Tensor
+) -> tuple[Callable[[list[Tensor]], list[Tensor]], list[Tensor]]:
     """H v for all v at once, and v by parameter."""
     state = {name: p.detach() for name, p in case.parameters.items()}
     ((inputs, targets),) = case.batches
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
         outputs = functional_call(case.model, parameters, (inputs,))
-        return F.cross_entropy(getattr(outputs, "logits", outputs).flatten(0, -2), targets.flatten())
+        return F.cross_entropy(
+            getattr(outputs, "logits", outputs).flatten(0, -2), targets.flatten()
+        )
 
     def product(tangents: list[Tensor]) -> list[Tensor]:
-        return list(jvp(grad(loss), (state,), (dict(zip(state, tangents, strict=True)),))[1].values())
+        return list(
+            jvp(grad(loss), (state,), (dict(zip(state, tangents, strict=True)),))[1].values()
+        )
 
     pieces = vectors.split([p.numel() for p in state.values()], dim=1)
-    given = [piece.reshape(-1, *p.shape).contiguous() for piece, p in zip(pieces, state.values(), strict=True)]
+    given = [
+        piece.reshape(-1, *p.shape).contiguous()
+        for piece, p in zip(pieces, state.values(), strict=True)
+    ]
 
     def batched(tangents: list[Tensor]) -> list[Tensor]:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")  # torch's own, under jvp
+            warnings.filterwarnings(
+                "ignore", message=".torch.jit.script. is deprecated"
+            )  # torch's own, under jvp
             return vmap(product)(tangents)
 
     return batched, given
 
 
-def compiled(product: Callable[[list[Tensor]], list[Tensor]], vectors: list[Tensor]) -> Callable[[], Any]:
+def compiled(
+    product: Callable[[list[Tensor]], list[Tensor]], vectors: list[Tensor]
+) -> Callable[[], Any]:
     """The traced pass with everything that does not depend on the vectors computed once, the rest compiled."""
     traced = make_fx(product)(vectors)
     graph = traced.graph
     moving = {node for node in graph.nodes if node.op == "placeholder"}
     for node in graph.nodes:
-        if node.op == "call_function" and any(argument in moving for argument in node.all_input_nodes):
+        if node.op == "call_function" and any(
+            argument in moving for argument in node.all_input_nodes
+        ):
             moving.add(node)
     values: dict[fx.Node, Any] = {}
     inner: dict[fx.Node, fx.Node] = {}
@@ -74,7 +89,9 @@ def compiled(product: Callable[[list[Tensor]], list[Tensor]], vectors: list[Tens
         if node.op == "get_attr":
             values[node] = getattr(traced, node.target)
         elif node.op == "call_function" and node not in moving:
-            values[node] = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))
+            values[node] = node.target(
+                *fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get)
+            )
         elif node.op in ("call_function", "output"):
             for argument in node.all_input_nodes:
                 if argument not in inner:
@@ -88,8 +105,12 @@ def compiled(product: Callable[[list[Tensor]], list[Tensor]], vectors: list[Tens
 def ways(case: Case, with_compiled: bool) -> dict[str, tuple[int, Callable[[], Any]]]:
     """By name: products of one call, and the call."""
     problem = case.problem()
-    vectors = torch.randn(PROBES, problem.num_parameters, generator=torch.Generator().manual_seed(0))
-    operators = {r: ht.HessianOperator(problem, route=r) for r in ("double backward", "linear program")}
+    vectors = torch.randn(
+        PROBES, problem.num_parameters, generator=torch.Generator().manual_seed(0)
+    )
+    operators = {
+        r: ht.HessianOperator(problem, route=r) for r in ("double backward", "linear program")
+    }
 
     def keeping(operator: ht.HessianOperator, rows: int, kept: bool) -> Callable[[], Tensor]:
         def call() -> Tensor:
@@ -106,7 +127,10 @@ def ways(case: Case, with_compiled: bool) -> dict[str, tuple[int, Callable[[], A
     for route, operator in operators.items():
         for rows in (1, PROBES):
             found[f"{route}, {rows} at once"] = rows, keeping(operator, rows, True)
-            found[f"{route}, {rows} at once, freed memory given back"] = rows, keeping(operator, rows, False)
+            found[f"{route}, {rows} at once, freed memory given back"] = (
+                rows,
+                keeping(operator, rows, False),
+            )
     product, given = by_functorch(case, vectors)
     found[f"vmap(jvp(grad)), {PROBES} at once"] = PROBES, lambda: product(given)
     if with_compiled:
@@ -122,8 +146,12 @@ def forward(case: Case) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=("mlp", "resnet18", "gpt"), default=["gpt", "resnet18"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=("mlp", "resnet18", "gpt"), default=["gpt", "resnet18"]
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="tiny networks; times mean nothing")
@@ -143,9 +171,13 @@ def main() -> None:
                     seconds[way].append((time.perf_counter() - started) / products)
         unit = statistics.median(seconds.pop("forward")[1:])
         ratios[name] = {"description": case.description, "forward_seconds": unit}
-        ratios[name]["forward_passes"] = {way: [s / unit for s in taken[1:]] for way, taken in seconds.items()}
+        ratios[name]["forward_passes"] = {
+            way: [s / unit for s in taken[1:]] for way, taken in seconds.items()
+        }
     found.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(found.out, json.dumps({"hardware": hardware(), "models": ratios}, indent=1).encode())
+    write_atomically(
+        found.out, json.dumps({"hardware": hardware(), "models": ratios}, indent=1).encode()
+    )
     columns = [ratios[name]["forward_passes"] for name in ratios]
     rows = [[way, *(f"{statistics.median(c[way]):.2f}" for c in columns)] for way in columns[0]]
     print(table(("forward passes a product, median", *ratios), rows))

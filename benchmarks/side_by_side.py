@@ -29,28 +29,42 @@ from tqdm import tqdm
 from hessian_tools.results import write_atomically
 
 ROUNDS = {"a1": 5, "a8": 4, "b": 4, "c": 2, "d": 2}
-SETTLE = 0.05  # seconds between two contenders, so that idle threads of the last one have gone to sleep
+SETTLE = (
+    0.05  # seconds between two contenders, so that idle threads of the last one have gone to sleep
+)
 LIMIT = 900.0  # seconds after which a request is given up
 RESULTS = Path(__file__).parent / "results"
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--jobs", nargs="+", choices=job_list.WORDS, default=list(job_list.WORDS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, help=f"of every job (default {ROUNDS})")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--threads", type=int, default=0, help="of torch in each contender (default: torch's own)")
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny networks, one round: under a minute, times mean nothing"
+        "--threads", type=int, default=0, help="of torch in each contender (default: torch's own)"
     )
-    parser.add_argument("--out", type=Path, help=f"JSON file (default {RESULTS.name}/side_by_side_DEVICE.json)")
     parser.add_argument(
-        "--add", action="store_true", help="put what is measured into the JSON file, in place of the same models' jobs"
+        "--smoke",
+        action="store_true",
+        help="tiny networks, one round: under a minute, times mean nothing",
     )
-    parser.add_argument("--table", action="store_true", help="print the tables of the JSON file, run nothing")
+    parser.add_argument(
+        "--out", type=Path, help=f"JSON file (default {RESULTS.name}/side_by_side_DEVICE.json)"
+    )
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="put what is measured into the JSON file, in place of the same models' jobs",
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of the JSON file, run nothing"
+    )
     found = parser.parse_args()
     kind = found.device.partition(":")[0] + ("_smoke" if found.smoke else "")
     found.out = found.out or RESULTS / f"side_by_side_{kind}.json"
@@ -63,13 +77,21 @@ def hardware() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cpu = names[0] if names else platform.processor() or platform.machine()
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_bytes": memory, "system": platform.system(), "gpu": None}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "system": platform.system(),
+        "gpu": None,
+    }
 
 
 class Run:
     """All contenders' processes, and what they have found so far."""
 
-    def __init__(self, options: argparse.Namespace, processes: dict[str, Process], scratch: str) -> None:
+    def __init__(
+        self, options: argparse.Namespace, processes: dict[str, Process], scratch: str
+    ) -> None:
         self.options, self.processes, self.scratch = options, processes, scratch
 
     @contextmanager
@@ -128,7 +150,11 @@ class Run:
             entry.pop("threads", None)
         rounds = self.options.rounds
         expected = sum(e.get("seconds", 0) * rounds[job] for job, _, e in self.entries(model))
-        print(f"{name}: timing will take about {expected / 60:.1f} minutes", file=sys.stderr, flush=True)
+        print(
+            f"{name}: timing will take about {expected / 60:.1f} minutes",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def count_operations(self, model: dict[str, Any]) -> None:
         products = {"a1": 1, "a8": model["work"]["probes"], "b": len(model["blocks"])}
@@ -141,8 +167,12 @@ class Run:
     def time(self, model: dict[str, Any]) -> None:
         """Round robin; who goes first moves on by one in every round."""
         for job, rounds in self.options.rounds.items():
-            entries = {c: e for c, e in model["jobs"][job]["contenders"].items() if "error" not in e}
-            for number in tqdm(range(rounds), desc=f"({job})", file=sys.stderr, disable=None, leave=False):
+            entries = {
+                c: e for c, e in model["jobs"][job]["contenders"].items() if "error" not in e
+            }
+            for number in tqdm(
+                range(rounds), desc=f"({job})", file=sys.stderr, disable=None, leave=False
+            ):
                 order = list(entries)
                 start = number % max(1, len(order))
                 for contender in order[start:] + order[:start]:
@@ -169,7 +199,9 @@ def run(options: argparse.Namespace, result: dict[str, Any], partial: Path) -> N
             stack.callback(process.end)
         for contender, process in processes.items():
             if "error" in (loaded := process.loaded()):
-                raise SystemExit(f"{contender} cannot be loaded ({loaded['error']}): `make bench` installs it")
+                raise SystemExit(
+                    f"{contender} cannot be loaded ({loaded['error']}): `make bench` installs it"
+                )
         bench = Run(options, processes, scratch)
         for group, names in (("models", options.models), ("special", list(SPECIAL))):
             for name in names:
@@ -205,9 +237,20 @@ def main() -> None:
     options = arguments()
     if not options.table:
         packages = {"torch": version("torch")}
-        packages |= {c.package: version(c.package) for c in map(CONTENDERS.get, options.contenders) if c.package}
-        labels = {name: {"label": CONTENDERS[name].name, "how": CONTENDERS[name].how} for name in options.contenders}
-        settings = {k: v for k, v in vars(options).items() if k not in ("out", "add", "table", "jobs", "contenders")}
+        packages |= {
+            c.package: version(c.package)
+            for c in map(CONTENDERS.get, options.contenders)
+            if c.package
+        }
+        labels = {
+            name: {"label": CONTENDERS[name].name, "how": CONTENDERS[name].how}
+            for name in options.contenders
+        }
+        settings = {
+            k: v
+            for k, v in vars(options).items()
+            if k not in ("out", "add", "table", "jobs", "contenders")
+        }
         result = {"benchmark": "side_by_side", "hardware": hardware(), "packages": packages, "settings": settings,
                   "contenders": labels, "models": {}, "special": {}}  # fmt: skip
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +258,10 @@ def main() -> None:
         if partial.exists():
             kept = json.loads(partial.read_text())
             if {**kept, "models": {}, "special": {}} == result:
-                print(f"going on from {partial}, which has {', '.join(kept['models'])}", file=sys.stderr)
+                print(
+                    f"going on from {partial}, which has {', '.join(kept['models'])}",
+                    file=sys.stderr,
+                )
                 result = kept
         run(options, result, partial)
         if options.add and options.out.exists():
@@ -227,5 +273,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contenders' processes are ended, too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that the contenders' processes are ended, too
     main()

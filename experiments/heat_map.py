@@ -10,4 +10,6 @@ def heat_map(matrix: np.ndarray, pooled: int = 1) -> np.ndarray:
     largest, to an eighth of a decade."""
     rows, columns = (size // pooled for size in matrix.shape)
     sizes = np.sqrt(np.square(matrix).reshape(rows, pooled, columns, pooled).mean((1, 3)))
-    return (np.round(8 * np.log10(np.maximum(sizes / sizes.max(), 10**LEAST))) / 8).astype(np.float16)
+    return (np.round(8 * np.log10(np.maximum(sizes / sizes.max(), 10**LEAST))) / 8).astype(
+        np.float16
+    )

@@ -16,16 +16,31 @@ from hessian_tools.problem import zoo
 
 # name -> knobs of zoo.load; ResNet-18 at full size on small images, so that minutes suffice
 MODELS: dict[str, dict[str, int]] = {"resnet18": {"image_size": 32, "num_examples": 32}}
-MODELS |= {f"{family}-nano": {} for family in ("resnet", "vgg", "mixer", "vit", "bert", "gpt2", "gpt")} | {"mlp": {}}
+MODELS |= {
+    f"{family}-nano": {} for family in ("resnet", "vgg", "mixer", "vit", "bert", "gpt2", "gpt")
+} | {"mlp": {}}
 PROBES, STEPS = 4, 40  # the literature: 10 and 100
-SMOKE_MODELS, SMOKE_PROBES, SMOKE_STEPS = {"vgg-nano": {"num_examples": 2}, "mlp": {"num_examples": 2}}, 2, 6
+SMOKE_MODELS, SMOKE_PROBES, SMOKE_STEPS = (
+    {"vgg-nano": {"num_examples": 2}, "mlp": {"num_examples": 2}},
+    2,
+    6,
+)
 SEED = 0
 OUT = Path("results/js0_families")
 
 
-def block_spectra(name: str, knobs: dict[str, int], probes: int, steps: int, out: Path) -> ht.BlockSpectra:
+def block_spectra(
+    name: str, knobs: dict[str, int], probes: int, steps: int, out: Path
+) -> ht.BlockSpectra:
     """Spectra of one network's weight blocks; blocks that an interrupted run has finished are taken from it."""
-    config = {"command": "js0_families", "model": name, **knobs, "probes": probes, "steps": steps, "seed": SEED}
+    config = {
+        "command": "js0_families",
+        "model": name,
+        **knobs,
+        "probes": probes,
+        "steps": steps,
+        "seed": SEED,
+    }
     folder = RunFolder(out / "spectra" / name, config)
     if folder.result:
         return folder.result["spectra"]
@@ -41,19 +56,35 @@ def block_spectra(name: str, knobs: dict[str, int], probes: int, steps: int, out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="two families, few products: under a minute")
-    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="two families, few products: under a minute"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
+    )
     arguments = parser.parse_args()
     out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
-    models, probes, steps = (SMOKE_MODELS, SMOKE_PROBES, SMOKE_STEPS) if arguments.smoke else (MODELS, PROBES, STEPS)
+    models, probes, steps = (
+        (SMOKE_MODELS, SMOKE_PROBES, SMOKE_STEPS) if arguments.smoke else (MODELS, PROBES, STEPS)
+    )
     found = {}
     for name, knobs in models.items():
         found[name] = ht.js_heterogeneity(block_spectra(name, knobs, probes, steps, out))
         print(f"{name}: {found[name].verdict}\n", flush=True)
     config = {"models": models, "probes": probes, "steps": steps, "seed": SEED, "blocks": "weights"}
     ht.save(found, out / "result", config=config)
-    header = ("network", "JS0 (literature)", "bounded", "log", "Wasserstein", "scale spread", "verdict")
+    header = (
+        "network",
+        "JS0 (literature)",
+        "bounded",
+        "log",
+        "Wasserstein",
+        "scale spread",
+        "verdict",
+    )
     order = ("unnormalised", "bounded", "log", "wasserstein")
     rows = []
     for name, js in found.items():

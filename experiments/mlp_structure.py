@@ -35,7 +35,17 @@ from hessian_tools.problem import data
 
 IMAGES, SIDE, CHANNELS, HIDDEN = 2000, 32, 3, 8
 CLUSTERS, ROUNDS = 10, 30  # of k-means in each class; classes of the network: 10 times as many
-EPOCHS = (0, 2, 8, 30, 60, 100, 200, 300, 400)  # when masses are taken; pictures: first, half and end
+EPOCHS = (
+    0,
+    2,
+    8,
+    30,
+    60,
+    100,
+    200,
+    300,
+    400,
+)  # when masses are taken; pictures: first, half and end
 BATCH, RATE, SEED = 128, 3e-4, 0  # Adam
 GRID = 8  # pixels drawn in each direction
 DRAWN_CLASSES = 12  # in the picture of H_wv
@@ -52,7 +62,10 @@ def clustered(points: Tensor, stream: torch.Generator) -> Tensor:
     centres = points[torch.randperm(len(points), generator=stream)[:CLUSTERS]]
     for _ in range(ROUNDS):
         labels = torch.cdist(points, centres).argmin(1)
-        means = [points[labels == i].mean(0) if (labels == i).any() else centres[i] for i in range(CLUSTERS)]
+        means = [
+            points[labels == i].mean(0) if (labels == i).any() else centres[i]
+            for i in range(CLUSTERS)
+        ]
         centres = torch.stack(means)
     return labels
 
@@ -60,9 +73,18 @@ def clustered(points: Tensor, stream: torch.Generator) -> Tensor:
 def images(count: int, side: int) -> tuple[Tensor, Tensor]:
     """(N, 3 s s) float64 and (N,) labels 0 to 99."""
     ((pixels, classes),) = data.image_batches(
-        data.image_source(), num_examples=count, batch_size=count, image_size=side, channels=CHANNELS, seed=SEED
+        data.image_source(),
+        num_examples=count,
+        batch_size=count,
+        image_size=side,
+        channels=CHANNELS,
+        seed=SEED,
     )
-    inputs, labels, stream = pixels.flatten(1).double(), classes.clone(), torch.Generator().manual_seed(SEED)
+    inputs, labels, stream = (
+        pixels.flatten(1).double(),
+        classes.clone(),
+        torch.Generator().manual_seed(SEED),
+    )
     for number in classes.unique().tolist():
         own = classes == number
         labels[own] = CLUSTERS * number + clustered(inputs[own], stream)
@@ -80,12 +102,19 @@ def initial(inputs: Tensor, labels: Tensor, classes: int, seed: int) -> ReluHess
 def initial_shares(inputs: Tensor, labels: Tensor, classes: int, seeds: int) -> np.ndarray:
     """(seeds, 2) shares of H_ww's mass inside neurons and of H_vv's inside outputs at initialisation."""
     nets = (in_one_channel(initial(inputs, labels, classes, seed)) for seed in range(seeds))
-    return np.array([[float(m.diagonal().sum() / m.sum()) for m in (net.ww(), net.vv())] for net in nets])
+    return np.array(
+        [[float(m.diagonal().sum() / m.sum()) for m in (net.ww(), net.vv())] for net in nets]
+    )
 
 
-def trained(inputs: Tensor, labels: Tensor, epochs: tuple[int, ...]) -> Iterator[tuple[int, ReluHessian]]:
+def trained(
+    inputs: Tensor, labels: Tensor, epochs: tuple[int, ...]
+) -> Iterator[tuple[int, ReluHessian]]:
     """(epoch, network) at each of ``epochs``."""
-    start, stream = initial(inputs, labels, 10 * CLUSTERS, SEED), torch.Generator().manual_seed(SEED)
+    start, stream = (
+        initial(inputs, labels, 10 * CLUSTERS, SEED),
+        torch.Generator().manual_seed(SEED),
+    )
     w, v = start.w.requires_grad_(), start.v.requires_grad_()
     optimizer = torch.optim.Adam([w, v], lr=RATE)
     for epoch in tqdm(range(epochs[-1] + 1), unit="epoch", disable=None):
@@ -125,18 +154,28 @@ def picture(net: ReluHessian, side: int) -> dict[str, Any]:
     """Heat maps, and checks of the closed form."""
     grey = in_one_channel(net)
     problem, step = grey.problem(), side // GRID
-    view, pixels = (HIDDEN, GRID, step, GRID, step), (slice(0, GRID), slice(step // 2, step // 2 + 1)) * 2
+    view, pixels = (
+        (HIDDEN, GRID, step, GRID, step),
+        (slice(0, GRID), slice(step // 2, step // 2 + 1)) * 2,
+    )
     some = Part("1.weight", tuple(grey.w.shape), view, (slice(0, HIDDEN), *pixels), (0,))
-    blocks = [Cut((some,), "w", counter="neuron", per_label=HIDDEN), *ht.partition(problem.model, {"3.*": "row"}).cuts]
+    blocks = [
+        Cut((some,), "w", counter="neuron", per_label=HIDDEN),
+        *ht.partition(problem.model, {"3.*": "row"}).cuts,
+    ]
     dense = ht.dense_block(problem, blocks, progress=False)
     first, last = (int(dense.offsets[HIDDEN + classes]) for classes in (0, DRAWN_CLASSES))
     mass = torch.from_numpy(dense.mass)
     drawn = grey.inputs[:, some.rows(torch.arange(grey.w.numel()).view_as(grey.w))[0]]
     closed = {(0, 0): grey.ww(drawn), (1, 1): grey.vv(), (0, 1): grey.wv(drawn)}
     layers = (slice(0, HIDDEN), slice(HIDDEN, None))
-    difference = max(worst_difference(found, mass[layers[i], layers[j]]) for (i, j), found in closed.items())
+    difference = max(
+        worst_difference(found, mass[layers[i], layers[j]]) for (i, j), found in closed.items()
+    )
     coloured = net.problem()
-    probed = ht.coupling(coloured, ht.partition(coloured.model, "tensor"), num_probes=PROBES, progress=False)
+    probed = ht.coupling(
+        coloured, ht.partition(coloured.model, "tensor"), num_probes=PROBES, progress=False
+    )
     return {
         "ww": heat_map(dense.matrix[:first, :first], 2), "vv": heat_map(dense.matrix[first:, first:], 2),
         "wv": heat_map(dense.matrix[:first, first:last]), "symmetry error": dense.symmetry_error,
@@ -159,7 +198,9 @@ def text(found: dict[str, Any]) -> str:
     for classes, shares in found["initial"].items():
         words = (f"{name} {own.mean():.1%} ({own.min():.1%} to {own.max():.1%})"
                  for name, own in zip(("neurons", "outputs"), shares.T, strict=True))  # fmt: skip
-        lines.append(f"At initialisation, {classes} classes, {len(shares)} seeds, inside {', inside '.join(words)}.")
+        lines.append(
+            f"At initialisation, {classes} classes, {len(shares)} seeds, inside {', inside '.join(words)}."
+        )
     for epoch, drawn in found["pictures"].items():
         closed, probed, error = found["masses"][epoch], drawn["probed"], drawn["probed error"]
         lines.append(
@@ -172,21 +213,42 @@ def text(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="few images of 8 x 8, two epochs: seconds")
-    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="few images of 8 x 8, two epochs: seconds"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
+    )
     arguments = parser.parse_args()
     out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
-    config = SMOKE if arguments.smoke else {"images": IMAGES, "side": SIDE, "epochs": EPOCHS, "seeds": SEEDS}
+    config = (
+        SMOKE
+        if arguments.smoke
+        else {"images": IMAGES, "side": SIDE, "epochs": EPOCHS, "seeds": SEEDS}
+    )
     epochs, found = config["epochs"], {"masses": {}, "pictures": {}}
     inputs, labels = images(config["images"], config["side"])
-    found["initial"] = {str(c): initial_shares(inputs, labels, c, config["seeds"]) for c in (10 * CLUSTERS, 10)}
+    found["initial"] = {
+        str(c): initial_shares(inputs, labels, c, config["seeds"]) for c in (10 * CLUSTERS, 10)
+    }
     for epoch, net in trained(inputs, labels, epochs):
         found["masses"][str(epoch)] = masses(net)
         if epoch in (0, epochs[-1] // 2, epochs[-1]):
             found["pictures"][str(epoch)] = picture(net, config["side"])
-    found |= {"hidden": HIDDEN, "inputs": CHANNELS * config["side"] ** 2, "drawn": GRID**2, "classes": 10 * CLUSTERS}
-    ht.save(found, out / "result", config={**config, "batch": BATCH, "rate": RATE, "seed": SEED, "probes": PROBES})
+    found |= {
+        "hidden": HIDDEN,
+        "inputs": CHANNELS * config["side"] ** 2,
+        "drawn": GRID**2,
+        "classes": 10 * CLUSTERS,
+    }
+    ht.save(
+        found,
+        out / "result",
+        config={**config, "batch": BATCH, "rate": RATE, "seed": SEED, "probes": PROBES},
+    )
     table = text(found)
     (out / "table.txt").write_text(table + "\n")
     print(table)

@@ -25,8 +25,16 @@ MODEL, SEQUENCES, CONTEXT, SEED = "gpt2-nano", 4, 64, 0  # byte tokens: 257 clas
 TRAINING, BATCH, RATE = 300, 16, 1e-3  # steps, sequences of a step, Adam's learning rate
 PROBES, BLOCKS = 8, 32  # the checker's defaults
 STEPS = 12  # of Lanczos, for the extreme eigenvalues
-NAIVE = {f"transformer.h.*.{name}.weight": 0 for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-CLAIMS: dict[str, Any] = {"adam_mini": "adam_mini", "neuron": "neuron", "tensor": "tensor", "stored rows": NAIVE}
+NAIVE = {
+    f"transformer.h.*.{name}.weight": 0
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+}
+CLAIMS: dict[str, Any] = {
+    "adam_mini": "adam_mini",
+    "neuron": "neuron",
+    "tensor": "tensor",
+    "stored rows": NAIVE,
+}
 SMOKE = {"training": 2, "sequences": 1, "context": 8, "batch": 2, "probes": 3, "blocks": 4, "steps": 2,
          "only": ["transformer.h.1.attn.c_attn.weight*", "transformer.h.1.mlp.c_fc.weight"]}  # fmt: skip
 OUT = Path("results/partition_gpt")
@@ -59,11 +67,15 @@ def judged(problem: Problem, time: str, knobs: dict[str, Any], folder: RunFolder
     weights = ht.partition(problem.model, "weights", only=knobs["only"])
     found["extremes"] = ht.block_extremes(hessian, weights, num_steps=knobs["steps"], seed=SEED)
     found["suggestions"] = {
-        name: suggestion_text(problem, own) for name, own in found["reports"].items() if name != "stored rows"
+        name: suggestion_text(problem, own)
+        for name, own in found["reports"].items()
+        if name != "stored rows"
     }
     claimed = ht.partition(problem.model, "adam_mini", only=knobs["only"])
     found["savings"] = {"adam_mini": str(ht.state_savings(problem.model, claimed))}
-    found["savings"] |= {f"suggested from {name}": str(own.savings) for name, own in found["reports"].items()}
+    found["savings"] |= {
+        f"suggested from {name}": str(own.savings) for name, own in found["reports"].items()
+    }
     hessian.release()
     return found
 
@@ -102,25 +114,39 @@ def text(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="two tensors, two steps of training: seconds")
-    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="two tensors, two steps of training: seconds"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
+    )
     arguments = parser.parse_args()
     out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
     knobs: dict[str, Any] = {"training": TRAINING, "sequences": SEQUENCES, "context": CONTEXT, "batch": BATCH,
                              "probes": PROBES, "blocks": BLOCKS, "steps": STEPS, "only": None}  # fmt: skip
     knobs |= SMOKE if arguments.smoke else {}
-    folder = RunFolder(out, {"command": "partition_gpt", "model": MODEL, "seed": SEED, "rate": RATE, **knobs})
+    folder = RunFolder(
+        out, {"command": "partition_gpt", "model": MODEL, "seed": SEED, "rate": RATE, **knobs}
+    )
     result = folder.result
     if result is None:
         made = zoo.load(MODEL, seed=SEED, num_examples=knobs["sequences"], context=knobs["context"])
-        count = knobs["sequences"] + knobs["training"] * knobs["batch"]  # the first are those of the Problem
+        count = (
+            knobs["sequences"] + knobs["training"] * knobs["batch"]
+        )  # the first are those of the Problem
         tokens = data.text_tokens("byte")
         ((inputs, targets),) = data.language_batches(
             tokens, num_examples=count, batch_size=count, context=knobs["context"], seed=SEED
         )
         unseen = [part[knobs["sequences"] :].split(knobs["batch"]) for part in (inputs, targets)]
-        result = {"initial": judged(Problem(made.model, made.loss_fn, made.batches), "initial", knobs, folder)}
+        result = {
+            "initial": judged(
+                Problem(made.model, made.loss_fn, made.batches), "initial", knobs, folder
+            )
+        }
         trained(made.model, list(zip(*unseen, strict=True)))
         time = f"after {knobs['training']} steps"
         result[time] = judged(Problem(made.model, made.loss_fn, made.batches), time, knobs, folder)

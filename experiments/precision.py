@@ -79,9 +79,14 @@ _OPERANDS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "c
 class RoundedOperands(TorchDispatchMode):
     """Rounds the float32 operands of matrix products and convolutions to TF32's 10 explicit mantissa bits."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         chosen = _OPERANDS.get(function.overloadpacket.__name__, ())
-        rounded = [to_tf32(a) if i in chosen and a.dtype == torch.float32 else a for i, a in enumerate(args)]
+        rounded = [
+            to_tf32(a) if i in chosen and a.dtype == torch.float32 else a
+            for i, a in enumerate(args)
+        ]
         return function(*rounded, **(kwargs or {}))
 
 
@@ -102,7 +107,9 @@ class EmulatedTF32:
 
     @property
     def route(self) -> str:
-        return f"{self.hessian.route}; TF32 emulated (operands rounded to 10 explicit mantissa bits)"
+        return (
+            f"{self.hessian.route}; TF32 emulated (operands rounded to 10 explicit mantissa bits)"
+        )
 
     def stacked(self, cut: Any) -> Any:
         blocks = self.hessian.stacked(cut)
@@ -132,20 +139,34 @@ def operator(name: str, knobs: dict[str, int], variant: Variant, device: torch.d
     made = zoo.load(name, seed=SEED, dtype=variant.weights, device=device, **knobs)
     batches = [to_device(batch, device, variant.dtype) for batch in made.batches]
     loss_fn = Autocast(made.loss_fn, device) if variant.autocast else made.loss_fn
-    problem = ht.Problem(made.model.to(variant.dtype), loss_fn, batches, batch_stats=made.batch_stats)
+    problem = ht.Problem(
+        made.model.to(variant.dtype), loss_fn, batches, batch_stats=made.batch_stats
+    )
     if variant.precision == "tf32" and device.type != "cuda":
         return EmulatedTF32(ht.HessianOperator(problem, precision="ieee"))
     return ht.HessianOperator(problem, precision=variant.precision)
 
 
-def spectra(name: str, knobs: dict[str, int], label: str, settings: dict[str, Any], out: Path) -> dict[str, Any]:
+def spectra(
+    name: str, knobs: dict[str, int], label: str, settings: dict[str, Any], out: Path
+) -> dict[str, Any]:
     """Spectra of the whole Hessian and of the weight blocks; what an interrupted run has finished is read."""
-    config = {"command": "precision", "model": name, **knobs, "variant": label, **settings, "seed": SEED}
+    config = {
+        "command": "precision",
+        "model": name,
+        **knobs,
+        "variant": label,
+        **settings,
+        "seed": SEED,
+    }
     folder = RunFolder(out / "spectra" / f"{name}_{label.replace(' ', '_')}", config)
     if folder.result:
         return folder.result
     hessian = operator(name, knobs, VARIANTS[label], torch.device(settings["device"]))
-    model, slq = hessian.problem.model, {"num_probes": settings["probes"], "num_steps": settings["steps"], "seed": SEED}
+    model, slq = (
+        hessian.problem.model,
+        {"num_probes": settings["probes"], "num_steps": settings["steps"], "seed": SEED},
+    )
     blocks = ht.blockwise_slq(
         hessian, ht.partition(model, "weights", only=settings["only"]), **slq,
         finished=folder.journal.finished, on_block=folder.journal.append,
@@ -163,7 +184,10 @@ def errors(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]
     moment of absolute values, for odd ones cancel.
     """
     whole, exact = found["whole"], reference["whole"]
-    out = {f"{end} eigenvalue": _relative(getattr(whole, end), getattr(exact, end)) for end in ("largest", "smallest")}
+    out = {
+        f"{end} eigenvalue": _relative(getattr(whole, end), getattr(exact, end))
+        for end in ("largest", "smallest")
+    }
     for power in (1, 2, 3, 4):
         difference = whole.moment(power).value - exact.moment(power).value
         out[f"moment {power}"] = abs(difference) / _absolute_moment(exact, power)
@@ -173,19 +197,30 @@ def errors(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]
     out |= _over_blocks("largest", [_relative(q.largest, exact.largest) for q, exact in pairs])
     out |= _over_blocks("spectrum", [moved(q, exact) for q, exact in pairs])
     expected = _readings(reference)
-    return out | {name: abs(r.mean - expected[name].mean) / expected[name].mean for name, r in _readings(found).items()}
+    return out | {
+        name: abs(r.mean - expected[name].mean) / expected[name].mean
+        for name, r in _readings(found).items()
+    }
 
 
 def standard_errors(reference: dict[str, Any]) -> dict[str, float]:
     """The probes' relative standard error of the same quantities, in float64; for spectra, how far halves lie apart."""
     whole, blocks = reference["whole"], reference["blocks"].values()
-    out = {f"{end} eigenvalue": _relative_error(getattr(whole, end)) for end in ("largest", "smallest")}
-    out |= {f"moment {p}": whole.moment(p).standard_error / _absolute_moment(whole, p) for p in (1, 2, 3, 4)}
+    out = {
+        f"{end} eigenvalue": _relative_error(getattr(whole, end)) for end in ("largest", "smallest")
+    }
+    out |= {
+        f"moment {p}": whole.moment(p).standard_error / _absolute_moment(whole, p)
+        for p in (1, 2, 3, 4)
+    }
     out["rms eigenvalue"] = _relative_error(whole.rms)
     out |= _over_blocks("rms", [_relative_error(block.rms) for block in blocks])
     out |= _over_blocks("largest", [_relative_error(block.largest) for block in blocks])
     out |= _over_blocks("spectrum", [moved(*_halves(block)) for block in blocks])
-    return out | {name: reading.standard_error / reading.mean for name, reading in _readings(reference).items()}
+    return out | {
+        name: reading.standard_error / reading.mean
+        for name, reading in _readings(reference).items()
+    }
 
 
 def moved(one: ht.Quadrature, other: ht.Quadrature) -> float:
@@ -204,11 +239,17 @@ def _halves(quadrature: ht.Quadrature) -> list[ht.Quadrature]:
 
 def _readings(run: dict[str, Any]) -> dict[str, Any]:
     js = run["heterogeneity"]
-    return {**{f"{name} reading": reading for name, reading in js.readings.items()}, "scale spread": js.scale_spread}
+    return {
+        **{f"{name} reading": reading for name, reading in js.readings.items()},
+        "scale spread": js.scale_spread,
+    }
 
 
 def _over_blocks(quantity: str, values: list[float]) -> dict[str, float]:
-    return {f"blocks' {quantity}: median": float(np.median(values)), f"blocks' {quantity}: worst": max(values)}
+    return {
+        f"blocks' {quantity}: median": float(np.median(values)),
+        f"blocks' {quantity}: worst": max(values),
+    }
 
 
 def _relative(found: Any, exact: Any) -> float:
@@ -224,15 +265,26 @@ def _absolute_moment(quadrature: ht.Quadrature, power: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one network, few products: under a minute")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda for the real TF32 (default: cpu)")
-    parser.add_argument("--out", type=Path, help=f"default {OUT}; with --smoke {OUT}/smoke, on CUDA {OUT}/cuda")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="one network, few products: under a minute"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, or cuda for the real TF32 (default: cpu)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"default {OUT}; with --smoke {OUT}/smoke, on CUDA {OUT}/cuda"
+    )
     arguments = parser.parse_args()
     card = arguments.device.startswith("cuda")
     out = arguments.out or OUT / ("smoke" if arguments.smoke else "cuda" if card else "")
     if arguments.smoke:
-        models, settings = SMOKE_MODELS, {"probes": SMOKE_PROBES, "steps": SMOKE_STEPS, "only": SMOKE_BLOCKS}
+        models, settings = (
+            SMOKE_MODELS,
+            {"probes": SMOKE_PROBES, "steps": SMOKE_STEPS, "only": SMOKE_BLOCKS},
+        )
     else:
         models, settings = MODELS, {"probes": PROBES, "steps": STEPS, "only": None}
     settings["device"] = arguments.device
@@ -242,9 +294,15 @@ def main() -> None:
         for run in found.values():
             run["heterogeneity"] = ht.js_heterogeneity(run["blocks"])
         reference = found.pop(REFERENCE)
-        columns = {_described(label, arguments.device): errors(run, reference) for label, run in found.items()}
+        columns = {
+            _described(label, arguments.device): errors(run, reference)
+            for label, run in found.items()
+        }
         table[name] = {"standard error of probes": standard_errors(reference), **columns}
-        rows = [[q, *(f"{c[q]:.0e}" for c in table[name].values())] for q in next(iter(columns.values()))]
+        rows = [
+            [q, *(f"{c[q]:.0e}" for c in table[name].values())]
+            for q in next(iter(columns.values()))
+        ]
         text.append(report.table((f"{name}, error of", *table[name]), rows))
         print(text[-1] + "\n", flush=True)
     hardware = torch.cuda.get_device_name() if card else _cpu()
@@ -254,7 +312,9 @@ def main() -> None:
 
 
 def _cpu() -> str:
-    return f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    return (
+        f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    )
 
 
 def _described(label: str, device: str) -> str:

@@ -41,30 +41,53 @@ def problems(size: int) -> dict[str, Quadratic]:
 def measured(q: Quadratic, starts: int, steps: int) -> dict[str, Runs]:
     found = {}
     for label, (method, settings, step) in METHODS.items():
-        found[label] = quadratic.run(q, method, step=step, num_starts=starts, num_steps=steps, seed=SEED, **settings)
+        found[label] = quadratic.run(
+            q, method, step=step, num_starts=starts, num_steps=steps, seed=SEED, **settings
+        )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="blocks of 6, few steps: seconds")
-    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
+    )
     arguments = parser.parse_args()
     out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
     size, starts, steps = (6, 6, 600) if arguments.smoke else (SIZE, STARTS, STEPS)
     found, rows = {}, []
     for name, q in problems(size).items():
         rates = [float(2 / (e[0, 0] + e[0, -1])) for e in q.eigenvalues]
-        found[name] = {"runs": measured(q, starts, steps), "rates": np.array(rates), "heterogeneity": None}
+        found[name] = {
+            "runs": measured(q, starts, steps),
+            "rates": np.array(rates),
+            "heterogeneity": None,
+        }
         if len(rates) > 1:
             found[name]["heterogeneity"] = q.heterogeneity()
         for label, runs in found[name]["runs"].items():
             low, middle, high = runs.quantiles(TOLERANCE)
-            rows.append([name, label, f"{np.median(runs.steps):.3g}", f"{middle:,.0f}", f"{low:,.0f} - {high:,.0f}"])
+            rows.append(
+                [
+                    name,
+                    label,
+                    f"{np.median(runs.steps):.3g}",
+                    f"{middle:,.0f}",
+                    f"{low:,.0f} - {high:,.0f}",
+                ]
+            )
     header = ("problem", "method", "step", f"iterations to {TOLERANCE:g}", "quartiles")
     print(table(header, rows, left=2))
-    print("each block's own step:", ", ".join(f"{rate:.4g}" for rate in found["three blocks"]["rates"]))
-    ht.save(found, out / "result", config={"size": size, "starts": starts, "steps": steps, "seed": SEED})
+    print(
+        "each block's own step:",
+        ", ".join(f"{rate:.4g}" for rate in found["three blocks"]["rates"]),
+    )
+    ht.save(
+        found, out / "result", config={"size": size, "starts": starts, "steps": steps, "seed": SEED}
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ from hessian_tools.quadratic import Quadratic
 
 KAPPA, BASES, STARTS, TOLERANCE, SEED = 2000, 12, 12, 1e-6, 0
 ANGLES = (0, 0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2)
-SPREADS, EACH = (0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 2.0), 32  # noise of the second dial, assignments of each
+SPREADS, EACH = (
+    (0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 2.0),
+    32,
+)  # noise of the second dial, assignments of each
 TURNED = 40  # bases of the rotation study
 RESAMPLES = 2000
 NAMES = {
@@ -63,7 +66,9 @@ def noisy_assignments(each: int) -> list[list[list[float]]]:
 def gain(q: Quadratic, starts: int) -> np.ndarray:
     """(2,) median iterations of GD and of Adam, over problems and starts, without running a step."""
     w0, settings = quadratic.draw_starts(q, starts, SEED), quadratic.METHOD_DEFAULTS["adam"]
-    gd = quadratic.linear_iterations(q, "gd", w0, (2 / (q.smallest + q.largest))[:, None], TOLERANCE)
+    gd = quadratic.linear_iterations(
+        q, "gd", w0, (2 / (q.smallest + q.largest))[:, None], TOLERANCE
+    )
     steps = 1 / quadratic.extremes(q, "adam", settings, w0)[1]
     adam = quadratic.linear_iterations(q, "adam", w0, steps, TOLERANCE, **settings)
     return np.array([np.median(gd), np.median(adam)])
@@ -72,14 +77,18 @@ def gain(q: Quadratic, starts: int) -> np.ndarray:
 def in_place(blocks: list[list[float]]) -> int:
     """How many of the nine eigenvalues share a block as in case 3: the best of the ways to name the blocks."""
     group = {1: 0, 2: 0, 3: 0, 99: 1, 100: 1, 101: 1}
-    counts = np.array([[sum(group.get(value, 2) == g for value in block) for g in range(3)] for block in blocks])
+    counts = np.array(
+        [[sum(group.get(value, 2) == g for value in block) for g in range(3)] for block in blocks]
+    )
     orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
     return max(int(counts[range(3), order].sum()) for order in orders)
 
 
 def dialled(chosen: list[list[list[float]]], bases: int, starts: int) -> dict[str, np.ndarray]:
     """Readings and gain of every assignment, each (A,)."""
-    rows: dict[str, list[float]] = {name: [] for name in ("gd", "adam", "spread", "kappa", "place", *READINGS)}
+    rows: dict[str, list[float]] = {
+        name: [] for name in ("gd", "adam", "spread", "kappa", "place", *READINGS)
+    }
     for blocks in tqdm(chosen, desc="assignments", disable=None):
         q = quadratic.from_blocks(blocks, seed=SEED, num_problems=bases)
         js = q.heterogeneity()
@@ -117,9 +126,13 @@ def turned(bases: int, starts: int, angles: tuple[float, ...]) -> dict[str, np.n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="12 assignments, few bases: seconds")
-    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
+    )
     arguments = parser.parse_args()
     out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
     bases, starts, angles = (2, 4, ANGLES[::4]) if arguments.smoke else (BASES, STARTS, ANGLES)
@@ -133,13 +146,23 @@ def main() -> None:
         dials[family] = dial = dialled(chosen, bases, starts)
         ratio = dial["gd"] / dial["adam"]
         correlations[family] = {name: rank_correlation(dial[name], ratio) for name in NAMES}
-        print(f"{family}: {len(ratio)} assignments, gain from {ratio.min():.2g} to {ratio.max():.3g}")
+        print(
+            f"{family}: {len(ratio)} assignments, gain from {ratio.min():.2g} to {ratio.max():.3g}"
+        )
         for name, (rho, low, high) in correlations[family].items():
             told = ["constant", ""] if np.isnan(rho) else [f"{rho:.2f}", f"{low:.2f} to {high:.2f}"]
             rows.append([family, NAMES[name], *told])
-    print(table(("eigenvalues", "reading", "rank correlation with the gain", "95 % interval"), rows, left=2))
+    print(
+        table(
+            ("eigenvalues", "reading", "rank correlation with the gain", "95 % interval"),
+            rows,
+            left=2,
+        )
+    )
     lowest = {name: min(by[name][1] for by in correlations.values()) for name in NAMES}
-    best = max((name for name in NAMES if not np.isnan(lowest[name])), key=lambda name: lowest[name])
+    best = max(
+        (name for name in NAMES if not np.isnan(lowest[name])), key=lambda name: lowest[name]
+    )
     least = f"rank correlation at least {lowest[best]:.2f} in both families (lower ends of the intervals)"
     print(f"The gain is predicted best by {NAMES[best]}: {least}")
     rotations = turned(TURNED if not arguments.smoke else 2, starts, angles)
@@ -153,7 +176,13 @@ def main() -> None:
         "angles": np.array(angles),
         "rotations": rotations,
     }
-    config = {"kappa": KAPPA, "bases": bases, "starts": starts, "tolerance": TOLERANCE, "seed": SEED}
+    config = {
+        "kappa": KAPPA,
+        "bases": bases,
+        "starts": starts,
+        "tolerance": TOLERANCE,
+        "seed": SEED,
+    }
     ht.save(result, out / "result", config=config)
 
 

@@ -26,9 +26,17 @@ def main() -> None:
     written = {}
     for number, (path, prefix, names) in SOURCES.items():
         spectra = ht.load(path)["spectra"]
-        drawn = {name: drawn_eigenvalues(spectra[prefix + name], EACH, "nodes", SEED, name) for name in names}
-        rounded = {name: [float(f"{value:.6g}") for value in values] for name, values in drawn.items()}
-        written[number] = {"source": f"{path}, {EACH} draws among the nodes, seed {SEED}", "eigenvalues": rounded}
+        drawn = {
+            name: drawn_eigenvalues(spectra[prefix + name], EACH, "nodes", SEED, name)
+            for name in names
+        }
+        rounded = {
+            name: [float(f"{value:.6g}") for value in values] for name, values in drawn.items()
+        }
+        written[number] = {
+            "source": f"{path}, {EACH} draws among the nodes, seed {SEED}",
+            "eigenvalues": rounded,
+        }
     TARGET.write_text(json.dumps(written, indent=1) + "\n")
     for number, kept in written.items():
         for name, values in kept["eigenvalues"].items():

@@ -35,30 +35,56 @@ def ratios(q: Quadratic, starts: int) -> np.ndarray:
 
 def at_tau(size: int, kappa: float, tau: float, problems: int, starts: int) -> float:
     """Median ratio over random eigenvectors and starts, at the angle whose median tau comes nearest."""
-    diagonal = quadratic.from_blocks([np.linspace(1, kappa, size)], num_problems=problems, basis="identity")
-    turned = (quadratic.rotated(diagonal, angle, seed=SEED) for angle in (0, *np.geomspace(0.005, 2, 48)))
-    return float(np.median(ratios(min(turned, key=lambda q: abs(float(q.tau.median()) - tau)), starts)))
+    diagonal = quadratic.from_blocks(
+        [np.linspace(1, kappa, size)], num_problems=problems, basis="identity"
+    )
+    turned = (
+        quadratic.rotated(diagonal, angle, seed=SEED) for angle in (0, *np.geomspace(0.005, 2, 48))
+    )
+    return float(
+        np.median(ratios(min(turned, key=lambda q: abs(float(q.tau.median()) - tau)), starts))
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="two shapes, few angles: seconds")
-    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
+    )
     arguments = parser.parse_args()
     out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
-    shapes, angles, problems = (SHAPES[:1], ANGLES[::4], 4) if arguments.smoke else (SHAPES, ANGLES, PROBLEMS)
+    shapes, angles, problems = (
+        (SHAPES[:1], ANGLES[::4], 4) if arguments.smoke else (SHAPES, ANGLES, PROBLEMS)
+    )
     found = {}
     for size, kappa in shapes:
-        diagonal = quadratic.from_blocks([np.linspace(1, kappa, size)], num_problems=problems, basis="identity")
+        diagonal = quadratic.from_blocks(
+            [np.linspace(1, kappa, size)], num_problems=problems, basis="identity"
+        )
         rows = []
         for angle in tqdm(angles, desc=f"d = {size}, kappa = {kappa:g}", disable=None):
             turned = quadratic.rotated(diagonal, angle, seed=SEED)
-            rows.append([float(turned.tau.median()), *np.quantile(ratios(turned, STARTS), (0.25, 0.5, 0.75))])
-        found[f"d = {size}, kappa = {kappa:g}"] = np.array(rows)  # (angles, 4): tau, quartiles of the ratio
+            rows.append(
+                [
+                    float(turned.tau.median()),
+                    *np.quantile(ratios(turned, STARTS), (0.25, 0.5, 0.75)),
+                ]
+            )
+        found[f"d = {size}, kappa = {kappa:g}"] = np.array(
+            rows
+        )  # (angles, 4): tau, quartiles of the ratio
         last = f"{rows[-1][2]:.1f} at tau {rows[-1][0]:.2f}"
-        print(f"d = {size}, kappa = {kappa:g}: ratio {rows[0][2]:.2f} when diagonal, {last}", flush=True)
+        print(
+            f"d = {size}, kappa = {kappa:g}: ratio {rows[0][2]:.2f} when diagonal, {last}",
+            flush=True,
+        )
     ht.save(
-        found, out / "result", config={"angles": list(angles), "problems": problems, "starts": STARTS, "seed": SEED}
+        found,
+        out / "result",
+        config={"angles": list(angles), "problems": problems, "starts": STARTS, "seed": SEED},
     )
 
 

@@ -25,7 +25,12 @@ PREDICTED = 2000  # random problems
 SEED, TOLERANCE = 0, 1e-6
 OUT, PAGE = Path("results/quadratics"), Path(__file__).parent / "quadratics.md"
 # iterations of GD and of Adam, the reference
-MEDIANS = {(3, 2000): (6067, 92), (4, 2000): (6095, 9938), (3, 5000): (15290, 110), (4, 5000): (15348, 20127)}
+MEDIANS = {
+    (3, 2000): (6067, 92),
+    (4, 2000): (6095, 9938),
+    (3, 5000): (15290, 110),
+    (4, 5000): (15348, 20127),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,9 @@ def medians(bases: int, starts: int) -> list[Row]:
     for (number, kappa), stated in MEDIANS.items():
         q = quadratic.case(number, kappa=kappa, seed=SEED, num_problems=bases)
         w0, adam = quadratic.draw_starts(q, starts, SEED), quadratic.METHOD_DEFAULTS["adam"]
-        gd = quadratic.linear_iterations(q, "gd", w0, (2 / (q.smallest + q.largest))[:, None], TOLERANCE)
+        gd = quadratic.linear_iterations(
+            q, "gd", w0, (2 / (q.smallest + q.largest))[:, None], TOLERANCE
+        )
         safe = 1 / quadratic.extremes(q, "adam", adam, w0)[1]
         by_adam = quadratic.linear_iterations(q, "adam", w0, safe, TOLERANCE, **adam)
         for name, number_stated, counts in zip(("GD", "Adam"), stated, (gd, by_adam), strict=True):
@@ -67,7 +74,11 @@ def bounds(bases: int) -> list[Row]:
               "slides, eta = 2/(mu+L)": ("I", "violated")}  # fmt: skip
     for name, some in problems.items():
         gd = [check for q in some for check in quadratic.check_gd_bound(q)]
-        adam = [check for q in some for check in quadratic.check_adam_bound(q, num_starts=20, num_steps=400)]
+        adam = [
+            check
+            for q in some
+            for check in quadratic.check_adam_bound(q, num_starts=20, num_steps=400)
+        ]
         for label in dict.fromkeys(check.name for check in (*gd, *adam)):
             checks = [check for check in (*gd, *adam) if check.name == label]
             steps, violated = sum(c.steps for c in checks), sum(c.violations for c in checks)
@@ -75,7 +86,9 @@ def bounds(bases: int) -> list[Row]:
             source, claim = stated.get(label, ("P" if "^2" in label else "I", "holds"))
             remark = f"least margin {min(c.margin for c in checks):.2g} (log)"
             what = f"{name}: {kind}, {label}"
-            rows.append(Row(what, source, claim, f"{violated:,} of {steps:,} steps violate it", remark))
+            rows.append(
+                Row(what, source, claim, f"{violated:,} of {steps:,} steps violate it", remark)
+            )
     return rows
 
 
@@ -100,12 +113,16 @@ def predictions(count: int) -> tuple[list[Row], list[quadratic.Scorecard]]:
             card.not_predicted_and_won,
             card.not_predicted_and_lost,
         )
-        told = (
-            "predicted and won {:,}, predicted and lost {:,}, not predicted and won {:,}, not predicted and lost {:,}"
+        told = "predicted and won {:,}, predicted and lost {:,}, not predicted and won {:,}, not predicted and lost {:,}"
+        shares = (
+            f"{card.precision:.1%} of predictions right, {card.recall:.0%} of Adam's wins predicted"
         )
-        shares = f"{card.precision:.1%} of predictions right, {card.recall:.0%} of Adam's wins predicted"
         what = f"Adam beats GD when {card.name}, {count:,} random problems x 4 starts"
-        rows.append(Row(what, "P" if card.name[1] == " " else "I", "Adam wins", shares, told.format(*counts)))
+        rows.append(
+            Row(
+                what, "P" if card.name[1] == " " else "I", "Adam wins", shares, told.format(*counts)
+            )
+        )
     return rows, cards
 
 
@@ -115,7 +132,9 @@ def cycles(steps: int) -> list[Row]:
         found = quadratic.limit_cycle(quadratic.case(3), beta2=beta2, num_starts=8, num_steps=steps)
         period = np.unique(found.period).tolist()
         told = f"radius {np.median(found.radius):.4f} eta, period {period}, loss as eta^{found.exponent:.3f}"
-        rows.append(Row(f"Adam, beta2 = {beta2}, constant step, case 3", "P", "ends in a limit cycle", told))
+        rows.append(
+            Row(f"Adam, beta2 = {beta2}, constant step, case 3", "P", "ends in a limit cycle", told)
+        )
     return rows
 
 
@@ -151,10 +170,19 @@ def readings() -> list[Row]:
     for name, numbers in stated.items():
         told = " / ".join(f"{of.readings[name].mean:.3f}" for of in js)
         rows.append(
-            Row(f"{name} reading, case 3 / case 4", "I", " / ".join(map(str, numbers)), told, js[0].readings[name].unit)
+            Row(
+                f"{name} reading, case 3 / case 4",
+                "I",
+                " / ".join(map(str, numbers)),
+                told,
+                js[0].readings[name].unit,
+            )
         )
     for width, numbers in ((0.05, (0.693, 0.220)), (0.5, (0.575, 0.014))):
-        some = [ht.js_heterogeneity(quadratic.case(n).spectra(), readings=("log",), log_width=width) for n in (3, 4)]
+        some = [
+            ht.js_heterogeneity(quadratic.case(n).spectra(), readings=("log",), log_width=width)
+            for n in (3, 4)
+        ]
         told = " / ".join(f"{of.readings['log'].mean:.3f}" for of in some)
         what = f"log reading at width {width} decades, case 3 / case 4"
         rows.append(Row(what, "I", f"{numbers[0]} / {numbers[1]}", told, "nats"))
@@ -170,7 +198,9 @@ def ranks(smoke: bool) -> list[Row]:
     for name, stated in {"kappa": 0.73, "wasserstein": 0.71, "spread": 0.69, "log": 0.50}.items():
         rho, low, high = dial.rank_correlation(found[name], found["gd"] / found["adam"])
         what = f"rank correlation of GD/Adam iterations with {dial.NAMES[name]}, nine eigenvalues in three blocks"
-        rows.append(Row(what, "I", f"{stated:.2f}", f"{rho:.2f}", f"95 % interval {low:.2f} to {high:.2f}"))
+        rows.append(
+            Row(what, "I", f"{stated:.2f}", f"{rho:.2f}", f"95 % interval {low:.2f} to {high:.2f}")
+        )
     return rows
 
 
@@ -187,9 +217,13 @@ def page(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="few of everything: under a minute")
-    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
+    )
     arguments = parser.parse_args()
     smoke = arguments.smoke
     out = arguments.out or (OUT / "smoke" if smoke else OUT)
@@ -202,13 +236,22 @@ def main() -> None:
     for number in quadratic.CASES[2:] if smoke else quadratic.CASES:
         q = quadratic.case(number, kappa=2000 if number > 2 else None)
         steps = 500 if smoke else CURVE_STEPS
-        runs = quadratic.compare(q, CURVES, num_starts=8 if smoke else CURVE_STARTS, num_steps=steps, seed=SEED)
+        runs = quadratic.compare(
+            q, CURVES, num_starts=8 if smoke else CURVE_STARTS, num_steps=steps, seed=SEED
+        )
         spectra = {name: e[0].numpy() for name, e in zip(q.block_names, q.eigenvalues, strict=True)}
         found = quadratic.constants(q, num_starts=CURVE_STARTS)
-        curves[q.name] = {"runs": runs, "eigenvalues": spectra, "constants": found, "heterogeneity": q.heterogeneity()}
+        curves[q.name] = {
+            "runs": runs,
+            "eigenvalues": spectra,
+            "constants": found,
+            "heterogeneity": q.heterogeneity(),
+        }
     table = [[row.what, row.source, row.stated, row.found, row.remark] for row in rows]
     ht.save(
-        {"table": table, "scorecards": cards, "curves": curves}, out / "result", config={"seed": SEED, "smoke": smoke}
+        {"table": table, "scorecards": cards, "curves": curves},
+        out / "result",
+        config={"seed": SEED, "smoke": smoke},
     )
     text = page(rows)
     for path in (out / "quadratics.md", *(() if smoke or arguments.out else (PAGE,))):

@@ -86,16 +86,22 @@ class ReluHessian:
         inputs = self.inputs if inputs is None else inputs
         p, mean, rows = self.probabilities, self.probabilities @ self.v, []
         for i in range(len(self.w)):
-            factors = (p * (self.v[:, i] - mean[:, i, None]))[:, :, None] * self.hidden[:, None, :]  # (N, C, m)
+            factors = (p * (self.v[:, i] - mean[:, i, None]))[:, :, None] * self.hidden[
+                :, None, :
+            ]  # (N, C, m)
             factors[:, :, i] += self._residuals
-            columns = inputs.T @ (factors * self.gates[:, i, None, None]).flatten(1) / len(p)  # (d, C m)
+            columns = (
+                inputs.T @ (factors * self.gates[:, i, None, None]).flatten(1) / len(p)
+            )  # (d, C m)
             rows.append(columns.square().sum(0).view(len(self.v), len(self.w)).sum(1))
         return torch.stack(rows)
 
     def wv_residual(self) -> Tensor:
         """(m, C) masses of the residual part of H_{w_i v_c} alone. CE only."""
         count = len(self.inputs)
-        gated = (self.inputs.T @ (self._residuals * gate[:, None]) / count for gate in self.gates.T)  # (d, C) each
+        gated = (
+            self.inputs.T @ (self._residuals * gate[:, None]) / count for gate in self.gates.T
+        )  # (d, C) each
         return torch.stack([columns.square().sum(0) for columns in gated])
 
     @cached_property
@@ -104,11 +110,15 @@ class ReluHessian:
 
     def problem(self, targets: Tensor | None = None) -> ht.Problem:
         """The same network and data for the package; tensors "1.weight" (W) and "3.weight" (V). MSE needs targets."""
-        model = MLP((self.w.shape[1], len(self.w), len(self.v)), bias=False, activation=nn.ReLU).double()
+        model = MLP(
+            (self.w.shape[1], len(self.w), len(self.v)), bias=False, activation=nn.ReLU
+        ).double()
         with torch.no_grad():
             model[1].weight.copy_(self.w)
             model[3].weight.copy_(self.v)
-        return ht.Problem(model, LOSSES[self.loss], [(self.inputs, self.labels if targets is None else targets)])
+        return ht.Problem(
+            model, LOSSES[self.loss], [(self.inputs, self.labels if targets is None else targets)]
+        )
 
 
 def worst_difference(found: Tensor, truth: Tensor) -> float:

@@ -24,7 +24,13 @@ from hessian_tools.problem import zoo
 
 TOLERANCE = 0.05
 READINGS = ("scale", "unnormalised", "log", "wasserstein")  # "scale": the spread of block scales
-OFFICIAL = {"num_probes": 10, "num_steps": 100, "probes": "gaussian", "reorthogonalize": "none", "exact": False}
+OFFICIAL = {
+    "num_probes": 10,
+    "num_steps": 100,
+    "probes": "gaussian",
+    "reorthogonalize": "none",
+    "exact": False,
+}
 # name -> knobs of zoo.load (few examples, so that minutes suffice), and official runs that make the reference
 MODELS: dict[str, tuple[dict[str, int], int]] = {
     "vgg-nano": ({"num_examples": 8}, 4),
@@ -46,28 +52,54 @@ def operator(model: str, knobs: dict[str, int]) -> tuple[ht.HessianOperator, ht.
 
 def summary(js: ht.JSHeterogeneity) -> dict[str, Any]:
     """Means, errors and biases by reading ("scale" as well), without the matrices."""
-    found = {name: {"mean": r.mean, "error": r.standard_error, "bias": r.bias} for name, r in js.readings.items()}
-    spread = {"mean": js.scale_spread.value, "error": js.scale_spread.standard_error, "bias": js.scale_spread.bias}
+    found = {
+        name: {"mean": r.mean, "error": r.standard_error, "bias": r.bias}
+        for name, r in js.readings.items()
+    }
+    spread = {
+        "mean": js.scale_spread.value,
+        "error": js.scale_spread.standard_error,
+        "bias": js.scale_spread.bias,
+    }
     return {"readings": found | {"scale": spread}, "matvecs": js.num_matvecs}
 
 
-def official(model: str, knobs: dict[str, int], seed: int, setting: dict[str, Any], out: Path) -> dict[str, Any]:
-    folder = RunFolder(out / "official" / f"{model}-{seed}", {"command": "tolerance", "seed": seed, **knobs, **setting})
+def official(
+    model: str, knobs: dict[str, int], seed: int, setting: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    folder = RunFolder(
+        out / "official" / f"{model}-{seed}",
+        {"command": "tolerance", "seed": seed, **knobs, **setting},
+    )
     if not folder.result:
         hessian, blocks = operator(model, knobs)
         kept = {"finished": folder.journal.finished, "on_block": folder.journal.append}
-        folder.finish(summary(ht.js_heterogeneity(ht.blockwise_slq(hessian, blocks, seed=seed, **setting, **kept))))
+        folder.finish(
+            summary(
+                ht.js_heterogeneity(ht.blockwise_slq(hessian, blocks, seed=seed, **setting, **kept))
+            )
+        )
         folder = RunFolder(folder.path, folder.config)
     return folder.result or {}
 
 
-def adaptive(model: str, knobs: dict[str, int], seed: int, reading: str, out: Path) -> dict[str, Any]:
-    config = {"command": "tolerance", "seed": seed, "reading": reading, "tolerance": TOLERANCE, **knobs}
+def adaptive(
+    model: str, knobs: dict[str, int], seed: int, reading: str, out: Path
+) -> dict[str, Any]:
+    config = {
+        "command": "tolerance",
+        "seed": seed,
+        "reading": reading,
+        "tolerance": TOLERANCE,
+        **knobs,
+    }
     folder = RunFolder(out / "adaptive" / f"{model}-{reading}-{seed}", config)
     if not folder.result:
         hessian, blocks = operator(model, knobs)
         kept = {"finished": folder.journal.finished, "on_block": folder.journal.append}
-        found = adaptive_js0(hessian, blocks, tolerance=TOLERANCE, reading=reading, seed=seed, **kept)
+        found = adaptive_js0(
+            hessian, blocks, tolerance=TOLERANCE, reading=reading, seed=seed, **kept
+        )
         folder.finish(
             {
                 "estimate": found.estimates[reading], "mean": found.history[-1].means[reading], "met": found.met,
@@ -84,7 +116,9 @@ def adaptive(model: str, knobs: dict[str, int], seed: int, reading: str, out: Pa
     return folder.result or {}
 
 
-def compared(reference: list[dict[str, Any]], runs: list[dict[str, Any]], reading: str) -> dict[str, Any]:
+def compared(
+    reference: list[dict[str, Any]], runs: list[dict[str, Any]], reading: str
+) -> dict[str, Any]:
     """Errors of the adaptive runs against the official ones, and what they cost, for one network and one reading."""
     rows = [run["readings"][reading] for run in reference]
     plain = np.array([row["mean"] for row in rows])
@@ -116,23 +150,49 @@ def rows_of(found: dict[str, dict[str, dict[str, Any]]]) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one small network, one seed: under a minute")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"adaptive runs a reading (default {SEEDS})")
-    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="one small network, one seed: under a minute"
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=SEEDS, help=f"adaptive runs a reading (default {SEEDS})"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
+    )
     arguments = parser.parse_args()
     out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
     models = SMOKE if arguments.smoke else {name: MODELS[name] for name in arguments.models}
     setting, seeds = (SMOKE_OFFICIAL, 1) if arguments.smoke else (OFFICIAL, arguments.seeds)
-    todo = [(model, seed, reading) for seed in range(seeds) for model in models for reading in READINGS]
-    reference = {m: [official(m, k, OFFICIAL_SEED + g, setting, out) for g in range(n)] for m, (k, n) in models.items()}
-    runs = {run: adaptive(run[0], models[run[0]][0], run[1], run[2], out) for run in tqdm(todo, disable=None)}
+    todo = [
+        (model, seed, reading) for seed in range(seeds) for model in models for reading in READINGS
+    ]
+    reference = {
+        m: [official(m, k, OFFICIAL_SEED + g, setting, out) for g in range(n)]
+        for m, (k, n) in models.items()
+    }
+    runs = {
+        run: adaptive(run[0], models[run[0]][0], run[1], run[2], out)
+        for run in tqdm(todo, disable=None)
+    }
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for model in models:
-        chosen = {reading: [runs[model, seed, reading] for seed in range(seeds)] for reading in READINGS}
-        found[model] = {reading: compared(reference[model], chosen[reading], reading) for reading in READINGS}
-    config = {"models": {m: k for m, (k, _) in models.items()}, "official": setting, "tolerance": TOLERANCE}
+        chosen = {
+            reading: [runs[model, seed, reading] for seed in range(seeds)] for reading in READINGS
+        }
+        found[model] = {
+            reading: compared(reference[model], chosen[reading], reading) for reading in READINGS
+        }
+    config = {
+        "models": {m: k for m, (k, _) in models.items()},
+        "official": setting,
+        "tolerance": TOLERANCE,
+    }
     ht.save(found, out / "result", config={**config, "seeds": seeds})
     header = ("network", "reading", "reference", "official's error", "error", "error to official's mean", "products",
               "met", "claim holds")  # fmt: skip

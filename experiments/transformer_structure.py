@@ -62,7 +62,9 @@ def trained(tokens: Tensor, vocabulary: int, steps: int) -> Iterator[tuple[str, 
     torch.manual_seed(SEED)
     model = NanoGPT(vocabulary, CONTEXT, layers=1, d=WIDTH, num_heads=HEADS, tied=False).double()
     windows = (len(tokens) - 1) // CONTEXT
-    batches = data.language_batches(tokens, num_examples=windows, batch_size=BATCH, context=CONTEXT, seed=SEED + 1)
+    batches = data.language_batches(
+        tokens, num_examples=windows, batch_size=BATCH, context=CONTEXT, seed=SEED + 1
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     marks = {round(share * steps): when for when, share in reversed(TIMES.items())}
     for step in tqdm(range(steps + 1), unit="step", disable=None):
@@ -85,10 +87,14 @@ def judged(model: nn.Module, matrices: dict[str, np.ndarray]) -> ht.PartitionRep
 
     cuts = ht.partition(model, "adam_mini").cuts
     claims = ht.Partition(tuple(cut for cut in cuts if cut.parameters[0] in fixed))
-    return ht.check_partition(ht.Problem(model, quadratic, [torch.zeros(1)]), claims, exact=True, progress=False)
+    return ht.check_partition(
+        ht.Problem(model, quadratic, [torch.zeros(1)]), claims, exact=True, progress=False
+    )
 
 
-def chance(squares: np.ndarray, labels: np.ndarray, permutations: int, stream: np.random.Generator) -> dict[str, float]:
+def chance(
+    squares: np.ndarray, labels: np.ndarray, permutations: int, stream: np.random.Generator
+) -> dict[str, float]:
     """The share of mass inside blocks, and by chance: mean, and largest of the permutations."""
     total = squares.sum()
     diagonal, sizes = squares.trace() / total, np.bincount(labels)
@@ -104,7 +110,9 @@ def chance(squares: np.ndarray, labels: np.ndarray, permutations: int, stream: n
             "excess": (share - mean) / (1 - mean)}  # fmt: skip
 
 
-def against_chance(model: nn.Module, parameter: str, matrix: np.ndarray, permutations: int) -> dict[str, Any]:
+def against_chance(
+    model: nn.Module, parameter: str, matrix: np.ndarray, permutations: int
+) -> dict[str, Any]:
     """For every cut of a tensor into more than one block and fewer than its entries: share, chance, excess."""
     squares, stream, found = np.square(matrix), np.random.default_rng(SEED), {}
     for name, cut in ht.alternatives(model, parameter).items():
@@ -120,7 +128,9 @@ def structure(model: NanoGPT, batches: list[data.Batch], permutations: int) -> d
     """All that is drawn and printed of one time, by tensor."""
     problem = ht.Problem(model, ht.cross_entropy, batches)
     tensors = ht.partition(model, "tensor")
-    dense = {name: ht.dense_block(problem, tensors[name], progress=False) for name in TENSORS.values()}
+    dense = {
+        name: ht.dense_block(problem, tensors[name], progress=False) for name in TENSORS.values()
+    }
     checked = judged(model, {name: block.matrix for name, block in dense.items()})
     found = {}
     for tensor, name in TENSORS.items():
@@ -142,7 +152,9 @@ def text(found: dict[str, Any], permutations: int) -> str:
         rows = []
         for tensor, t in at["tensors"].items():
             claim = t["cuts"][CLAIMS[tensor]]
-            others = ", ".join(f"{cut} {c['excess']:.0%}" for cut, c in t["cuts"].items() if cut != CLAIMS[tensor])
+            others = ", ".join(
+                f"{cut} {c['excess']:.0%}" for cut, c in t["cuts"].items() if cut != CLAIMS[tensor]
+            )
             shares = [f"{claim[key]:.1%}" for key in ("share", "chance", "largest", "excess")]
             rows.append([tensor, CLAIMS[tensor], str(claim["blocks"]), f"{t['norm']:.1e}", *shares,
                          f"{t['diagonal']:.1%}", others, t["verdict"]])  # fmt: skip
@@ -156,19 +168,40 @@ def text(found: dict[str, Any], permutations: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--smoke", action="store_true", help="one sequence, one step: seconds")
-    parser.add_argument("--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
+    )
     arguments = parser.parse_args()
     out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
-    config = SMOKE if arguments.smoke else {"sequences": SEQUENCES, "steps": STEPS, "permutations": PERMUTATIONS}
+    config = (
+        SMOKE
+        if arguments.smoke
+        else {"sequences": SEQUENCES, "steps": STEPS, "permutations": PERMUTATIONS}
+    )
     tokens, alphabet = characters()
     count = config["sequences"]
-    batches = data.language_batches(tokens, num_examples=count, batch_size=count, context=CONTEXT, seed=SEED)
+    batches = data.language_batches(
+        tokens, num_examples=count, batch_size=count, context=CONTEXT, seed=SEED
+    )
     found = {when: structure(model, batches, config["permutations"])
              for when, model in trained(tokens, len(alphabet), config["steps"])}  # fmt: skip
-    knobs = {"width": WIDTH, "heads": HEADS, "context": CONTEXT, "batch": BATCH, "rate": RATE, "seed": SEED}
-    ht.save({"times": found, "alphabet": alphabet, "claims": CLAIMS}, out / "result", config={**config, **knobs})
+    knobs = {
+        "width": WIDTH,
+        "heads": HEADS,
+        "context": CONTEXT,
+        "batch": BATCH,
+        "rate": RATE,
+        "seed": SEED,
+    }
+    ht.save(
+        {"times": found, "alphabet": alphabet, "claims": CLAIMS},
+        out / "result",
+        config={**config, **knobs},
+    )
     table = text(found, config["permutations"])
     (out / "table.txt").write_text(table + "\n")
     print(table)

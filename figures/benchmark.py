@@ -22,7 +22,12 @@ def main(source: str = str(RESULT), target: str = __file__.replace(".py", ".png"
     models, contenders = result["models"], result["contenders"]
     letters = sorted({letter for model in models.values() for letter in model["jobs"]})
     figure, axes = plt.subplots(
-        1, len(models), figsize=(3.1 * len(models) + 1.2, 3.6), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(models),
+        figsize=(3.1 * len(models) + 1.2, 3.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for panel, (name, model) in zip(axes[0], models.items(), strict=True):
         for letter, job in model["jobs"].items():
@@ -47,14 +52,29 @@ def main(source: str = str(RESULT), target: str = __file__.replace(".py", ".png"
         panel.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
     handles = [
-        plt.Line2D([], [], color=STYLES[key][0], marker=STYLES[key][1], linestyle="", label=contender["label"])
+        plt.Line2D(
+            [],
+            [],
+            color=STYLES[key][0],
+            marker=STYLES[key][1],
+            linestyle="",
+            label=contender["label"],
+        )
         for key, contender in contenders.items()
     ]
-    handles.append(plt.Line2D([], [], color="black", marker="o", markerfacecolor="none", linestyle="", label="wrong"))
-    figure.legend(handles=handles, ncols=len(handles), loc="outside lower center", fontsize=8, frameon=False)
+    handles.append(
+        plt.Line2D(
+            [], [], color="black", marker="o", markerfacecolor="none", linestyle="", label="wrong"
+        )
+    )
+    figure.legend(
+        handles=handles, ncols=len(handles), loc="outside lower center", fontsize=8, frameon=False
+    )
     hardware = result["hardware"]
     place = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
-    figure.suptitle(f"Median and quartiles over rounds, {place}; a hollow mark is a wrong result", fontsize=10)
+    figure.suptitle(
+        f"Median and quartiles over rounds, {place}; a hollow mark is a wrong result", fontsize=10
+    )
     figure.savefig(target, dpi=150)
 
 

@@ -15,14 +15,18 @@ COLOURS = {"H_ww, MSE": "#56b4e9", "H_ww, CE": "#1f4e79", "H_vv, CE": "#d55e00",
 WORDS = {"H_ww": r"$H_{ww}$ (hidden neurons)", "H_vv": r"$H_{vv}$ (outputs)"}
 
 
-def main(source: str = "results/class_laws/result", target: str = __file__.replace(".py", ".png")) -> None:
+def main(
+    source: str = "results/class_laws/result", target: str = __file__.replace(".py", ".png")
+) -> None:
     found = ht.load(source)
     classes = found["classes"]
     figure, axes = plt.subplots(figsize=(7.4, 5), layout="constrained")
     for law, ratios in found["ratios"].items():
         colour, (slope, half) = COLOURS[law], found["exponents"][law]
         layer, loss = law.split(", ", 1)
-        spread = np.exp(np.random.default_rng(0).uniform(-0.05, 0.05, len(ratios)))  # so that seeds can be told apart
+        spread = np.exp(
+            np.random.default_rng(0).uniform(-0.05, 0.05, len(ratios))
+        )  # so that seeds can be told apart
         for column, count in enumerate(classes):
             axes.plot(count * spread, ratios[:, column], ".", color=colour, markersize=4, alpha=0.6)
         middle = np.exp(np.log(ratios).mean())

@@ -22,24 +22,34 @@ TITLES = {
 }
 
 
-def main(source: str = "results/js0_families/result", target: str = __file__.replace(".py", ".png")) -> None:
+def main(
+    source: str = "results/js0_families/result", target: str = __file__.replace(".py", ".png")
+) -> None:
     found: dict[str, ht.JSHeterogeneity] = ht.load(source)
     names = list(found)
     figure, axes = plt.subplots(
         1, len(TITLES), figsize=(13, 0.34 * len(names) + 1.6), sharey=True, layout="constrained"
     )
     for panel, (key, title) in zip(axes, TITLES.items(), strict=True):
-        readings = [js.scale_spread if key == "scale" else js.readings[key] for js in found.values()]
+        readings = [
+            js.scale_spread if key == "scale" else js.readings[key] for js in found.values()
+        ]
         for row, (name, reading) in enumerate(zip(names, readings, strict=True)):
             style = {"fmt": "o", "markersize": 6, "elinewidth": 1.2, "capsize": 2}
             panel.errorbar(
-                reading.mean, row, xerr=2 * reading.standard_error, color=COLOURS[zoo.SPECS[name].family], **style
+                reading.mean,
+                row,
+                xerr=2 * reading.standard_error,
+                color=COLOURS[zoo.SPECS[name].family],
+                **style,
             )
         panel.set_yticks(range(len(names)), names)
         low, high = min(r.mean for r in readings), max(r.mean for r in readings)
         if key in ("unnormalised", "bounded"):
             panel.set_xscale("log")
-            panel.set_xlim(10 ** math.floor(math.log10(low / 1.2)), 10 ** math.ceil(math.log10(high * 1.2)))
+            panel.set_xlim(
+                10 ** math.floor(math.log10(low / 1.2)), 10 ** math.ceil(math.log10(high * 1.2))
+            )
             panel.xaxis.set_minor_formatter(NullFormatter())
         else:
             panel.set_xlim(0, 1.15 * high)
@@ -52,7 +62,8 @@ def main(source: str = "results/js0_families/result", target: str = __file__.rep
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(handles, COLOURS, ncols=4, loc="outside lower center", fontsize=8, frameon=False)
     figure.suptitle(
-        "Heterogeneity of block spectra at initialisation (mean over pairs, with two standard errors)", fontsize=10
+        "Heterogeneity of block spectra at initialisation (mean over pairs, with two standard errors)",
+        fontsize=10,
     )
     figure.savefig(target, dpi=150)
 

@@ -20,7 +20,10 @@ def heat(axes, colours: np.ndarray, rows: int, columns: int):
     shown = colours.astype(float)
     image = axes.imshow(shown, cmap="magma", vmin=-DECADES, vmax=0, aspect="auto",
                         interpolation="nearest")  # fmt: skip
-    for count, size, line in ((rows, shown.shape[0], axes.axhline), (columns, shown.shape[1], axes.axvline)):
+    for count, size, line in (
+        (rows, shown.shape[0], axes.axhline),
+        (columns, shown.shape[1], axes.axvline),
+    ):
         for edge in np.arange(1, count) * size / count:
             line(edge - 0.5, color="white", linewidth=0.6 if count < 20 else 0.15, alpha=0.9)
     axes.set_xticks([])
@@ -38,10 +41,21 @@ def curves(panels, masses: dict) -> None:
         {r"$\|H_{wv}\|\,/\,\sqrt{\|H_{ww}\|\|H_{vv}\|}$": ("coupling", "#7b3fa0"),
          r"share of $\|H\|^2$ across layers": ("across", "#8a8a8a")},
     )  # fmt: skip
-    titles = ("share of mass inside blocks", "norm of the cross-layer block", "cross-layer coupling")
+    titles = (
+        "share of mass inside blocks",
+        "norm of the cross-layer block",
+        "cross-layer coupling",
+    )
     for panel, own, title in zip(panels, lines, titles, strict=True):
         for label, (key, colour) in own.items():
-            panel.plot(loss, [m[key] for m in masses.values()], "o-", color=colour, markersize=3.5, label=label)
+            panel.plot(
+                loss,
+                [m[key] for m in masses.values()],
+                "o-",
+                color=colour,
+                markersize=3.5,
+                label=label,
+            )
         panel.set_title(title, fontsize=9.5)
         panel.set_xlim(max(loss) + 0.15, min(loss) - 0.15)
         panel.grid(linewidth=0.3, alpha=0.7)
@@ -54,7 +68,9 @@ def curves(panels, masses: dict) -> None:
     panels[2].set_xlabel("training loss (training goes to the right)", fontsize=8.5)
 
 
-def main(source: str = "results/mlp_structure/result", target: str = __file__.replace(".py", ".png")) -> None:
+def main(
+    source: str = "results/mlp_structure/result", target: str = __file__.replace(".py", ".png")
+) -> None:
     found = ht.load(source)
     pictures, masses, hidden = found["pictures"], found["masses"], found["hidden"]
     shown = pictures[next(iter(pictures))]["wv"].shape[1] // hidden
@@ -75,7 +91,9 @@ def main(source: str = "results/mlp_structure/result", target: str = __file__.re
     for panel, word in zip(axes[:, 0], words, strict=True):
         panel.set_ylabel(word, fontsize=9.5)
     curves(axes[:, -1], masses)
-    bar = figure.colorbar(image, ax=axes[:, :-1], location="bottom", fraction=0.02, pad=0.01, aspect=60)
+    bar = figure.colorbar(
+        image, ax=axes[:, :-1], location="bottom", fraction=0.02, pad=0.01, aspect=60
+    )
     bar.set_label(
         r"$\log_{10}|H_{ij}|$, largest of each picture = 0; black rows and columns of blocks: a neuron that has died",
         fontsize=9,

@@ -23,7 +23,10 @@ def outcome(exact: str, estimated: str) -> str | None:
     return "the opposite" if "follows" in (exact, estimated) else "another contradiction"
 
 
-def main(source: str = "results/partition_error_rates/result", target: str = __file__.replace(".py", ".png")) -> None:
+def main(
+    source: str = "results/partition_error_rates/result",
+    target: str = __file__.replace(".py", ".png"),
+) -> None:
     records = ht.load(source)
     textures = list(dict.fromkeys(r["texture"] for r in records))
     contrasts = sorted({r["contrast"] for r in records})
@@ -42,7 +45,9 @@ def main(source: str = "results/partition_error_rates/result", target: str = __f
                     panel.bar(place, share, bottom=bottom, color=colour, width=0.85)
                     bottom += share
                 panel.text(place, 1.01, str(total), fontsize=6.5, ha="center")
-            panel.axvline(sum(c < LEVEL for c in contrasts) - 0.5, color="black", linewidth=0.8, linestyle=":")
+            panel.axvline(
+                sum(c < LEVEL for c in contrasts) - 0.5, color="black", linewidth=0.8, linestyle=":"
+            )
             panel.set_xticks(range(len(contrasts)), [f"{c:g}" for c in contrasts], fontsize=8)
             panel.set_title(f"{title}, {texture}", fontsize=9, pad=12)
             panel.spines[["top", "right"]].set_visible(False)

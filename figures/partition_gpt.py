@@ -14,7 +14,11 @@ from hessian_tools.structure.judgement import VERDICTS
 STRIP = 0.035  # width of the edge that tells the likely verdict
 TITLES = {"adam_mini": "adam_mini", "neuron": "neuron\n(all by output)", "tensor": "tensor\n(all whole)",
           "stored rows": "rows as stored\n(naive, axis 0)"}  # fmt: skip
-SHORT = {"elements": "entries", "columns": "inputs", "rows": "outputs"}  # of a weight, whichever way it is stored
+SHORT = {
+    "elements": "entries",
+    "columns": "inputs",
+    "rows": "outputs",
+}  # of a weight, whichever way it is stored
 TOKENS = {"transformer.wte.weight": {"rows": "tokens", "columns": "features"},
           "transformer.wpe.weight": {"rows": "positions", "columns": "features"}}  # fmt: skip
 
@@ -25,7 +29,11 @@ def cell(report: ht.PartitionReport, name: str) -> tuple[str, str, str] | None:
     if found is None:
         return None
     words = TOKENS.get(name, SHORT).get(found.claim, found.claim)
-    likely = f", likely {found.likely}" if found.verdict == "undecided" and found.likely != "undecided" else ""
+    likely = (
+        f", likely {found.likely}"
+        if found.verdict == "undecided" and found.likely != "undecided"
+        else ""
+    )
     return found.verdict, f"{words} {_percent(found.claimed.share)}{likely}", found.likely
 
 
@@ -35,7 +43,11 @@ def panel(axes: plt.Axes, found: dict, names: tuple[str, ...]) -> None:
         while row < len(names):
             shown, span = cell(found["reports"][claim], names[row]), 1
             whole = not any(t.name == names[row] for t in found["reports"][claim].tensors)
-            while whole and row + span < len(names) and names[row + span].split("[")[0] == names[row].split("[")[0]:
+            while (
+                whole
+                and row + span < len(names)
+                and names[row + span].split("[")[0] == names[row].split("[")[0]
+            ):
                 span += 1
             if shown is not None:
                 box = {"facecolor": COLOURS[shown[0]], "edgecolor": "white", "linewidth": 1.5}
@@ -43,7 +55,11 @@ def panel(axes: plt.Axes, found: dict, names: tuple[str, ...]) -> None:
                 if shown[0] == "undecided":
                     edge = {"facecolor": COLOURS[shown[2]], "edgecolor": "none"}
                     axes.add_patch(plt.Rectangle((column, row + 0.04), STRIP, span - 0.08, **edge))
-                text = shown[1] if span == 1 else f"q, k, v together\n{shown[1].replace(', ', chr(10))}"
+                text = (
+                    shown[1]
+                    if span == 1
+                    else f"q, k, v together\n{shown[1].replace(', ', chr(10))}"
+                )
                 axes.text(
                     column + 0.5 + STRIP / 2,
                     row + span / 2,
@@ -60,13 +76,19 @@ def panel(axes: plt.Axes, found: dict, names: tuple[str, ...]) -> None:
     axes.text(len(found["reports"]) + 0.08, -0.12, "$\\lambda_{max}$", fontsize=7.5, va="bottom")
     axes.set_xlim(0, len(found["reports"]) + 0.45)
     axes.set_ylim(len(names), 0)
-    axes.set_xticks([i + 0.5 for i in range(len(found["reports"]))], [TITLES[c] for c in found["reports"]], fontsize=8)
+    axes.set_xticks(
+        [i + 0.5 for i in range(len(found["reports"]))],
+        [TITLES[c] for c in found["reports"]],
+        fontsize=8,
+    )
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 
 
-def main(source: str = "results/partition_gpt/result", target: str = __file__.replace(".py", ".png")) -> None:
+def main(
+    source: str = "results/partition_gpt/result", target: str = __file__.replace(".py", ".png")
+) -> None:
     result = ht.load(source)
     names = next(iter(result.values()))["extremes"].names
     figure, panels = plt.subplots(1, len(result), figsize=(6.6 * len(result) + 1.4, 0.27 * len(names) + 2), sharey=True,
@@ -84,7 +106,14 @@ def main(source: str = "results/partition_gpt/result", target: str = __file__.re
     labels = [n.removeprefix("transformer.").replace(".weight", "") for n in names]
     panels[0, 0].set_yticks([i + 0.5 for i in range(len(names))], labels, fontsize=7.5)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[verdict]) for verdict in VERDICTS]
-    figure.legend(handles, VERDICTS, ncols=len(VERDICTS), loc="outside lower center", fontsize=8.5, frameon=False)
+    figure.legend(
+        handles,
+        VERDICTS,
+        ncols=len(VERDICTS),
+        loc="outside lower center",
+        fontsize=8.5,
+        frameon=False,
+    )
     title = (
         "Does the partition follow the Hessian? A GPT-2 of 4 layers, width 128, on Shakespeare's bytes; in each cell: "
         "what is a block,\nand the share of the tensor's own Hessian mass (squared Frobenius norm) inside them; "

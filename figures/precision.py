@@ -30,7 +30,9 @@ GROUPS = {  # heading -> quantities: all that start so
 FLOOR = 1e-8  # errors below are drawn there
 
 
-def main(source: str = "results/precision/result", target: str = __file__.replace(".py", ".png")) -> None:
+def main(
+    source: str = "results/precision/result", target: str = __file__.replace(".py", ".png")
+) -> None:
     found: dict[str, dict[str, dict[str, float]]] = ht.load(source)
     quantities = list(next(iter(found.values()))[PROBES])
     rows, ticks, y = {}, [], 0.0
@@ -50,7 +52,9 @@ def main(source: str = "results/precision/result", target: str = __file__.replac
     )
     for panel, (name, columns) in zip(axes[0], found.items(), strict=True):
         for quantity, row in rows.items():
-            panel.barh(row, columns[PROBES][quantity], left=0, height=0.9, color="#ececec", zorder=0)
+            panel.barh(
+                row, columns[PROBES][quantity], left=0, height=0.9, color="#ececec", zorder=0
+            )
         for label, values in columns.items():
             if label != PROBES:
                 colour, marker = STYLES[label]
@@ -73,7 +77,11 @@ def main(source: str = "results/precision/result", target: str = __file__.replac
     for label in [label for label in STYLES if label in next(iter(found.values()))]:
         colour, marker = STYLES[label]
         face = colour if marker == "x" or label == "bfloat16" else "white"
-        handles.append(plt.Line2D([], [], color="none", marker=marker, markerfacecolor=face, markeredgecolor=colour))
+        handles.append(
+            plt.Line2D(
+                [], [], color="none", marker=marker, markerfacecolor=face, markeredgecolor=colour
+            )
+        )
         labels.append(WORDS.get(label, label))
     figure.legend(handles, labels, ncols=3, loc="outside lower center", fontsize=8, frameon=False)
     figure.suptitle(

@@ -15,7 +15,9 @@ WORDS = {
 }  # fmt: skip
 
 
-def main(source: str = "results/quadratics/result", target: str = __file__.replace(".py", ".png")) -> None:
+def main(
+    source: str = "results/quadratics/result", target: str = __file__.replace(".py", ".png")
+) -> None:
     curves = ht.load(source)["curves"]
     rows = -(-len(curves) // 2)
     figure, panels = plt.subplots(
@@ -27,13 +29,19 @@ def main(source: str = "results/quadratics/result", target: str = __file__.repla
         panel.get_legend().remove()
         wasserstein = js.readings["wasserstein"].mean
         told = rf"κ {short(found.kappa[0])}, $\max\,\kappa_l$ {short(found.block_kappas.max())}"
-        panel.set_title(f"{name} ({WORDS[name]}): {told}, Wasserstein {wasserstein:.2f} decades", fontsize=9)
+        panel.set_title(
+            f"{name} ({WORDS[name]}): {told}, Wasserstein {wasserstein:.2f} decades", fontsize=9
+        )
     for panel in panels[:, 1]:
         panel.set_ylabel("")
     for panel in panels[:-1].flat:
         panel.set_xlabel("")
     figure.legend(
-        *panels[0, 0].get_legend_handles_labels(), ncols=4, loc="outside lower center", fontsize=8, frameon=False
+        *panels[0, 0].get_legend_handles_labels(),
+        ncols=4,
+        loc="outside lower center",
+        fontsize=8,
+        frameon=False,
     )
     figure.savefig(target, dpi=150)
 

@@ -16,7 +16,12 @@ from hessian_tools.blocks.param_groups import (
 from hessian_tools.blocks.partition import Block, Partition, alternatives, partition
 from hessian_tools.curvature.engine.recompute import Segments
 from hessian_tools.curvature.hessian import HessianOperator
-from hessian_tools.curvature.operators import DenseOperator, DiagonalOperator, ScipyOperator, SymmetricOperator
+from hessian_tools.curvature.operators import (
+    DenseOperator,
+    DiagonalOperator,
+    ScipyOperator,
+    SymmetricOperator,
+)
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
 from hessian_tools.heterogeneity.adaptive import AdaptiveJS0, adaptive_js0
 from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity

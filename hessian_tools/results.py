@@ -70,7 +70,12 @@ def save(result: Any, path: str | os.PathLike, *, config: Mapping[str, Any] | No
     encoded, buffer = _encoded(result, by_reference), io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     checksum = hashlib.sha256(buffer.getvalue()).hexdigest()
-    document = {"format": FORMAT, "versions": versions(), "config": config or {}, "arrays_sha256": checksum}
+    document = {
+        "format": FORMAT,
+        "versions": versions(),
+        "config": config or {},
+        "arrays_sha256": checksum,
+    }
     text = json.dumps({**document, "result": encoded}, indent=1, allow_nan=False)
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(_suffixed(stem, ".npz"), buffer.getvalue())
@@ -87,15 +92,21 @@ def load(path: str | os.PathLike) -> Any:
     stem = _stem(path)
     document = load_json(_suffixed(stem, ".json"))
     if document.get("format") != FORMAT:
-        raise ValueError(f"{stem}.json is not a saved result of format {FORMAT}; write it again with this version")
+        raise ValueError(
+            f"{stem}.json is not a saved result of format {FORMAT}; write it again with this version"
+        )
     content = _suffixed(stem, ".npz").read_bytes()
     if hashlib.sha256(content).hexdigest() != document.get("arrays_sha256"):
-        raise ValueError(f"{stem}.json and {stem}.npz do not belong together (a crash between the two?); run again")
+        raise ValueError(
+            f"{stem}.json and {stem}.npz do not belong together (a crash between the two?); run again"
+        )
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         try:
             return _decoded(document["result"], lambda reference: arrays[reference["array"]])
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{stem}.json was written by another version of this package: {error}") from error
+            raise ValueError(
+                f"{stem}.json was written by another version of this package: {error}"
+            ) from error
 
 
 def load_json(file: Path) -> dict[str, Any]:
@@ -134,7 +145,9 @@ class Journal:
 
     def append(self, name: str, quadrature: Quadrature) -> None:
         line = json.dumps([name, _encoded(quadrature, _as_inline)], allow_nan=False)
-        with self.path.open("a") as file:  # closed, the line is the system's, and survives the death of this process
+        with self.path.open(
+            "a"
+        ) as file:  # closed, the line is the system's, and survives the death of this process
             file.write(line + "\n")
 
 
@@ -174,7 +187,9 @@ def _suffixed(stem: Path, suffix: str) -> Path:
 def _encoded(value: Any, array: Callable[[np.ndarray], Any]) -> Any:
     """JSON-able; a JSON list is a tuple, everything else that JSON lacks is an object of one tag."""
     if TYPES.get(type(value).__name__) is type(value):
-        fields = {f.name: _encoded(getattr(value, f.name), array) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: _encoded(getattr(value, f.name), array) for f in dataclasses.fields(value)
+        }
         return {"type": type(value).__name__, "fields": fields}
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return array(value)
@@ -191,7 +206,9 @@ def _encoded(value: Any, array: Callable[[np.ndarray], Any]) -> Any:
         return {"slice": [value.start, value.stop]}
     if isinstance(value, bool | int | float | str | None):
         return value
-    raise TypeError(f"cannot save a {type(value).__name__}; results, arrays, numbers, strings and dicts of them can be")
+    raise TypeError(
+        f"cannot save a {type(value).__name__}; results, arrays, numbers, strings and dicts of them can be"
+    )
 
 
 def _decoded(value: Any, array: Callable[[Any], np.ndarray]) -> Any:
@@ -200,7 +217,9 @@ def _decoded(value: Any, array: Callable[[Any], np.ndarray]) -> Any:
     if not isinstance(value, dict):
         return value
     if "type" in value:
-        return TYPES[value["type"]](**{name: _decoded(item, array) for name, item in value["fields"].items()})
+        return TYPES[value["type"]](
+            **{name: _decoded(item, array) for name, item in value["fields"].items()}
+        )
     if "dict" in value:
         return {key: _decoded(item, array) for key, item in value["dict"]}
     if "list" in value:
@@ -211,8 +230,16 @@ def _decoded(value: Any, array: Callable[[Any], np.ndarray]) -> Any:
 
 
 def _as_inline(array: np.ndarray) -> dict[str, Any]:
-    return {"dtype": array.dtype.str, "shape": array.shape, "base64": base64.b64encode(array.tobytes()).decode()}
+    return {
+        "dtype": array.dtype.str,
+        "shape": array.shape,
+        "base64": base64.b64encode(array.tobytes()).decode(),
+    }
 
 
 def _inline_array(value: dict[str, Any]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(value["base64"]), value["dtype"]).reshape(value["shape"]).copy()
+    return (
+        np.frombuffer(base64.b64decode(value["base64"]), value["dtype"])
+        .reshape(value["shape"])
+        .copy()
+    )

@@ -9,7 +9,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        aligned = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        aligned = (
+            c.ljust(w) if i < left else c.rjust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
@@ -20,4 +23,6 @@ def plus_minus(value: float, error: float) -> str:
     if not 1e-6 < error < 1e6:
         return f"{value:.3g} ± {error:.1g}"
     digit = -math.floor(math.log10(float(f"{error:.0e}")))  # 0.96 becomes 1
-    return f"{round(value, digit) + 0.0:.{max(digit, 0)}f} ± {round(error, digit):.{max(digit, 0)}f}"
+    return (
+        f"{round(value, digit) + 0.0:.{max(digit, 0)}f} ± {round(error, digit):.{max(digit, 0)}f}"
+    )

@@ -7,7 +7,12 @@ from torch import nn
 from hessian_tools.problem.vision import torchvision
 
 D, HEADS, KV, F, V = 32, 4, 2, 48, 64  # width, heads, key/value heads, MLP width, vocabulary
-SIZES = {"hidden_size": D, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": F}
+SIZES = {
+    "hidden_size": D,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": 2,
+    "intermediate_size": F,
+}
 VOCABULARY = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 UNTIED = {"tie_word_embeddings": False}
 
@@ -18,7 +23,15 @@ def hf(model: str, **config: object) -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    return hf("GPT2LMHeadModel", n_embd=D, n_layer=2, n_head=HEADS, n_positions=16, n_inner=F, **VOCABULARY)
+    return hf(
+        "GPT2LMHeadModel",
+        n_embd=D,
+        n_layer=2,
+        n_head=HEADS,
+        n_positions=16,
+        n_inner=F,
+        **VOCABULARY,
+    )
 
 
 def bert() -> nn.Module:
@@ -38,7 +51,9 @@ def llama() -> nn.Module:
 
 
 def qwen3() -> nn.Module:
-    return hf("Qwen3ForCausalLM", **SIZES, **VOCABULARY, num_key_value_heads=KV, head_dim=16, **UNTIED)
+    return hf(
+        "Qwen3ForCausalLM", **SIZES, **VOCABULARY, num_key_value_heads=KV, head_dim=16, **UNTIED
+    )
 
 
 def gemma() -> nn.Module:
@@ -54,12 +69,21 @@ def neox() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    return hf("MixtralForCausalLM", **SIZES, **VOCABULARY, **UNTIED, num_key_value_heads=KV, num_local_experts=3)
+    return hf(
+        "MixtralForCausalLM",
+        **SIZES,
+        **VOCABULARY,
+        **UNTIED,
+        num_key_value_heads=KV,
+        num_local_experts=3,
+    )
 
 
 def gpt_oss() -> nn.Module:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return hf("GptOssForCausalLM", **SIZES, **VOCABULARY, num_key_value_heads=KV, head_dim=8, **experts)
+    return hf(
+        "GptOssForCausalLM", **SIZES, **VOCABULARY, num_key_value_heads=KV, head_dim=8, **experts
+    )
 
 
 def t5() -> nn.Module:
@@ -68,7 +92,14 @@ def t5() -> nn.Module:
 
 
 def mamba() -> nn.Module:
-    return hf("MambaForCausalLM", **VOCABULARY, hidden_size=D, num_hidden_layers=2, state_size=4, time_step_rank=3)
+    return hf(
+        "MambaForCausalLM",
+        **VOCABULARY,
+        hidden_size=D,
+        num_hidden_layers=2,
+        state_size=4,
+        time_step_rank=3,
+    )
 
 
 def resnet() -> nn.Module:
@@ -78,7 +109,9 @@ def resnet() -> nn.Module:
 
 def convnext() -> nn.Module:
     models = torchvision().models.convnext
-    return models.ConvNeXt([models.CNBlockConfig(8, 16, 1), models.CNBlockConfig(16, None, 1)], num_classes=5)
+    return models.ConvNeXt(
+        [models.CNBlockConfig(8, 16, 1), models.CNBlockConfig(16, None, 1)], num_classes=5
+    )
 
 
 def swin() -> nn.Module:

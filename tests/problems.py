@@ -19,7 +19,9 @@ def dense_hessian(problem: ht.Problem) -> Tensor:
 
     def flat(pieces: Sequence[Tensor | None]) -> Tensor:
         pairs = zip(parameters, pieces, strict=True)
-        return torch.cat([(torch.zeros_like(p) if piece is None else piece).flatten() for p, piece in pairs])
+        return torch.cat(
+            [(torch.zeros_like(p) if piece is None else piece).flatten() for p, piece in pairs]
+        )
 
     with problem.evaluating():
         pairs = zip(problem.batches, problem.counts, strict=True)
@@ -48,7 +50,9 @@ class ConvNet(nn.Module):
     def __init__(self, norm: type[nn.Module] | None = nn.BatchNorm2d) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, 3, 3, padding=1)
-        self.norm = nn.GroupNorm(3, 3) if norm is nn.GroupNorm else norm(3) if norm else nn.Identity()
+        self.norm = (
+            nn.GroupNorm(3, 3) if norm is nn.GroupNorm else norm(3) if norm else nn.Identity()
+        )
         self.last = nn.Linear(3, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +114,9 @@ def _tokens(sizes: tuple[int, ...], context: int, vocabulary: int) -> list[tuple
     return batches
 
 
-def gpt(vocabulary: int = 11, context: int = 6, d: int = 8, layers: int = 1, tied: bool = True) -> nn.Module:
+def gpt(
+    vocabulary: int = 11, context: int = 6, d: int = 8, layers: int = 1, tied: bool = True
+) -> nn.Module:
     return NanoGPT(vocabulary, context, layers=layers, d=d, num_heads=2, tied=tied)
 
 
@@ -121,7 +127,9 @@ def transformers() -> ModuleType:
 
 def hf_gpt2(attention: str = "sdpa") -> nn.Module:
     hf = transformers()
-    config = hf.GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = hf.GPT2Config(
+        vocab_size=11, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
     return hf.GPT2LMHeadModel._from_config(config, attn_implementation=attention).eval()
 
 
@@ -145,7 +153,12 @@ def hf_llama() -> nn.Module:
     ).eval()
 
 
-HF_TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+HF_TINY = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+}
 
 
 def _images(sizes: tuple[int, ...], side: int) -> list[tuple[Tensor, Tensor]]:

@@ -44,20 +44,33 @@ def test_llama_is_cut_as_intended_and_gpt2_is_not():
     assert attention == {"q": 4, "k": 4, "v": D, "o": D}
     mlp = {name: found[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")}
     assert mlp == {"gate": F, "up": F, "down": D}
-    assert found["lm_head.weight"] == found["model.embed_tokens.weight"] == V and found["model.norm.weight"] == 1
+    assert (
+        found["lm_head.weight"] == found["model.embed_tokens.weight"] == V
+        and found["model.norm.weight"] == 1
+    )
     found = counts(adam_mini_names(gpt2()))
-    assert found["transformer.h.0.attn.c_attn.weight"] == found["transformer.h.0.attn.c_proj.weight"] == 1
+    assert (
+        found["transformer.h.0.attn.c_attn.weight"]
+        == found["transformer.h.0.attn.c_proj.weight"]
+        == 1
+    )
     assert found["transformer.h.0.mlp.c_fc.weight"] == D  # inputs: the tensor is (in, out)
     assert found["transformer.h.0.attn.c_attn.bias"] == 3 * D
 
 
 def test_heads_of_another_size_are_cut_astray():
     found = counts(adam_mini_names(qwen3()))  # heads of 16 where dim / n_heads is 8
-    assert found["model.layers.0.self_attn.q_proj.weight"] == 8 and found["model.layers.0.self_attn.k_proj.weight"] == 4
+    assert (
+        found["model.layers.0.self_attn.q_proj.weight"] == 8
+        and found["model.layers.0.self_attn.k_proj.weight"] == 4
+    )
     blocks = adam_mini_names(gemma(), dim=24, n_heads=3)  # runs of 192 = 6 rows of 32
     assert counts(blocks)["model.layers.0.self_attn.k_proj.weight"] == 2 and not blocks.notes
     odd = adam_mini_names(gemma(), dim=24, n_heads=36)  # runs of 16: half rows
-    assert counts(odd)["model.layers.0.self_attn.k_proj.weight"] == 24 and "no whole rows" in odd.notes[0]
+    assert (
+        counts(odd)["model.layers.0.self_attn.k_proj.weight"] == 24
+        and "no whole rows" in odd.notes[0]
+    )
 
 
 def test_arguments():
@@ -69,7 +82,9 @@ def test_arguments():
     )
     with pytest.raises(ValueError, match="n_heads is 0"):
         adam_mini_names(llama(), n_heads=0)
-    own = adam_mini_names(gpt2(), keywords=Keywords(adam=(), mlp=("C_FC.WEIGHT".lower(),), embedding=()))
+    own = adam_mini_names(
+        gpt2(), keywords=Keywords(adam=(), mlp=("C_FC.WEIGHT".lower(),), embedding=())
+    )
     found = counts(own)
     assert found["transformer.h.0.mlp.c_fc.weight"] == D and found["transformer.wte.weight"] == 1
 
@@ -96,4 +111,6 @@ def test_the_package_itself_agrees(name, arguments):
         optimizer.step()
         state = optimizer.state[p]
         expected = cuts[key].rows({key: p.grad}).square().mean(1) * (1 - 0.999)
-        torch.testing.assert_close(state.get("v", state.get("vmean")).flatten(), expected, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(
+            state.get("v", state.get("vmean")).flatten(), expected, rtol=1e-3, atol=1e-9
+        )

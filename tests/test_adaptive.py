@@ -21,12 +21,16 @@ def setting(**options):
     spectra = {name: 10.0**i * (0.2 + rng.random(n)) for i, (name, n) in enumerate(SIZES.items())}
     spectra["low"] = np.r_[40.0, np.full(89, 0.5) + 0.3 * rng.random(89)]
     cuts = tuple(FakeCut((name,), n) for name, n in SIZES.items())
-    matrices = {name: random_symmetric(values, i) for i, (name, values) in enumerate(spectra.items())}
+    matrices = {
+        name: random_symmetric(values, i) for i, (name, values) in enumerate(spectra.items())
+    }
     return FakeHessian(matrices, **options), FakePartition(cuts, list(SIZES)), spectra
 
 
 def run(hessian, partition, **options):
-    return adaptive_js0(hessian, partition, **{"reading": "wasserstein", "progress": False, **options})
+    return adaptive_js0(
+        hessian, partition, **{"reading": "wasserstein", "progress": False, **options}
+    )
 
 
 def spent(hessian):
@@ -39,9 +43,14 @@ def test_the_tolerance_is_met_against_the_true_spectra(reading, seed):
     """The truth is in the eigenvalues; three times the tolerance is allowed, as standard errors are part of it."""
     hessian, partition, spectra = setting()
     found = run(hessian, partition, reading=reading, tolerance=0.05, seed=seed)
-    exact = {n: slq(DenseOperator(hessian.matrices[n]), num_probes=2, num_steps=2, exact=True) for n in spectra}
+    exact = {
+        n: slq(DenseOperator(hessian.matrices[n]), num_probes=2, num_steps=2, exact=True)
+        for n in spectra
+    }
     truth = js_heterogeneity(exact)
-    truth = {name: truth.readings[name].mean for name in truth.readings} | {"scale": truth.scale_spread.value}
+    truth = {name: truth.readings[name].mean for name in truth.readings} | {
+        "scale": truth.scale_spread.value
+    }
     assert found.met and all(u.total <= 0.05 for u in found.uncertainties.values())
     for name in found.reading:
         assert found.estimates[name] == pytest.approx(truth[name], rel=0.15)
@@ -51,8 +60,18 @@ def test_the_tolerance_is_met_against_the_true_spectra(reading, seed):
 def test_products_are_counted_truthfully_and_history_tells():
     hessian, partition, _ = setting()
     told = []
-    found = run(hessian, partition, tolerance=0.002, on_block=lambda name, q: told.append((name, q.num_matvecs)))
-    assert found.spectra.num_matvecs == spent(hessian) == found.history[-1].num_matvecs == sum(dict(told).values())
+    found = run(
+        hessian,
+        partition,
+        tolerance=0.002,
+        on_block=lambda name, q: told.append((name, q.num_matvecs)),
+    )
+    assert (
+        found.spectra.num_matvecs
+        == spent(hessian)
+        == found.history[-1].num_matvecs
+        == sum(dict(told).values())
+    )
     assert found.heterogeneity.num_matvecs == spent(hessian)
     counts = [r.num_matvecs for r in found.history]
     assert counts == sorted(counts) and len(counts) > 1 and found.history[-1].grown == ()
@@ -60,9 +79,9 @@ def test_products_are_counted_truthfully_and_history_tells():
     assert found.history[-1].means == {"wasserstein": last.mean}
     part = found.uncertainties["wasserstein"]
     assert part.standard_error == pytest.approx(last.standard_error / last.mean)
-    assert part.bias == pytest.approx(last.bias / last.mean) and found.estimates["wasserstein"] == pytest.approx(
-        last.mean - last.bias
-    )
+    assert part.bias == pytest.approx(last.bias / last.mean) and found.estimates[
+        "wasserstein"
+    ] == pytest.approx(last.mean - last.bias)
 
 
 def test_a_smaller_tolerance_costs_more_and_a_large_one_only_the_first_round():
@@ -80,18 +99,24 @@ def test_products_go_where_the_uncertainty_is():
     found = run(hessian, partition, reading="scale", tolerance=0.03)
     cost = {name: q.num_matvecs for name, q in found.spectra.items()}
     assert cost["low"] > cost["high"] >= cost["mid"] == 64 and cost["tiny"] == 12
-    assert found.spectra["low"].status == "exact" and cost["low"] == 64 + 90  # what was spent before counts as well
+    assert (
+        found.spectra["low"].status == "exact" and cost["low"] == 64 + 90
+    )  # what was spent before counts as well
 
 
 @pytest.mark.parametrize("mode", ["full", "local", "none"])
 def test_limits_force_what_a_fixed_run_gives(mode):
     hessian, partition, _ = setting()
     options = {"reorthogonalize": mode, "exact": False, "seed": 3, "progress": False}
-    found = adaptive_js0(hessian, partition, tolerance=1e-9, reading="log", max_matvecs=96, max_steps=24, **options)
+    found = adaptive_js0(
+        hessian, partition, tolerance=1e-9, reading="log", max_matvecs=96, max_steps=24, **options
+    )
     assert not found.met and "not met within the limits" in str(found)
     for name, q in found.spectra.items():
         k, m = q.nodes.shape
-        fixed = blockwise_slq(hessian, [b for b in partition if b.name == name], num_probes=k, num_steps=m, **options)
+        fixed = blockwise_slq(
+            hessian, [b for b in partition if b.name == name], num_probes=k, num_steps=m, **options
+        )
         assert same(q, fixed[name], 1e-7) and q.num_matvecs == k * m <= 96
     assert max(q.nodes.shape[1] for q in found.spectra.values()) == 24
 
@@ -100,7 +125,10 @@ def test_runs_are_continued_not_repeated(monkeypatch):
     """Every product of the run is one of T's steps; nothing is made twice while vectors are kept."""
     hessian, partition, _ = setting()
     found = run(hessian, partition, exact=False, tolerance=1e-9, max_matvecs=200, max_steps=40)
-    assert spent(hessian) == sum(q.nodes.size for q in found.spectra.values()) and found.spectra.notes == ()
+    assert (
+        spent(hessian) == sum(q.nodes.size for q in found.spectra.values())
+        and found.spectra.notes == ()
+    )
 
 
 def test_without_memory_for_the_vectors_products_are_repeated_and_told():
@@ -116,7 +144,10 @@ def test_without_memory_for_the_vectors_products_are_repeated_and_told():
     starved, _, _ = setting(krylov_bytes=vector * 20)
     with pytest.warns(RuntimeWarning, match="does not fit the memory budget"):
         found = run(starved, partition, **options)
-    assert found.spectra["high"].reorthogonalize == "local" and found.spectra["tiny"].reorthogonalize == "full"
+    assert (
+        found.spectra["high"].reorthogonalize == "local"
+        and found.spectra["tiny"].reorthogonalize == "full"
+    )
     assert found.spectra.num_matvecs == spent(starved)
 
 
@@ -142,7 +173,10 @@ def test_an_interrupted_run_goes_on_from_its_blocks():
 
 
 def test_fewer_steps_come_from_the_same_t():
-    for mode in ("full", "none"):  # without re-orthogonalisation copies of 50 and -9 may lie elsewhere, moments do not
+    for mode in (
+        "full",
+        "none",
+    ):  # without re-orthogonalisation copies of 50 and -9 may lie elsewhere, moments do not
         operator = DenseOperator(random_symmetric(np.r_[50.0, -9.0, np.linspace(-1, 1, 88)]))
         options = {"num_probes": 3, "seed": 1, "exact": False, "reorthogonalize": mode}
         long = slq(operator, num_steps=24, **options)
@@ -150,10 +184,17 @@ def test_fewer_steps_come_from_the_same_t():
         made = slq(operator, num_steps=16, **options)
         assert mode == "none" or same(short, made, 1e-9)
         for p in range(32):
-            assert np.allclose(short.per_probe(lambda x, p=p: x**p), made.per_probe(lambda x, p=p: x**p), rtol=1e-9)
+            assert np.allclose(
+                short.per_probe(lambda x, p=p: x**p), made.per_probe(lambda x, p=p: x**p), rtol=1e-9
+            )
         assert short.num_matvecs == 48
         assert long.with_steps(24) is long and short.status == "complete"
-    broken = slq(DenseOperator(random_symmetric(np.r_[7.0, np.zeros(49)])), num_probes=2, num_steps=6, exact=False)
+    broken = slq(
+        DenseOperator(random_symmetric(np.r_[7.0, np.zeros(49)])),
+        num_probes=2,
+        num_steps=6,
+        exact=False,
+    )
     assert same(broken.with_steps(4), slq(DenseOperator(random_symmetric(np.r_[7.0, np.zeros(49)])), num_probes=2,
                                           num_steps=4, exact=False))  # fmt: skip
 
@@ -162,18 +203,28 @@ def test_blocks_that_are_all_alike_differ_by_nothing():
     hessian, partition, _ = setting()
     hessian.matrices = {name: np.zeros((n, n)) for name, n in SIZES.items()}
     found = run(hessian, partition)
-    assert found.met and found.estimates == {"wasserstein": 0} and found.uncertainties["wasserstein"].total == 0
+    assert (
+        found.met
+        and found.estimates == {"wasserstein": 0}
+        and found.uncertainties["wasserstein"].total == 0
+    )
 
 
 def test_nonfinite_products_name_block_and_step():
     hessian, partition, _ = setting(poison="mid")
-    with pytest.raises(NumericalError, match="block mid is NaN or inf, first at Lanczos step 3 of 16"):
+    with pytest.raises(
+        NumericalError, match="block mid is NaN or inf, first at Lanczos step 3 of 16"
+    ):
         run(hessian, partition)
 
 
 def test_neyman_s_allocation():
     """With steps and bias settled, probes go as sqrt(V / m) and meet the tolerance that they were chosen for."""
-    variances, done, probes = np.array([4e-3, 1e-3, 0.0]), np.array([10, 40, 10]), np.array([4, 4, 4])
+    variances, done, probes = (
+        np.array([4e-3, 1e-3, 0.0]),
+        np.array([10, 40, 10]),
+        np.array([4, 4, 4]),
+    )
     shares = adaptive._Shares(probes, variances, np.zeros(3), np.zeros(3), 0.0)
     blocks = [_Shaped(k, m) for k, m in zip(probes, done, strict=True)]
     wishes = adaptive._wishes("abc", blocks, {"log": shares}, 0.06, 10_000, 100, False)
@@ -181,7 +232,11 @@ def test_neyman_s_allocation():
     doubt = shares.uncertainty.doubt
     wanted = np.ceil(np.sqrt(variances * probes / done) * total * (doubt / 0.06) ** 2)
     limited = np.minimum(np.maximum(wanted, 4), 8)
-    assert wishes == {name: (k, m) for name, k, m in zip("abc", limited, done, strict=True) if k > 4} != {}
+    assert (
+        wishes
+        == {name: (k, m) for name, k, m in zip("abc", limited, done, strict=True) if k > 4}
+        != {}
+    )
     assert np.sum(variances * probes / np.maximum(wanted, probes)) <= (0.06 / doubt) ** 2
 
 

@@ -27,7 +27,9 @@ from contest.processes import Process  # noqa: E402
 from contest.tables import markdown, spread, summarise  # noqa: E402
 
 # PyHessian's gradients, and an import of curvlinops
-THEIR_WARNINGS = pytest.mark.filterwarnings("ignore:Using backward", "ignore:.torch.jit:DeprecationWarning")
+THEIR_WARNINGS = pytest.mark.filterwarnings(
+    "ignore:Using backward", "ignore:.torch.jit:DeprecationWarning"
+)
 WORK = Work(probes=2, density=(2, 3), blockwise=(2, 4), sample=(1, 2))
 
 
@@ -50,8 +52,12 @@ def loaded(name: str) -> type:
 def dense(case: Case) -> torch.Tensor:
     """The Hessian from autograd's loop of double backward."""
     parameters = list(case.model.parameters())
-    loss = sum(len(y) * criterion(case.model(x), y) for x, y in case.batches) / sum(len(y) for _, y in case.batches)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    loss = sum(len(y) * criterion(case.model(x), y) for x, y in case.batches) / sum(
+        len(y) for _, y in case.batches
+    )
+    gradient = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)]
+    )
     rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in gradient]
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
@@ -83,7 +89,9 @@ def test_contenders_give_the_hessian_and_spectra_inside_its_own(name, tiny):
     slack = 1e-6 * float(values.abs().max())
     assert spectrum.nodes.min() > values[0] - slack and spectrum.nodes.max() < values[-1] + slack
     density, blockwise = bench.repeat("c"), bench.repeat("d")
-    assert 0.8 < density.facts["mass"] < 1.05 and density.scale == 1  # of so few nodes some grids lose the tails
+    assert (
+        0.8 < density.facts["mass"] < 1.05 and density.scale == 1
+    )  # of so few nodes some grids lose the tails
     part = blockwise.facts["probes"] * blockwise.facts["steps"]
     assert part == (2 if bench.kind.rebuilds else 8)
     whole = blockwise.seconds * blockwise.scale - blockwise.facts["unscaled"]
@@ -121,11 +129,16 @@ def test_a_wrong_hessian_is_found(tiny):
             return 1.001 * super().product(vectors)
 
     errors = Bench(Wrong, tiny).errors(referee.reference(tiny)[0])
-    assert errors[referee.WHOLE] == pytest.approx(1e-3, rel=1e-3) and errors["block 1.weight"] < 1e-6
+    assert (
+        errors[referee.WHOLE] == pytest.approx(1e-3, rel=1e-3) and errors["block 1.weight"] < 1e-6
+    )
 
 
 def test_spectra_of_libraries_are_sorted_and_padded():
-    nodes, weights = torch.tensor([[2.0, 1.0, float("nan")], [1.0, 2.0, 3.0]]), torch.tensor([[0.3, 0.7, 0], [1, 0, 0]])
+    nodes, weights = (
+        torch.tensor([[2.0, 1.0, float("nan")], [1.0, 2.0, 3.0]]),
+        torch.tensor([[0.3, 0.7, 0], [1, 0, 0]]),
+    )
     found = quadrature(nodes, weights, 9)
     assert found.nodes.tolist() == [[1, 2, 2], [1, 2, 3]] and found.steps.tolist() == [2, 3]
     assert found.moment(1).value == pytest.approx(((0.7 + 0.6) + 1) / 2)
@@ -134,16 +147,26 @@ def test_spectra_of_libraries_are_sorted_and_padded():
 
 
 def entry(*seconds: float, scale: float = 1.0) -> dict:
-    repetitions = [{"seconds": s, "scale": scale, "facts": {"probes": 1, "steps": 1}} for s in seconds]
+    repetitions = [
+        {"seconds": s, "scale": scale, "facts": {"probes": 1, "steps": 1}} for s in seconds
+    ]
     return {"repetitions": repetitions, "peak_bytes": 2**20}
 
 
 def test_tables_show_the_wrong_and_the_failed_and_choose_the_best_right_one():
     names = ("ours", "fast", "slow", "broken")
-    contenders = {"ours": entry(1, 2, 4), "fast": entry(1, 1, 1), "slow": entry(1, 2, 5, scale=3), "broken": {}}
+    contenders = {
+        "ours": entry(1, 2, 4),
+        "fast": entry(1, 1, 1),
+        "slow": entry(1, 2, 5, scale=3),
+        "broken": {},
+    }
     contenders["broken"] = {"error": "RuntimeError: no | kernel"}
     errors = {"ours": 1e-7, "fast": 1e-2, "slow": 1e-6, "broken": 1e-7}
-    correctness = {name: {"errors": {referee.WHOLE: e, "block w": 1e-7}, "notes": []} for name, e in errors.items()}
+    correctness = {
+        name: {"errors": {referee.WHOLE: e, "block w": 1e-7}, "notes": []}
+        for name, e in errors.items()
+    }
     model = {"description": "m", "uncertainty": 1e-8, "bound": 1e-4, "correctness": correctness,
              "jobs": {"c": {"text": "density", "contenders": contenders}}}  # fmt: skip
     result = {"hardware": {"cpu": "x", "cores": 2, "threads": 2, "gpu": None}, "packages": {}, "special": {},
@@ -172,7 +195,11 @@ def test_a_case_that_is_killed_or_late_is_told_and_the_next_one_opens(tmp_path):
             assert process.loaded() == {}
             assert process.open(**case) == {"threads": 1}
             assert "no_such_job" in process.ask("repeat", job="no_such_job").get("error", "")
-            children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children").read_text().split()
+            children = (
+                Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
+                .read_text()
+                .split()
+            )
             os.kill(int(children[0]), signal.SIGKILL)
             answer = process.ask("repeat", job="a1")
             assert "SIGKILL" in answer["error"] and answer["closed"]
@@ -190,7 +217,9 @@ def test_a_case_that_is_killed_or_late_is_told_and_the_next_one_opens(tmp_path):
 def test_smoke_run_writes_what_table_and_figure_need(tmp_path, monkeypatch, capsys):
     out, figure = tmp_path / "result.json", tmp_path / "figure.png"
     chosen = "--models gpt --jobs a1 b d --contenders ours official"
-    monkeypatch.setattr(sys, "argv", ["side_by_side.py", "--smoke", "--out", str(out), *chosen.split()])
+    monkeypatch.setattr(
+        sys, "argv", ["side_by_side.py", "--smoke", "--out", str(out), *chosen.split()]
+    )
     side_by_side.main()
     printed = capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["side_by_side.py", "--table", "--out", str(out)])
@@ -203,7 +232,11 @@ def test_smoke_run_writes_what_table_and_figure_need(tmp_path, monkeypatch, caps
     assert list(jobs) == ["a1", "b", "d"] and result["hardware"]["cpu"]
     for job in jobs.values():
         for contender in job["contenders"].values():
-            assert contender["right"] and contender["peak_bytes"] > 0 and len(contender["repetitions"]) == 1
+            assert (
+                contender["right"]
+                and contender["peak_bytes"] > 0
+                and len(contender["repetitions"]) == 1
+            )
     ours, official = (jobs["b"]["contenders"][name]["F_a_product"] for name in ("ours", "official"))
     assert ours < 2.5 and official > 3 * ours
     assert jobs["a1"]["contenders"]["official"]["F_a_product"] == pytest.approx(9, rel=1e-2)
@@ -221,8 +254,15 @@ def test_jobs_are_added_to_a_file_of_the_same_machine_only():
         "mlp": {"jobs": {"b": entry("new")}, "correctness": {}, "F": 3}}}  # fmt: skip
     found = side_by_side.added(old, new)
     gpt = found["models"]["gpt"]
-    assert [(job, entry["text"]) for job, entry in gpt["jobs"].items()] == [("a1", "old"), ("b", "new"), ("c", "new")]
-    assert gpt["correctness"] == {"official": 1, "ours": 0} and list(found["contenders"]) == ["ours", "official"]
+    assert [(job, entry["text"]) for job, entry in gpt["jobs"].items()] == [
+        ("a1", "old"),
+        ("b", "new"),
+        ("c", "new"),
+    ]
+    assert gpt["correctness"] == {"official": 1, "ours": 0} and list(found["contenders"]) == [
+        "ours",
+        "official",
+    ]
     assert list(found["models"]) == ["gpt", "mlp"]
     with pytest.raises(SystemExit, match="--add: packages of the file"):
         side_by_side.added(old, new | {"packages": {"torch": "3"}})
@@ -236,9 +276,22 @@ def script(monkeypatch, capsys, name, *arguments):
 
 def test_every_route_is_timed(tmp_path, monkeypatch, capsys):
     out = tmp_path / "routes.json"
-    printed = script(monkeypatch, capsys, "routes.py", "--smoke", "--models", "gpt", "--rounds", "1", "--out", str(out))
+    printed = script(
+        monkeypatch,
+        capsys,
+        "routes.py",
+        "--smoke",
+        "--models",
+        "gpt",
+        "--rounds",
+        "1",
+        "--out",
+        str(out),
+    )
     passes = json.loads(out.read_text())["models"]["gpt"]["forward_passes"]
-    assert len(passes) == 9 and all(way in printed and len(taken) == 1 for way, taken in passes.items())
+    assert len(passes) == 9 and all(
+        way in printed and len(taken) == 1 for way, taken in passes.items()
+    )
 
 
 def test_a_long_context_states_its_peak(tmp_path, monkeypatch, capsys):
@@ -246,7 +299,9 @@ def test_a_long_context_states_its_peak(tmp_path, monkeypatch, capsys):
     arguments = ("--model", "gpt2-nano", "--context", "32", "--memory", "1GB", "--out", str(out))
     assert "at its peak" in script(monkeypatch, capsys, "long_context.py", *arguments)
     facts = json.loads(out.read_text())
-    assert 0 < facts["process_GiB_before"] <= facts["process_GiB_peak"] and facts["product_norm"] > 0
+    assert (
+        0 < facts["process_GiB_before"] <= facts["process_GiB_peak"] and facts["product_norm"] > 0
+    )
 
 
 def test_a_whole_run_is_divided_up(tmp_path, monkeypatch, capsys):
@@ -254,7 +309,11 @@ def test_a_whole_run_is_divided_up(tmp_path, monkeypatch, capsys):
     script(monkeypatch, capsys, "profile_run.py", "--smoke", "--out", str(out))
     lines = out.read_text().splitlines()
     shares = [float(line.split()[-1].rstrip("%")) for line in lines[1:-1]]
-    assert "exit code 0" in lines[0] and lines[-1].endswith("s") and sum(shares) == pytest.approx(100, abs=1)
+    assert (
+        "exit code 0" in lines[0]
+        and lines[-1].endswith("s")
+        and sum(shares) == pytest.approx(100, abs=1)
+    )
     assert any(line.startswith("second-order passes") for line in lines)
 
 
@@ -267,7 +326,12 @@ def test_planned_peaks_are_held_against_the_process(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["peaks.py", "--models", "gpt", "--out", str(out)])
     peaks.main()
     assert capsys.readouterr().out.count("+10%") == len(peaks.WAYS) * len(peaks.PROBES)
-    assert json.loads(out.read_text())["peaks"][0] == {"model": "gpt", "way": "recorded", "probes": 1, **row}
+    assert json.loads(out.read_text())["peaks"][0] == {
+        "model": "gpt",
+        "way": "recorded",
+        "probes": 1,
+        **row,
+    }
     done.returncode, done.stderr = 1, "Traceback\nMemoryError: no more"
     with pytest.raises(SystemExit, match="gpt, recorded, 1 probes: MemoryError: no more"):
         peaks.main()

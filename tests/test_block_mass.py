@@ -17,7 +17,13 @@ def masses(problem, claim="rows", exact=False, seed=0, **counts):
     told = []
     counts = {"num_probes": 8, "num_blocks": 16} | counts
     mass = measure(
-        ht.HessianOperator(problem), region, cuttings, seed=seed, exact=exact, on_products=told.append, **counts
+        ht.HessianOperator(problem),
+        region,
+        cuttings,
+        seed=seed,
+        exact=exact,
+        on_products=told.append,
+        **counts,
     )
     assert sum(told) == mass.num_matvecs and (exact or mass.num_matvecs <= cost(cuttings, **counts))
     return mass
@@ -47,7 +53,9 @@ def test_exact_shares_are_those_of_the_dense_matrix(uneven):
     for name, share in by_hand(matrix, 12, 6).items():
         assert mass.share(name).value == pytest.approx(share, rel=1e-10)
     within = by_hand(matrix, 12, 6)
-    assert mass.share(ELEMENTS, "rows").value == pytest.approx(within[ELEMENTS] / within["rows"], rel=1e-10)
+    assert mass.share(ELEMENTS, "rows").value == pytest.approx(
+        within[ELEMENTS] / within["rows"], rel=1e-10
+    )
     assert mass.norm == pytest.approx(np.linalg.norm(matrix), rel=1e-10) and mass.asymmetry < 1e-12
     assert mass.share("rows").standard_error == 0 and mass.num_matvecs == 72
     column = (matrix**2).sum(0)
@@ -56,7 +64,9 @@ def test_exact_shares_are_those_of_the_dense_matrix(uneven):
     diagonal = within[ELEMENTS]
     expected = diagonal + (1 - diagonal) * ((rows**2).sum() - alone) / (1 - alone)
     assert mass.expected("rows") == pytest.approx(expected, rel=1e-10)
-    assert mass.excess("rows").value == pytest.approx((within["rows"] - expected) / (1 - expected), rel=1e-10)
+    assert mass.excess("rows").value == pytest.approx(
+        (within["rows"] - expected) / (1 - expected), rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("num_blocks", [8, 32], ids=["drawn", "all blocks"])
@@ -73,7 +83,9 @@ def test_estimates_lie_within_their_errors(uneven, num_blocks):
     for finer, coarser in questions:
         truth = exact.share(finer, coarser).value
         found = [run.share(finer, coarser) for run in runs]
-        values, errors = (np.array([getattr(f, key) for f in found]) for key in ("value", "standard_error"))
+        values, errors = (
+            np.array([getattr(f, key) for f in found]) for key in ("value", "standard_error")
+        )
         assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values)) + 0.01 * truth
         assert errors.mean() == pytest.approx(values.std(), rel=0.5)
         covered = np.mean(np.abs(values - truth) < 2.5 * errors)
@@ -85,7 +97,10 @@ def test_estimates_lie_within_their_errors(uneven, num_blocks):
 def test_without_structure_nothing_exceeds_the_expected_whatever_the_scales():
     """A rank-one Hessian with rows of very different mass: shares are large, excess and contrast are not."""
     torch.manual_seed(0)
-    vector = torch.randn(20, 10, dtype=torch.float64) * torch.logspace(0, -1.5, 20, dtype=torch.float64)[:, None]
+    vector = (
+        torch.randn(20, 10, dtype=torch.float64)
+        * torch.logspace(0, -1.5, 20, dtype=torch.float64)[:, None]
+    )
     problem = planted((20, 10), torch.outer(vector.flatten(), vector.flatten()))
     exact = masses(problem, exact=True)
     assert exact.share("rows").value > 0.15 and abs(exact.excess("rows").value) < 0.01
@@ -117,7 +132,10 @@ def test_blocks_without_mass_are_never_drawn():
     matrix = torch.zeros(200, 200, dtype=torch.float64)
     matrix[:40, :40] = torch.randn(40, 40, dtype=torch.float64)
     mass = masses(planted((50, 4), matrix + matrix.T), num_blocks=12)
-    assert np.isfinite(mass.draws["rows"].masses[:, :1]).all() and (mass.draws["rows"].masses[:, 0] > 0).all()
+    assert (
+        np.isfinite(mass.draws["rows"].masses[:, :1]).all()
+        and (mass.draws["rows"].masses[:, 0] > 0).all()
+    )
 
 
 def test_a_float32_network_is_measured_as_its_float64_matrix_says():

@@ -81,7 +81,10 @@ def test_overlaps_are_found_exactly():
         owned = []
         for cut in cuts:
             entries = torch.arange(24).view(4, 6)
-            owned += [(name, set(row.tolist())) for name, row in zip(cut.names, cut.rows({"w": entries}), strict=True)]
+            owned += [
+                (name, set(row.tolist()))
+                for name, row in zip(cut.names, cut.rows({"w": entries}), strict=True)
+            ]
         clashes = [{a, b} for (a, x), (b, y) in itertools.combinations(owned, 2) if x & y]
         if clashes:
             with pytest.raises(ValueError, match="overlap") as raised:
@@ -97,14 +100,23 @@ def test_one_cut_of_a_tensor_costs_no_memory():
     huge = (2**40, 2**20)  # nobody could hold its entries
     rows = Part("w", huge, huge, tuple(slice(0, n) for n in huge), (0,))
     check_disjoint([Cut((rows,), "w", counter="row", per_label=2**40)])
-    halves = [Part("w", huge, huge, (slice(a, b), slice(0, huge[1])), ()) for a, b in ((0, 5), (5, 2**40))]
+    halves = [
+        Part("w", huge, huge, (slice(a, b), slice(0, huge[1])), ()) for a, b in ((0, 5), (5, 2**40))
+    ]
     check_disjoint([Cut((part,), str(i)) for i, part in enumerate(halves)])
-    check_disjoint([Cut((rows.chunk(a, b),), "w", counter="row", per_label=2**40) for a, b in ((0, 7), (7, 9))])
+    check_disjoint(
+        [Cut((rows.chunk(a, b),), "w", counter="row", per_label=2**40) for a, b in ((0, 7), (7, 9))]
+    )
 
 
 def test_views_that_merge_axes_are_read_and_written():
-    part, w = Part("w", (4, 6), (8, 3), (slice(0, 8), slice(0, 3)), (0,)), torch.arange(24.0).view(4, 6)
-    assert torch.equal(part.rows(w), w.view(8, 3)) and torch.equal(part.rows(w.t().contiguous().t()), w.view(8, 3))
+    part, w = (
+        Part("w", (4, 6), (8, 3), (slice(0, 8), slice(0, 3)), (0,)),
+        torch.arange(24.0).view(4, 6),
+    )
+    assert torch.equal(part.rows(w), w.view(8, 3)) and torch.equal(
+        part.rows(w.t().contiguous().t()), w.view(8, 3)
+    )
     out = torch.zeros(2, 4, 6)
     part.place(w.view(8, 3).expand(2, 8, 3), out)
     assert torch.equal(out[1], w)

@@ -133,16 +133,24 @@ def start(*arguments, **keywords):
 def said(capsys):
     """(stdout, lines of stderr without the plan and what the model printed)"""
     out, err = capsys.readouterr()
-    return out, [line for line in err.splitlines() if line != "a model's noise" and not line.startswith("plan: ")]
+    return out, [
+        line
+        for line in err.splitlines()
+        if line != "a model's noise" and not line.startswith("plan: ")
+    ]
 
 
 def test_the_plan_is_told_before_the_run(capsys):
     assert run("js0", "--model", "own.py:net", *FAST[:4]) == 0
     lines = capsys.readouterr().err.splitlines()
     plan = [line for line in lines if line.startswith("plan: ")]
-    assert [line for line in lines if line != "a model's noise"][:4] == plan and "3 of 3 blocks to compute" in plan[0]
+    assert [line for line in lines if line != "a model's noise"][
+        :4
+    ] == plan and "3 of 3 blocks to compute" in plan[0]
     assert "18 Hessian-vector products for 3 block(s), about 0 s" in plan[1]
-    assert "recorded once" in plan[2] and "peak" in plan[3] and "left for Lanczos vectors" in plan[3]
+    assert (
+        "recorded once" in plan[2] and "peak" in plan[3] and "left for Lanczos vectors" in plan[3]
+    )
 
 
 def test_js0_prints_saves_and_draws(capsys):
@@ -151,8 +159,12 @@ def test_js0_prints_saves_and_draws(capsys):
     lines = out.splitlines()
     assert lines[0].startswith("own.py:net (155 parameters, data of its own, loss 1.")
     assert [line.split()[0] for line in lines[3:6]] == ["0.weight", "2.weight", "4.weight"]
-    assert "JS0 (literature, unnormalised)" in out and re.search(r"^own.py:net: (SGD|Adam|undecided)\.", out, re.M)
-    assert "a model's noise" not in out and err[0].startswith("verified (relative errors): symmetry ")
+    assert "JS0 (literature, unnormalised)" in out and re.search(
+        r"^own.py:net: (SGD|Adam|undecided)\.", out, re.M
+    )
+    assert "a model's noise" not in out and err[0].startswith(
+        "verified (relative errors): symmetry "
+    )
     assert sorted(path.name for path in Path("out").iterdir()) == [
         "block_spectra.png", "config.json", "js_matrix.png", "result.json", "result.npz",
     ]  # fmt: skip
@@ -164,13 +176,25 @@ def test_js0_prints_saves_and_draws(capsys):
     scope = {}
     exec(OWN.replace("print", "str"), scope)
     problem = scope["problem"]()
-    spectra = ht.blockwise_slq(problem, ht.partition(problem.model, "weights"), num_probes=2, num_steps=3)
+    spectra = ht.blockwise_slq(
+        problem, ht.partition(problem.model, "weights"), num_probes=2, num_steps=3
+    )
     assert same(saved, {"spectra": spectra, "heterogeneity": ht.js_heterogeneity(spectra)})
 
 
 def test_json_on_stdout_is_right_and_alone(capsys):
     """Exact blocks against the dense Hessian by double backward."""
-    arguments = ("--blocks", "semantic", "--probes", "8", "--steps", "20", "--dtype", "float64", "--json")
+    arguments = (
+        "--blocks",
+        "semantic",
+        "--probes",
+        "8",
+        "--steps",
+        "20",
+        "--dtype",
+        "float64",
+        "--json",
+    )
     assert run("js0", "--model", "own.py:problem", *arguments) == 0
     out, err = capsys.readouterr()
     assert "a model's noise" in err
@@ -181,8 +205,13 @@ def test_json_on_stdout_is_right_and_alone(capsys):
     for block in found["blocks"]:
         part = slice(start, start + block["size"])
         values = torch.linalg.eigvalsh(dense[part, part])
-        assert (block["smallest"], block["largest"]) == pytest.approx((float(values[0]), float(values[-1])), abs=1e-12)
-        assert block["trace"] == pytest.approx(float(values.sum())) and block["matvecs"] == block["size"]
+        assert (block["smallest"], block["largest"]) == pytest.approx(
+            (float(values[0]), float(values[-1])), abs=1e-12
+        )
+        assert (
+            block["trace"] == pytest.approx(float(values.sum()))
+            and block["matvecs"] == block["size"]
+        )
         start += block["size"]
     assert start == 155 and set(found["readings"]) == {
         "bounded", "unnormalised", "log", "wasserstein", "scale_spread",
@@ -196,7 +225,20 @@ def test_spectrum_is_of_the_whole_hessian_or_of_blocks(capsys):
     assert out.splitlines()[3].split()[:2] == ["(model)", "155"] and "verdict" not in out
     assert Path("whole/spectrum.png").exists() and not Path("whole/block_spectra.png").exists()
     assert ht.load("whole/result")["spectra"]["(model)"].size == 155
-    assert run("spectrum", "--model", "own.py:net", "--out", "some", "--blocks", "0.*", "4.weight", *FAST) == 0
+    assert (
+        run(
+            "spectrum",
+            "--model",
+            "own.py:net",
+            "--out",
+            "some",
+            "--blocks",
+            "0.*",
+            "4.weight",
+            *FAST,
+        )
+        == 0
+    )
     assert list(ht.load("some/result")["spectra"]) == ["4.weight", "0.weight", "0.bias"]
     assert Path("some/block_spectra.png").exists() and not Path("some/js_matrix.png").exists()
 
@@ -208,11 +250,17 @@ def test_several_models_side_by_side(capsys):
     names = ["own.py:net", "mlp", "own.py:problem"]
     header = next(line for line in out.splitlines() if line.startswith("reading"))
     assert header.split()[-3:] == names and "verified" not in "".join(err)
-    assert sorted(path.name for path in Path("out").iterdir()) == ["mlp", "own.py_net", "own.py_problem"]
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "mlp",
+        "own.py_net",
+        "own.py_problem",
+    ]
     assert all((folder / "js_matrix.png").exists() for folder in Path("out").iterdir())
     config = json.loads(Path("out/mlp/config.json").read_text())
     assert config["data"] == "the packaged Fashion-MNIST" and config["dtype"] == "float32"
-    assert re.search(r"^mlp \(335,114 parameters, the packaged Fashion-MNIST, loss 2\.\d+\)$", out, re.M)
+    assert re.search(
+        r"^mlp \(335,114 parameters, the packaged Fashion-MNIST, loss 2\.\d+\)$", out, re.M
+    )
 
 
 BAD = {
@@ -262,7 +310,9 @@ def test_bad_input_is_one_line_and_code_2(line, capsys):
     Path("text.txt").write_text("text")
     assert run(*line.split()) == 2
     out, err = said(capsys)
-    assert out == "" and len(err) == 1 and BAD[line] in err[0] and err[0].startswith("hessian-tools: ")
+    assert (
+        out == "" and len(err) == 1 and BAD[line] in err[0] and err[0].startswith("hessian-tools: ")
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -276,7 +326,9 @@ def test_cuda_without_one_is_one_line(model, capsys):
 def test_a_numerical_failure_is_code_3(capsys, monkeypatch):
     assert run("js0", "--model", "own.py:nan") == 3
     _, err = said(capsys)
-    assert len(err) == 1 and err[0].startswith("hessian-tools: numerical failure: the loss of batch 0 is nan")
+    assert len(err) == 1 and err[0].startswith(
+        "hessian-tools: numerical failure: the loss of batch 0 is nan"
+    )
     monkeypatch.setattr(StackedBlocks, "matmat", lambda self, vectors: vectors * float("inf"))
     assert run("js0", "--model", "own.py:net", *FAST) == 3
     assert "0.weight" in said(capsys)[1][-1]
@@ -321,10 +373,15 @@ def test_tolerance_spends_by_need_and_tells(capsys, undrawn):
         assert run(*command, "--tolerance", tolerance, "--out", tolerance) == 0
         _, err = said(capsys)
         line = next(line for line in err if line.startswith("tolerance "))
-        assert re.match(rf"tolerance {tolerance} met after \d+ products: scale .*standard error", line)
+        assert re.match(
+            rf"tolerance {tolerance} met after \d+ products: scale .*standard error", line
+        )
         spectra = ht.load(f"{tolerance}/result")["spectra"]
         products[tolerance] = spectra.num_matvecs
-        assert f"after {spectra.num_matvecs} products" in line and max(q.num_matvecs for q in spectra.values()) <= 1576
+        assert (
+            f"after {spectra.num_matvecs} products" in line
+            and max(q.num_matvecs for q in spectra.values()) <= 1576
+        )
     assert products["0.2"] < products["0.01"]
     assert run(*command, "--tolerance", "0.1", "--out", "0.2") == 2
     assert "another tolerance (tolerance was 0.2, is now 0.1)" in said(capsys)[1][-1]
@@ -332,7 +389,17 @@ def test_tolerance_spends_by_need_and_tells(capsys, undrawn):
 
 def test_an_interrupted_tolerance_run_goes_on(capsys, monkeypatch, undrawn):
     """Interrupted while its last blocks grow: what is in the journal is not computed again."""
-    command = ("js0", "--model", "own.py:wide", "--no-verify", "--tolerance", "0.01", "--reading", "scale", "--out")
+    command = (
+        "js0",
+        "--model",
+        "own.py:wide",
+        "--no-verify",
+        "--tolerance",
+        "0.01",
+        "--reading",
+        "scale",
+        "--out",
+    )
     assert run(*command, "whole") == 0
     whole = ht.load("whole/result")["spectra"]
     appended, append = [], results.Journal.append
@@ -353,7 +420,10 @@ def test_an_interrupted_tolerance_run_goes_on(capsys, monkeypatch, undrawn):
     _, err = said(capsys)
     left = spectra.num_matvecs - begun
     assert 0 < left < whole.num_matvecs
-    assert any(f"{left} Hessian-vector products for 4 blocks (after {begun} before)" in line for line in err)
+    assert any(
+        f"{left} Hessian-vector products for 4 blocks (after {begun} before)" in line
+        for line in err
+    )
     assert spectra.num_matvecs == pytest.approx(whole.num_matvecs, rel=0.3)
 
 
@@ -365,7 +435,10 @@ def test_an_interrupted_tolerance_run_goes_on(capsys, monkeypatch, undrawn):
         (("--reading", "log"), "--reading log is what --tolerance is about"),
         (("--tolerance", "0.1", "--reading", "js"), "invalid choice: 'js'"),
         (("--tolerance", "0.1", "--probes", "1", "--steps", "4"), "max_matvecs is 4"),
-        (("--precision", "tf32", "--dtype", "float64"), "precision is 'tf32', which is about products in float32"),
+        (
+            ("--precision", "tf32", "--dtype", "float64"),
+            "precision is 'tf32', which is about products in float32",
+        ),
     ],
 )
 def test_bad_tolerances_and_precisions_are_one_line(options, told, capsys):
@@ -374,12 +447,21 @@ def test_bad_tolerances_and_precisions_are_one_line(options, told, capsys):
     assert len(err) == 1 and told in err[0]
 
 
-OF_SPECTRA = ("(default: 4, with --tolerance 10; paper: 10)", "(default: 40, with --tolerance 100; paper: 100)")
+OF_SPECTRA = (
+    "(default: 4, with --tolerance 10; paper: 10)",
+    "(default: 40, with --tolerance 100; paper: 100)",
+)
 HELP = {  # command -> number of options, what its help tells
     "js0": (23, (*OF_SPECTRA, "(default: weights; paper: official)")),
     "spectrum": (21, (*OF_SPECTRA, "(default: model; paper: official)")),
-    "partition": (27, ("arXiv 2406.16793", "(default: adam_mini)", "Exit code 1 when a claim is contradicted")),
-    "quadratic": (16, ("(default: 5000; cases 3 and 4: 2000; a file's own; paper: 5000, thesis: 2000)",)),
+    "partition": (
+        27,
+        ("arXiv 2406.16793", "(default: adam_mini)", "Exit code 1 when a claim is contradicted"),
+    ),
+    "quadratic": (
+        16,
+        ("(default: 5000; cases 3 and 4: 2000; a file's own; paper: 5000, thesis: 2000)",),
+    ),
 }
 
 
@@ -396,9 +478,15 @@ def test_help_tells_defaults_and_sources(command, capsys):
     for action in options:
         told = re.search(r"\(default: ([^,;)]+)", action.help)
         assert action.required or told or not action.option_strings, action.dest
-        if isinstance(action.default, str | int | float) and not isinstance(action.default, bool) and told:
+        if (
+            isinstance(action.default, str | int | float)
+            and not isinstance(action.default, bool)
+            and told
+        ):
             number = isinstance(action.default, int | float)
-            assert float(told[1]) == action.default if number else told[1] == action.default, action.dest
+            assert float(told[1]) == action.default if number else told[1] == action.default, (
+                action.dest
+            )
     for told in (*words, "arXiv 2402.16788", "130 interrupted", "HESSIAN_TOOLS_TRACEBACK=1"):
         assert told in out
 
@@ -419,7 +507,10 @@ def test_a_finished_run_repeated_computes_nothing(capsys, monkeypatch):
     command = ("js0", "--model", "own.py:net", "--out", "out", *FAST)
     assert run(*command) == 0
     out, _ = said(capsys)
-    files = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("out").glob("result.*")}
+    files = {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in Path("out").glob("result.*")
+    }
     Path("out/js_matrix.png").unlink()
 
     def forbidden(*arguments, **keywords):
@@ -431,7 +522,10 @@ def test_a_finished_run_repeated_computes_nothing(capsys, monkeypatch):
     again, err = said(capsys)
     assert again == out and "nothing is computed" in err[0]
     assert Path("out/js_matrix.png").exists()  # drawing may have been what was interrupted
-    assert files == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("out").glob("result.*")}
+    assert files == {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in Path("out").glob("result.*")
+    }
 
 
 @pytest.mark.parametrize(
@@ -439,10 +533,16 @@ def test_a_finished_run_repeated_computes_nothing(capsys, monkeypatch):
     [
         (("--probes", "3"), "another probes (probes was 2, is now 3)"),
         (("--steps", "4"), "another steps (steps was 3, is now 4)"),
-        (("--probe-kind", "gaussian"), 'another probe_kind (probe_kind was "rademacher", is now "gaussian")'),
+        (
+            ("--probe-kind", "gaussian"),
+            'another probe_kind (probe_kind was "rademacher", is now "gaussian")',
+        ),
         (("--seed", "1"), "another seed, network_and_data (seed was 0, is now 1)"),
         (("--blocks", "semantic"), 'another blocks (blocks was ["weights"], is now ["semantic"])'),
-        (("--dtype", "float64"), 'another dtype, network_and_data (dtype was "float32", is now "float64")'),
+        (
+            ("--dtype", "float64"),
+            'another dtype, network_and_data (dtype was "float32", is now "float64")',
+        ),
         (("--model", "own.py:problem"), 'another function (function was "net", is now "problem")'),
     ],
 )
@@ -483,7 +583,9 @@ def test_a_folder_of_other_files_is_left_alone(name, content, capsys):
     assert len(said(capsys)[1]) == 1
 
 
-def test_interrupted_before_any_block_the_folder_takes_any_configuration(capsys, monkeypatch, undrawn):
+def test_interrupted_before_any_block_the_folder_takes_any_configuration(
+    capsys, monkeypatch, undrawn
+):
     def interrupted(self):
         raise KeyboardInterrupt
 
@@ -505,7 +607,9 @@ def test_interrupted_while_saving_a_run_goes_on_without_computing(where, capsys,
     replace, unlink = os.replace, Path.unlink
 
     def crash_replacing(source, target):
-        if str(target).endswith(f"result.{where}") or (where == "pictures" and str(target).endswith("matrix.png")):
+        if str(target).endswith(f"result.{where}") or (
+            where == "pictures" and str(target).endswith("matrix.png")
+        ):
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -540,7 +644,18 @@ def test_half_a_result_is_computed_again(monkeypatch, undrawn):
 def test_a_killed_run_goes_on_where_it_was(capsys, monkeypatch, undrawn):
     """Real processes, one stopped by Ctrl-C, the next by kill -9: no finished block is computed again, and the numbers
     are those of a run that nobody stopped."""
-    command = ("spectrum", "--model", "own.py:large", "--blocks", "weights", "--probes", "3", "--steps", "40", "--out")
+    command = (
+        "spectrum",
+        "--model",
+        "own.py:large",
+        "--blocks",
+        "weights",
+        "--probes",
+        "3",
+        "--steps",
+        "40",
+        "--out",
+    )
     journal, finished = Path("out/blocks.jsonl"), set()
     for by in (signal.SIGINT, signal.SIGKILL):
         process = start(*command, "out", stdout=subprocess.PIPE)
@@ -552,7 +667,9 @@ def test_a_killed_run_goes_on_where_it_was(capsys, monkeypatch, undrawn):
         out, err = process.communicate()
         assert out == "" and "Traceback" not in err
         if by == signal.SIGINT:
-            assert process.returncode == 130 and err.splitlines()[-1].startswith("hessian-tools: interrupted; finished")
+            assert process.returncode == 130 and err.splitlines()[-1].startswith(
+                "hessian-tools: interrupted; finished"
+            )
         else:
             assert process.returncode == -signal.SIGKILL
         before, finished = finished, set(results.Journal(journal).finished)
@@ -562,7 +679,9 @@ def test_a_killed_run_goes_on_where_it_was(capsys, monkeypatch, undrawn):
     names = computed_blocks(monkeypatch)
     assert run(*command, "out", "--no-verify") == 0
     left = 17 - len(finished)
-    assert left > 0 and len(set(names)) == left and not finished & set(names) and not journal.exists()
+    assert (
+        left > 0 and len(set(names)) == left and not finished & set(names) and not journal.exists()
+    )
     told = f"{120 * left} Hessian-vector products for {left} blocks ({len(finished)} were finished before)"
     assert told in capsys.readouterr().err
     assert run(*command, "whole", "--no-verify") == 0
@@ -573,7 +692,11 @@ def test_progress_is_shown_on_a_terminal_only(capsys, monkeypatch):
     command = ("spectrum", "--model", "own.py:net", "--probes", "2", "--steps", "40", "--no-verify")
     assert run(*command) == 0
     _, err = said(capsys)
-    assert len(err) == 2 and not re.search(r"HVP|it/s", err[0]) and "own.py:net: 80 Hessian-vector products" in err[1]
+    assert (
+        len(err) == 2
+        and not re.search(r"HVP|it/s", err[0])
+        and "own.py:net: 80 Hessian-vector products" in err[1]
+    )
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     with os.fdopen(slave, "w") as terminal:
@@ -584,7 +707,9 @@ def test_progress_is_shown_on_a_terminal_only(capsys, monkeypatch):
     with contextlib.suppress(OSError), os.fdopen(master, "rb", 0) as screen:
         while piece := screen.read(4096):
             shown += piece
-    assert re.search(rb"80/80 \[\d\d:\d\d<\d\d:\d\d", shown) and b"HVP" in shown  # done, time spent < time left
+    assert (
+        re.search(rb"80/80 \[\d\d:\d\d<\d\d:\d\d", shown) and b"HVP" in shown
+    )  # done, time spent < time left
     assert b"1 of 1 blocks to compute" in shown
 
 
@@ -599,7 +724,11 @@ def test_own_files_work_beside_a_torchvision_that_does_not_import(tmp_path):
     process = start("js0", "--model", tmp_path / "vision.py:make", *FAST, stdout=writer)
     os.close(writer)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "Hessian-vector products for 2 blocks" in err and "Error" not in err, err
+    assert (
+        process.returncode == 0
+        and "Hessian-vector products for 2 blocks" in err
+        and "Error" not in err
+    ), err
 
 
 def test_own_files_are_repaired_once_and_only_where_that_can_help(monkeypatch):
@@ -625,16 +754,22 @@ def test_own_problem_is_seeded_and_overridden():
     torch.rand(5)
     again, _ = runs.own_problem("own.py:problem", seed=3, dtype=torch.float64, device="cpu")
     assert again.dtype == torch.float64 and again.batches[0][0].dtype == torch.float64
-    assert again.batches[0][1].dtype == torch.int64 and again.loss == pytest.approx(first.loss, rel=1e-6)
+    assert again.batches[0][1].dtype == torch.int64 and again.loss == pytest.approx(
+        first.loss, rel=1e-6
+    )
     assert runs.own_problem("own.py:problem", seed=4)[0].loss != first.loss
-    assert [runs.own_problem("own.py:stated", batch_stats=x)[0].batch_stats for x in (None, False)] == [True, False]
-    assert [runs.own_problem("own.py:norm", batch_stats=stats)[0].batch_stats for stats in (True, False)] == [
+    assert [
+        runs.own_problem("own.py:stated", batch_stats=x)[0].batch_stats for x in (None, False)
+    ] == [True, False]
+    assert [
+        runs.own_problem("own.py:norm", batch_stats=stats)[0].batch_stats for stats in (True, False)
+    ] == [
         True,
         False,
     ]
-    assert runs.fingerprint(runs.own_problem("own.py:norm", batch_stats=True)[0]) == runs.fingerprint(
-        runs.own_problem("own.py:norm", batch_stats=False)[0]
-    )
+    assert runs.fingerprint(
+        runs.own_problem("own.py:norm", batch_stats=True)[0]
+    ) == runs.fingerprint(runs.own_problem("own.py:norm", batch_stats=False)[0])
 
 
 def test_fingerprint_sees_parameters_buffers_and_data():

@@ -14,7 +14,9 @@ from hessian_tools.structure.conditioning import mean_gradient
 GENERATOR = np.random.default_rng(0)
 
 
-def rotated(size: int, kappa: float, angle: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def rotated(
+    size: int, kappa: float, angle: float, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Q diag(1 .. kappa) Q' with Q = expm(angle S), and its gradient at a Gaussian start."""
     skew = generator.standard_normal((size, size))
     q = expm(angle * (skew - skew.T) / np.sqrt(2))
@@ -26,18 +28,34 @@ def rotated(size: int, kappa: float, angle: float, generator: np.random.Generato
 @pytest.mark.parametrize(
     ("size", "kappa", "angles", "taus", "ratios"),
     [
-        (20, 100, (0, 0.01, 0.029, 0.098, 0.35), (1.00, 0.90, 0.76, 0.49, 0.34), (0.40, 0.70, 1.23, 5.9, 9.2)),
-        (50, 500, (0, 0.01, 0.03, 0.098, 0.3), (1.00, 0.79, 0.55, 0.29, 0.24), (0.22, 2.0, 5.8, 15.5, 20.0)),
+        (
+            20,
+            100,
+            (0, 0.01, 0.029, 0.098, 0.35),
+            (1.00, 0.90, 0.76, 0.49, 0.34),
+            (0.40, 0.70, 1.23, 5.9, 9.2),
+        ),
+        (
+            50,
+            500,
+            (0, 0.01, 0.03, 0.098, 0.3),
+            (1.00, 0.79, 0.55, 0.29, 0.24),
+            (0.22, 2.0, 5.8, 15.5, 20.0),
+        ),
     ],
 )
 def test_adam_helps_near_diagonal_matrices_and_harms_dense_ones(size, kappa, angles, taus, ratios):
     generator = np.random.default_rng(0)
     for angle, tau, r in zip(angles, taus, ratios, strict=True):
         pairs = [rotated(size, kappa, angle, generator) for _ in range(120)]
-        found = ht.adam_conditioning(np.stack([m for m, _ in pairs]), np.stack([g for _, g in pairs]))
+        found = ht.adam_conditioning(
+            np.stack([m for m, _ in pairs]), np.stack([g for _, g in pairs])
+        )
         assert np.median(found.tau) == pytest.approx(tau, abs=0.02)
         assert 0.6 < np.median(found.r) / r < 1.6, (size, angle, np.median(found.r))
-        assert np.allclose(found.kappa, kappa) and not found.negative.any() and not found.dropped.any()
+        assert (
+            np.allclose(found.kappa, kappa) and not found.negative.any() and not found.dropped.any()
+        )
 
 
 def test_it_is_what_numpy_says():
@@ -45,21 +63,29 @@ def test_it_is_what_numpy_says():
     matrix, gradient = factor @ factor.transpose(0, 2, 1), GENERATOR.standard_normal((3, 8))
     found = ht.adam_conditioning(matrix, gradient)
     for i in range(3):
-        values = np.linalg.eigvals(matrix[i] / np.abs(gradient[i])[:, None])  # D H itself, not symmetric
+        values = np.linalg.eigvals(
+            matrix[i] / np.abs(gradient[i])[:, None]
+        )  # D H itself, not symmetric
         assert np.isclose(found.kappa[i], np.linalg.cond(matrix[i]))
         assert np.isclose(found.kappa_adam[i], values.real.max() / values.real.min())
         assert np.isclose(found.r[i], found.kappa_adam[i] / found.kappa[i])
         assert np.isclose(found.tau[i], np.abs(np.diag(matrix[i])).sum() / np.abs(matrix[i]).sum())
     single = ht.adam_conditioning(matrix[1], gradient[1])
     assert np.isclose(single.kappa, found.kappa[1]) and np.shape(single.r) == ()
-    with_eps = ht.adam_conditioning(matrix[1], gradient[1], eps=1e9)  # the preconditioner is a constant then
+    with_eps = ht.adam_conditioning(
+        matrix[1], gradient[1], eps=1e9
+    )  # the preconditioner is a constant then
     assert np.isclose(with_eps.r, 1.0)
 
 
 def test_a_diagonal_matrix_with_its_own_gradient():
     start = np.array([0.5, -2.0, 1.0, 4.0])
-    found = ht.adam_conditioning(np.diag([1.0, 10.0, 100.0, 1000.0]), np.array([1.0, 10.0, 100.0, 1000.0]) * start)
-    assert found.tau == 1 and np.isclose(found.kappa, 1000) and np.isclose(found.kappa_adam, 8)  # of 1 / |start|
+    found = ht.adam_conditioning(
+        np.diag([1.0, 10.0, 100.0, 1000.0]), np.array([1.0, 10.0, 100.0, 1000.0]) * start
+    )
+    assert (
+        found.tau == 1 and np.isclose(found.kappa, 1000) and np.isclose(found.kappa_adam, 8)
+    )  # of 1 / |start|
 
 
 def test_negative_and_vanishing_eigenvalues_are_told():
@@ -119,7 +145,9 @@ def test_blocks_of_a_network(dtype):
             assert found.values.negative[i] == (values < -1e-14 * np.abs(values).max()).sum()
             expected = ht.adam_conditioning(dense[np.ix_(index, index)], gradient[index])
             if found.values.dropped[i] == expected.dropped == 0:
-                assert np.isclose(found.values.kappa[i], np.abs(values).max() / np.abs(values).min(), rtol=1e-6)
+                assert np.isclose(
+                    found.values.kappa[i], np.abs(values).max() / np.abs(values).min(), rtol=1e-6
+                )
                 assert np.isclose(found.values.kappa_adam[i], expected.kappa_adam, rtol=1e-4)
         assert np.isclose(
             found.values.tau[i],
@@ -147,9 +175,13 @@ def test_some_blocks_of_some_cuts():
     assert [note.split(":")[0] for note in found.notes] == ["0.weight", "0.bias", "2.weight"]
     assert len(every.names) == 7 and len(found.names) == 3 and "exceed max_size=5" in every.notes[0]
     for name, kappa in zip(found.names, found.values.kappa, strict=True):
-        assert np.isclose(kappa, every.values.kappa[every.names.index(name)], rtol=1e-6, equal_nan=True)
+        assert np.isclose(
+            kappa, every.values.kappa[every.names.index(name)], rtol=1e-6, equal_nan=True
+        )
     with pytest.raises(ValueError, match=r"max_size is 1, but the smallest block has \d+ entries"):
-        ht.block_conditioning(problem, [block for block in partition if block.numel > 1], max_size=1)
+        ht.block_conditioning(
+            problem, [block for block in partition if block.numel > 1], max_size=1
+        )
     with pytest.raises(ValueError, match="num_blocks 0"):
         ht.block_conditioning(problem, partition, num_blocks=0)
 
@@ -157,8 +189,13 @@ def test_some_blocks_of_some_cuts():
 def test_extremes_of_all_blocks():
     problem = network("lstm")
     partition = ht.partition(problem.model, "tensor")
-    found, dense = ht.block_extremes(problem, partition, num_steps=10), ht.dense_block(problem, partition)
-    assert found.names == dense.names and found.num_matvecs == sum(min(10, size) for size in found.sizes)
+    found, dense = (
+        ht.block_extremes(problem, partition, num_steps=10),
+        ht.dense_block(problem, partition),
+    )
+    assert found.names == dense.names and found.num_matvecs == sum(
+        min(10, size) for size in found.sizes
+    )
     for i, name in enumerate(found.names):
         values = np.linalg.eigvalsh(dense.block(name))
         scale = np.abs(values).max()
@@ -179,7 +216,9 @@ def test_extremes_grow_tight_with_steps():
     partition = ht.partition(problem.model, "tensor")
     few, many = (ht.block_extremes(problem, partition, num_steps=steps) for steps in (3, 20))
     assert few.largest_bound.max() > 10 * many.largest_bound.max()
-    assert (few.largest <= many.largest + 1e-12).all() and (few.smallest >= many.smallest - 1e-12).all()
+    assert (few.largest <= many.largest + 1e-12).all() and (
+        few.smallest >= many.smallest - 1e-12
+    ).all()
 
 
 def test_results_are_saved(tmp_path):

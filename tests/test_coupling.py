@@ -23,7 +23,10 @@ class Planted(nn.Module):
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(6, 2).double()), nn.Parameter(torch.randn(len(matrix) - 12).double())
+        self.a, self.b = (
+            nn.Parameter(torch.randn(6, 2).double()),
+            nn.Parameter(torch.randn(len(matrix) - 12).double()),
+        )
         self.matrix = matrix
 
     def forward(self, _: Tensor) -> Tensor:
@@ -41,15 +44,25 @@ ROWS = {f"a{i}": ("a", (slice(i, i + 1),)) for i in range(6)} | {"b": "b"}
 @functools.cache
 def random_planted() -> ht.Problem:
     generator = torch.Generator().manual_seed(1)
-    factors = torch.randn(17, 17, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 17).double()
+    factors = (
+        torch.randn(17, 17, generator=generator, dtype=torch.float64)
+        * torch.logspace(0, -2, 17).double()
+    )
     return planted(factors @ factors.T - 0.3 * torch.eye(17, dtype=torch.float64))
 
 
 @functools.cache
-def runs(num_blocks: int | None, num_probes: int, num_pilot: int = 2) -> tuple[ht.Coupling, list[ht.Coupling]]:
+def runs(
+    num_blocks: int | None, num_probes: int, num_pilot: int = 2
+) -> tuple[ht.Coupling, list[ht.Coupling]]:
     problem, hessian = random_planted(), ht.HessianOperator(random_planted())
     partition = ht.partition(problem.model, ROWS)
-    options = {"exact": False, "num_probes": num_probes, "num_blocks": num_blocks, "num_pilot": num_pilot}
+    options = {
+        "exact": False,
+        "num_probes": num_probes,
+        "num_blocks": num_blocks,
+        "num_pilot": num_pilot,
+    }
     found = [ht.coupling(hessian, partition, seed=seed, **options) for seed in range(SEEDS)]
     return ht.coupling(problem, partition, exact=True), found
 
@@ -64,10 +77,19 @@ def test_exact_is_the_dense_matrix():
     norms = np.sqrt(squares)
     assert np.allclose(exact.normalised, norms / np.sqrt(np.outer(np.diag(norms), np.diag(norms))))
     inside, a = np.trace(squares), squares[:6, :6]
-    expected = [inside, a.sum() - np.trace(a), 2 * squares[6, :6].sum(), 0.0]  # one module: a and b are one layer
-    assert np.allclose([exact.shares[place].value for place in PLACES], np.array(expected) / squares.sum())
+    expected = [
+        inside,
+        a.sum() - np.trace(a),
+        2 * squares[6, :6].sum(),
+        0.0,
+    ]  # one module: a and b are one layer
+    assert np.allclose(
+        [exact.shares[place].value for place in PLACES], np.array(expected) / squares.sum()
+    )
     assert exact.tensor_shares["a"].value == pytest.approx(np.trace(a) / a.sum())
-    assert exact.tensor_shares["b"].value == 1 and np.allclose(exact.tensor_mass[0], [a.sum(), squares[6, :6].sum()])
+    assert exact.tensor_shares["b"].value == 1 and np.allclose(
+        exact.tensor_mass[0], [a.sum(), squares[6, :6].sum()]
+    )
     for errors in (exact.mass_error, exact.normalised_error, exact.tensor_mass_error):
         assert not errors.any()
     assert all(share.standard_error == 0 for share in exact.shares.values())
@@ -82,7 +104,9 @@ def scores(values: np.ndarray, errors: np.ndarray, exact: np.ndarray | float) ->
 def test_estimates_are_right_within_their_errors(quantity):
     exact, found = runs(None, 8)
     pairs = [(getattr(c, quantity), getattr(c, f"{quantity}_error")) for c in found]
-    covered = np.abs(np.concatenate([scores(*pair, getattr(exact, quantity)) for pair in pairs])) < 2
+    covered = (
+        np.abs(np.concatenate([scores(*pair, getattr(exact, quantity)) for pair in pairs])) < 2
+    )
     assert 0.84 < covered.mean() < 0.97, covered.mean()
     if quantity != "normalised":  # a root is not unbiased
         mean = np.mean([value for value, _ in pairs], axis=0)
@@ -99,7 +123,9 @@ def test_shares_are_right_within_their_errors(num_blocks):
         shares = [c.shares[place] for c in found]
         covered += [abs(s.value - exact.shares[place].value) < 2 * s.standard_error for s in shares]
         mean, spread = np.mean([s.value for s in shares]), np.std([s.value for s in shares])
-        assert abs(mean - exact.shares[place].value) < 0.5 * spread  # the bias of a ratio, and chance
+        assert (
+            abs(mean - exact.shares[place].value) < 0.5 * spread
+        )  # the bias of a ratio, and chance
     assert (0.8 if num_blocks else 0.84) < np.mean(covered) < 0.985, np.mean(covered)
     assert all(sum(s.value for s in c.shares.values()) == pytest.approx(1) for c in found)
 
@@ -112,7 +138,10 @@ def test_drawn_blocks_give_unbiased_totals(num_pilot):
     assert (np.abs(masses.mean(0) - exact.tensor_mass) < 3.5 * spread).all()
     errors = np.mean([c.tensor_mass_error**2 for c in found], axis=0)
     assert np.allclose(errors[0, 0], masses.var(0, ddof=1)[0, 0], rtol=0.6)
-    assert all(c.drawn.tolist() == [True, False] and len(c.columns) == 4 and c.num_blocks[0] == 6 for c in found)
+    assert all(
+        c.drawn.tolist() == [True, False] and len(c.columns) == 4 and c.num_blocks[0] == 6
+        for c in found
+    )
     assert {c.num_matvecs for c in found} == {8 + num_pilot}
 
 
@@ -126,7 +155,9 @@ def test_the_pilot_finds_the_heavy_blocks():
         for pilot in (1, 0)
     )  # fmt: skip
     assert all("a2" in c.names for c in guided) and not all("a2" in c.names for c in even)
-    again = next(c for c in guided if len(c.names) < len(c.columns))  # drawn twice: one block, two columns
+    again = next(
+        c for c in guided if len(c.names) < len(c.columns)
+    )  # drawn twice: one block, two columns
     assert np.isclose(again.mass[again.names.index("a2"), again.names.index("a2")], 1e4 + 1e-4)
 
 
@@ -138,12 +169,27 @@ def test_planted_blocks_have_exactly_no_coupling(probes):
         matrix[first : first + 2, first : first + 2] = factor @ factor.T
     matrix[12:, 12:] = 1.0
     problem = planted(matrix)
-    found = ht.coupling(problem, ht.partition(problem.model, ROWS), exact=False, num_probes=2, probes=probes)
+    found = ht.coupling(
+        problem, ht.partition(problem.model, ROWS), exact=False, num_probes=2, probes=probes
+    )
     off = ~np.eye(7, dtype=bool)
-    assert (found.mass[off] == 0).all() and (found.normalised[off] == 0).all() and (np.diag(found.mass) > 0).all()
-    assert found.shares["block"].value == 1 and [found.shares[p].value for p in PLACES[1:]] == [0, 0, 0]
-    wrong = {f"c{i}": ("a", (slice(None), slice(i, i + 1))) for i in range(2)} | {"b": "b"}  # across the planted blocks
-    assert ht.coupling(problem, ht.partition(problem.model, wrong), exact=False).shares["tensor"].value > 0.05
+    assert (
+        (found.mass[off] == 0).all()
+        and (found.normalised[off] == 0).all()
+        and (np.diag(found.mass) > 0).all()
+    )
+    assert found.shares["block"].value == 1 and [found.shares[p].value for p in PLACES[1:]] == [
+        0,
+        0,
+        0,
+    ]
+    wrong = {f"c{i}": ("a", (slice(None), slice(i, i + 1))) for i in range(2)} | {
+        "b": "b"
+    }  # across the planted blocks
+    assert (
+        ht.coupling(problem, ht.partition(problem.model, wrong), exact=False).shares["tensor"].value
+        > 0.05
+    )
 
 
 def test_blocks_that_are_transposed_heads_and_tied():
@@ -163,9 +209,14 @@ def test_blocks_that_are_transposed_heads_and_tied():
 def test_a_float32_problem_and_a_block_over_several_tensors():
     problem = network("mlp", torch.float32)
     layers = ht.partition(problem.model, "layer")
-    exact, found = ht.coupling(problem, layers, exact=True), ht.coupling(problem, layers, exact=False, num_probes=64)
+    exact, found = (
+        ht.coupling(problem, layers, exact=True),
+        ht.coupling(problem, layers, exact=False, num_probes=64),
+    )
     assert exact.groups == ("0.weight + 0.bias", "2.weight + 2.bias") and exact.layers == ("0", "2")
-    assert np.allclose(found.mass, exact.mass, rtol=0.4) and found.shares["tensor"].value == pytest.approx(0, abs=1e-6)
+    assert np.allclose(found.mass, exact.mass, rtol=0.4) and found.shares[
+        "tensor"
+    ].value == pytest.approx(0, abs=1e-6)
 
 
 def test_auto_is_exact_where_that_costs_no_more():
@@ -182,7 +233,9 @@ def test_layers_are_those_of_the_transformer():
     assert len(inside) == 2 and len(layers) > 3
     assert layer_namer(nn.Sequential(nn.Linear(2, 2)))("0.weight") == "0"
     problem = random_planted()
-    found = ht.coupling(problem, ht.partition(problem.model, ROWS), exact=True, layers=lambda name: name)
+    found = ht.coupling(
+        problem, ht.partition(problem.model, ROWS), exact=True, layers=lambda name: name
+    )
     assert found.shares["layer"].value == 0 and found.shares["across"].value > 0
 
 
@@ -200,8 +253,12 @@ def test_the_numbers_depend_on_the_seed_alone(monkeypatch):
     expected = ht.coupling(problem, partition, **options)
     monkeypatch.setattr(Columns, "rows", property(lambda self: 2))  # as with little memory
     again = ht.coupling(problem, partition, **options)
-    assert again.names == expected.names and np.allclose(again.squares, expected.squares, atol=1e-15)
-    assert not np.allclose(ht.coupling(problem, partition, **options | {"seed": 8}).by_group, expected.by_group)
+    assert again.names == expected.names and np.allclose(
+        again.squares, expected.squares, atol=1e-15
+    )
+    assert not np.allclose(
+        ht.coupling(problem, partition, **options | {"seed": 8}).by_group, expected.by_group
+    )
 
 
 def test_a_run_goes_on_from_its_columns(monkeypatch):
@@ -219,11 +276,15 @@ def test_a_run_goes_on_from_its_columns(monkeypatch):
     expected, rows = ht.coupling(problem, partition, **options), []
     products = Columns.products
     monkeypatch.setattr(
-        Columns, "products", lambda self, cut, at, v: (rows.append(len(v)), products(self, cut, at, v))[1]
+        Columns,
+        "products",
+        lambda self, cut, at, v: (rows.append(len(v)), products(self, cut, at, v))[1],
     )
     found = ht.coupling(problem, partition, finished=kept, **options)
     assert PILOT in kept and sum(rows) == 2 * (len(expected.columns) - 3)
-    assert np.array_equal(found.squares, expected.squares) and np.array_equal(found.weights, expected.weights)
+    assert np.array_equal(found.squares, expected.squares) and np.array_equal(
+        found.weights, expected.weights
+    )
 
 
 def test_it_is_saved_and_loaded(tmp_path):
@@ -235,16 +296,26 @@ def test_it_is_saved_and_loaded(tmp_path):
 
 def test_thousands_of_blocks_by_a_few_columns():
     model = nn.Sequential(nn.Embedding(3000, 2), nn.Flatten(), nn.Linear(6, 3)).double()
-    problem = ht.Problem(model, ht.cross_entropy, [(torch.randint(30, (8, 3)), torch.randint(3, (8,)))])
+    problem = ht.Problem(
+        model, ht.cross_entropy, [(torch.randint(30, (8, 3)), torch.randint(3, (8,)))]
+    )
     partition = ht.partition(model, "neuron")
     found = ht.coupling(problem, partition, num_blocks=6, num_probes=2, exact=False)
     assert len(found.names) <= 6 + 3 + 1 and found.num_blocks.max() == 3000
-    seen = [block for block in partition if "row=" not in block.name or int(block.name[9:].strip("row=]")) < 30]
+    seen = [
+        block
+        for block in partition
+        if "row=" not in block.name or int(block.name[9:].strip("row=]")) < 30
+    ]
     exact = ht.coupling(problem, seen, exact=True)  # the other rows are zero
     for place in PLACES:
         share = found.shares[place]
-        assert abs(share.value - exact.shares[place].value) < 4 * share.standard_error + 1e-12, place
-    with pytest.raises(ValueError, match=r"num_blocks=None asks for a table of 3,00\d columns.*num_blocks=8"):
+        assert abs(share.value - exact.shares[place].value) < 4 * share.standard_error + 1e-12, (
+            place
+        )
+    with pytest.raises(
+        ValueError, match=r"num_blocks=None asks for a table of 3,00\d columns.*num_blocks=8"
+    ):
         ht.coupling(problem, partition, num_probes=16, exact=False)
 
 

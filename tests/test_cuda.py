@@ -29,7 +29,9 @@ MIB = 2**20
 
 
 def cuda(test):
-    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+    return pytest.mark.cuda(
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test)
+    )
 
 
 class Waits(TorchDispatchMode):
@@ -43,7 +45,16 @@ class Waits(TorchDispatchMode):
         name = function.name().removeprefix("aten::").split(".")[0]
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
-        reads = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique", "_unique")
+        reads = (
+            "_local_scalar_dense",
+            "nonzero",
+            "is_nonzero",
+            "item",
+            "equal",
+            "masked_select",
+            "unique",
+            "_unique",
+        )
         if self.on and (masked or name.startswith(reads)):
             self.found.append(name)
         return function(*args, **(kwargs or {}))
@@ -71,10 +82,16 @@ def operators(problem, record):
     cuts = ht.partition(problem.model, "head").cuts
     several = [cut for cut in cuts if len(cut.parts[0].axes) > 1 and cut.num_blocks > 3][:1]
     weight = ht.partition(problem.model, "weights").cuts[-1]
-    found = [hessian, hessian.stacked(weight), *(hessian.stacked(cut.chunk(1, 4)) for cut in several)]
+    found = [
+        hessian,
+        hessian.stacked(weight),
+        *(hessian.stacked(cut.chunk(1, 4)) for cut in several),
+    ]
     for operator in found:
         operator.matmat(
-            torch.ones(getattr(operator, "num_blocks", 1), operator.size).to(operator.device, operator.dtype)
+            torch.ones(getattr(operator, "num_blocks", 1), operator.size).to(
+                operator.device, operator.dtype
+            )
         )
     return found
 
@@ -93,7 +110,9 @@ def test_lanczos_reads_no_value(name, record):
         assert waits.found == [], f"{type(operator).__name__} of size {operator.size}"
 
 
-@pytest.mark.parametrize("read", [lambda v: float(v.sum()), lambda v: bool((v > 0).any()), lambda v: v[v > 0]])
+@pytest.mark.parametrize(
+    "read", [lambda v: float(v.sum()), lambda v: bool((v > 0).any()), lambda v: v[v > 0]]
+)
 def test_a_value_that_is_read_is_found(read):
     operator = ht.DiagonalOperator(torch.arange(1.0, 9.0))
     plain = operator.matmat
@@ -132,7 +151,9 @@ def test_waiting_is_found():
 @cuda
 @pytest.mark.parametrize("kind", PROBE_KINDS)
 def test_probes_are_those_of_the_cpu(kind):
-    here, there = (draw_probes(kind, 3, "block", 2, 1001, device=device) for device in ("cpu", "cuda"))
+    here, there = (
+        draw_probes(kind, 3, "block", 2, 1001, device=device) for device in ("cpu", "cuda")
+    )
     assert torch.equal(here, there.cpu())
 
 
@@ -143,7 +164,9 @@ def test_spectra_are_those_of_the_cpu(name):
     for device in ("cpu", "cuda"):
         problem = network(name, device=device)
         blocks = ht.partition(problem.model, "weights")
-        found.append(ht.blockwise_slq(problem, blocks, num_probes=2, num_steps=5, seed=1, progress=False))
+        found.append(
+            ht.blockwise_slq(problem, blocks, num_probes=2, num_steps=5, seed=1, progress=False)
+        )
     here, there = found
     for block in here:
         scale = np.abs(here[block].nodes).max()
@@ -154,7 +177,9 @@ def test_spectra_are_those_of_the_cpu(name):
 
 @cuda
 def test_a_cut_over_two_axes_is_gathered_by_index():
-    here, there = (operators(network("hf-gpt2", device=device), True)[2] for device in ("cpu", "cuda"))
+    here, there = (
+        operators(network("hf-gpt2", device=device), True)[2] for device in ("cpu", "cuda")
+    )
     vectors = torch.randn(2 * here.num_blocks, here.size, dtype=torch.float64)
     assert relative_error(there.matmat(vectors.cuda()).cpu(), here.matmat(vectors)) < 1e-10
 
@@ -212,7 +237,9 @@ def test_running_out_of_memory_loses_nothing(big):
     torch.cuda.empty_cache()
     needed = torch.cuda.memory_reserved() + hessian.plan.peak_bytes(8)
     try:
-        torch.cuda.set_per_process_memory_fraction(needed / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            needed / torch.cuda.get_device_properties(0).total_memory
+        )
         with pytest.warns(RuntimeWarning, match="goes on with"):
             found = hessian.matmat(vectors)
     finally:
@@ -223,15 +250,21 @@ def test_running_out_of_memory_loses_nothing(big):
 
 @cuda
 def test_tf32_is_used_where_asked_for_and_only_there():
-    model = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(64 * 64, 64)).cuda()
+    model = nn.Sequential(
+        nn.Conv2d(32, 64, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(64 * 64, 64)
+    ).cuda()
     batch = (torch.randn(16, 32, 8, 8).cuda(), torch.randint(64, (16,)).cuda())
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     products = {}
     for precision in ("ieee", "tf32"):
-        hessian = ht.HessianOperator(ht.Problem(model, ht.cross_entropy, [batch]), precision=precision)
+        hessian = ht.HessianOperator(
+            ht.Problem(model, ht.cross_entropy, [batch]), precision=precision
+        )
         products[precision] = hessian.matmat(torch.ones(1, hessian.size, device="cuda")).double()
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
-    exact = ht.HessianOperator(ht.Problem(model.double(), ht.cross_entropy, [(batch[0].double(), batch[1])]))
+    exact = ht.HessianOperator(
+        ht.Problem(model.double(), ht.cross_entropy, [(batch[0].double(), batch[1])])
+    )
     exact = exact.matmat(torch.ones(1, exact.size, device="cuda", dtype=torch.float64))
     assert relative_error(products["ieee"], exact) < 1e-5
     assert 1e-5 < relative_error(products["tf32"], exact) < 3e-2
@@ -258,9 +291,15 @@ def test_the_benchmark_measures_a_gpu(tmp_path, capsys):
         a @ a
     assert clock.taken() > 0 and clock.taken() == 0
     assert operations(lambda: a @ a) == 2 * 64**3
-    assert all(matmul_rate(precision, 256, device, 2)["rate"] > 0 for precision in ("float32", "tf32", "bfloat16"))
+    assert all(
+        matmul_rate(precision, 256, device, 2)["rate"] > 0
+        for precision in ("float32", "tf32", "bfloat16")
+    )
     assert gpu_throughput.replayed(lambda: a @ a, lambda: None, device, 2)["not_captured"] == ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert gpu.main(["--device", "cuda", "--smoke", "--out", str(tmp_path)]) == 0
-    assert "JS0 of llama" in capsys.readouterr().out and len(list(tmp_path.glob("gpu_*/run.json"))) == 4
+    assert (
+        "JS0 of llama" in capsys.readouterr().out
+        and len(list(tmp_path.glob("gpu_*/run.json"))) == 4
+    )

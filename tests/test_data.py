@@ -29,7 +29,10 @@ def test_assets_are_the_files_their_readme_names_and_small():
     assert {name for name, *_ in named} == {file.name for file in ASSETS.iterdir()} - {"README.md"}
     for name, size, digest in named:
         content = (ASSETS / name).read_bytes()
-        assert len(content) == int(size.replace(",", "")) and hashlib.sha256(content).hexdigest() == digest
+        assert (
+            len(content) == int(size.replace(",", ""))
+            and hashlib.sha256(content).hexdigest() == digest
+        )
     assert sum(file.stat().st_size for file in ASSETS.iterdir()) < 5_000_000
 
 
@@ -49,10 +52,14 @@ def test_bpe_codes_any_text_and_never_the_mask(tmp_path):
     tokens = data.text_tokens("bpe", file)
     bpe = Tokenizer.from_str(gzip.decompress((ASSETS / "bpe8192.json.gz").read_bytes()).decode())
     assert bpe.decode(tokens.tolist()) == text and 0 not in tokens
-    assert data.TOKENIZERS["bpe"] == data.Vocabulary(bpe.get_vocab_size(), bpe.token_to_id("<mask>"))
+    assert data.TOKENIZERS["bpe"] == data.Vocabulary(
+        bpe.get_vocab_size(), bpe.token_to_id("<mask>")
+    )
     plays = data.text_tokens()
     assert plays.dtype == torch.int64 and plays.ndim == 1 and plays.min() > 0 and plays.max() < 8192
-    assert len(plays) < len(data.text_tokens("byte")) / 3  # trained on this text, so it compresses it
+    assert (
+        len(plays) < len(data.text_tokens("byte")) / 3
+    )  # trained on this text, so it compresses it
     assert data.text_tokens("byte", file).tolist() == list(text.encode())
     assert data.text_tokens("byte").max() < data.TOKENIZERS["byte"].mask
 
@@ -92,53 +99,85 @@ def test_text_batches_follow_the_seed_and_grow_in_place(masked):
 def test_masked_batches_follow_bert():
     vocabulary = data.TOKENIZERS["byte"]
     tokens = torch.arange(250).repeat(2000)  # never the mask
-    batches = data.masked_language_batches(tokens, vocabulary, num_examples=1000, batch_size=300, context=100, seed=5)
+    batches = data.masked_language_batches(
+        tokens, vocabulary, num_examples=1000, batch_size=300, context=100, seed=5
+    )
     inputs, targets = flat(batches, 0), flat(batches, 1)
     chosen = targets != -100
     assert (chosen.sum(1) == 15).all()
     assert chosen.any(0).all()  # every position is chosen somewhere
     original = inputs.where(~chosen, targets)
-    assert ((original[:, 1:] - original[:, :-1]) % 250 == 1).all()  # targets are the text, the rest is unchanged
+    assert (
+        (original[:, 1:] - original[:, :-1]) % 250 == 1
+    ).all()  # targets are the text, the rest is unchanged
     count = int(chosen.sum())
     share_masked = float((inputs[chosen] == vocabulary.mask).sum()) / count
     share_kept = float((inputs[chosen] == targets[chosen]).sum()) / count
     assert share_masked == pytest.approx(0.8 + 0.1 / vocabulary.size, abs=5 * (0.16 / count) ** 0.5)
     assert share_kept == pytest.approx(0.1 + 0.1 / vocabulary.size, abs=5 * (0.09 / count) ** 0.5)
-    replaced = inputs[chosen][(inputs[chosen] != vocabulary.mask) & (inputs[chosen] != targets[chosen])]
+    replaced = inputs[chosen][
+        (inputs[chosen] != vocabulary.mask) & (inputs[chosen] != targets[chosen])
+    ]
     assert replaced.unique().numel() > 240
-    short = data.masked_language_batches(tokens, vocabulary, num_examples=2, batch_size=2, context=2)
+    short = data.masked_language_batches(
+        tokens, vocabulary, num_examples=2, batch_size=2, context=2
+    )
     assert (short[0][1] != -100).sum(1).tolist() == [1, 1]
 
 
 def test_packaged_images_are_balanced_and_labelled():
     source = data.image_source()
     labels = np.array([source.read(number)[1] for number in range(source.size)])
-    assert source.size == 4000 and np.bincount(labels).tolist() == [400] * 10 and len(source.classes) == 10
-    means = np.stack([source.read(number)[0] for number in range(source.size)]).mean((1, 2, 3)) / 255
+    assert (
+        source.size == 4000
+        and np.bincount(labels).tolist() == [400] * 10
+        and len(source.classes) == 10
+    )
+    means = (
+        np.stack([source.read(number)[0] for number in range(source.size)]).mean((1, 2, 3)) / 255
+    )
     assert means.mean() == pytest.approx(source.mean, abs=0.01)
     by_class = {name: means[labels == label].mean() for label, name in enumerate(source.classes)}
-    assert min(by_class, key=by_class.get) == "Sandal" and max(by_class, key=by_class.get) == "Pullover"
+    assert (
+        min(by_class, key=by_class.get) == "Sandal"
+        and max(by_class, key=by_class.get) == "Pullover"
+    )
 
 
 def test_image_batches_at_the_images_own_size_are_the_pixels():
     source = data.image_source()
-    [(images, labels)] = data.image_batches(source, num_examples=50, batch_size=50, image_size=28, seed=2)
-    assert images.shape == (50, 3, 28, 28) and images.dtype == torch.float32 and labels.dtype == torch.int64
+    [(images, labels)] = data.image_batches(
+        source, num_examples=50, batch_size=50, image_size=28, seed=2
+    )
+    assert (
+        images.shape == (50, 3, 28, 28)
+        and images.dtype == torch.float32
+        and labels.dtype == torch.int64
+    )
     assert torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
     pixels = (images[:, 0] * source.std + source.mean) * 255
-    known = {(source.read(number)[0][..., 0].tobytes(), source.read(number)[1]) for number in range(source.size)}
+    known = {
+        (source.read(number)[0][..., 0].tobytes(), source.read(number)[1])
+        for number in range(source.size)
+    }
     rounded = pixels.round().to(torch.uint8).numpy()
     drawn = {(image.tobytes(), int(label)) for image, label in zip(rounded, labels, strict=True)}
     assert drawn <= known and len(drawn) == 50
-    [(grey, _)] = data.image_batches(source, num_examples=50, batch_size=50, image_size=28, channels=1, seed=2)
+    [(grey, _)] = data.image_batches(
+        source, num_examples=50, batch_size=50, image_size=28, channels=1, seed=2
+    )
     torch.testing.assert_close(grey, images[:, :1])
 
 
 def test_images_are_resized_bilinearly():
-    ramp = np.repeat((np.arange(8, dtype=np.uint8) * 16)[None, :, None], 8, axis=0).repeat(3, axis=2)
+    ramp = np.repeat((np.arange(8, dtype=np.uint8) * 16)[None, :, None], 8, axis=0).repeat(
+        3, axis=2
+    )
     source = data.ImageSource("ramp", ("a", "b"), 1, lambda number: (ramp, 1), mean=0.5, std=0.25)
     [(wide, _)] = data.image_batches(source, num_examples=1, batch_size=1, image_size=16)
-    centres = ((torch.arange(16) + 0.5) / 2 - 0.5).clamp(0, 7) * 16  # linear interpolation of a ramp is the ramp
+    centres = ((torch.arange(16) + 0.5) / 2 - 0.5).clamp(
+        0, 7
+    ) * 16  # linear interpolation of a ramp is the ramp
     torch.testing.assert_close(wide[0, 0, 3], (centres / 255 - 0.5) / 0.25)
     [(narrow, _)] = data.image_batches(source, num_examples=1, batch_size=1, image_size=1)
     torch.testing.assert_close(narrow[0, :, 0, 0], torch.full((3,), (56 / 255 - 0.5) / 0.25))
@@ -148,7 +187,9 @@ def test_image_batches_follow_the_seed():
     source = data.image_source()
 
     def draw(seed, count=20, size=20):
-        return data.image_batches(source, num_examples=count, batch_size=size, image_size=8, seed=seed)
+        return data.image_batches(
+            source, num_examples=count, batch_size=size, image_size=8, seed=seed
+        )
 
     for side in (0, 1):
         assert torch.equal(flat(draw(0), side), flat(draw(0, size=7), side))
@@ -174,7 +215,9 @@ def test_a_users_image_folder(tmp_path):
     assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
     for image, label in zip(images, labels, strict=True):
         colour = torch.tensor([1.0, 0, 0]) if label == 1 else torch.tensor([0, 0, 1.0])
-        torch.testing.assert_close(image, ((colour - source.mean) / source.std)[:, None, None].expand(3, 4, 4))
+        torch.testing.assert_close(
+            image, ((colour - source.mean) / source.std)[:, None, None].expand(3, 4, 4)
+        )
 
 
 def test_a_torchvision_dataset_on_disk(tmp_path):
@@ -183,8 +226,12 @@ def test_a_torchvision_dataset_on_disk(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (30, 28, 28), dtype=np.uint8)
     labels = np.arange(30, dtype=np.uint8) % 10
     for part in ("train", "t10k"):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, 30, 28, 28) + pixels.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, 30) + labels.tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4B3I", 0, 0, 8, 3, 30, 28, 28) + pixels.tobytes()
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">4BI", 0, 0, 8, 1, 30) + labels.tobytes()
+        )
     source = data.image_source(f"torchvision:MNIST:{tmp_path}")
     assert source.size == 30 and len(source.classes) == 10
     image, label = source.read(13)

@@ -49,11 +49,16 @@ def test_a_float32_problem_has_a_float64_matrix():
     for (x, _), (y, _) in zip(double.batches, single.batches, strict=True):
         x.copy_(y)
     found = ht.dense_block(single, "tensor")
-    assert found.arithmetic == "float64 copy" and next(iter(single.parameters.values())).dtype == torch.float32
+    assert (
+        found.arithmetic == "float64 copy"
+        and next(iter(single.parameters.values())).dtype == torch.float32
+    )
     assert relative_error(torch.tensor(found.matrix), dense_hessian(double)) < 1e-12
 
 
-@pytest.mark.parametrize("preset", ["head", "neuron"])  # of transposed layers, fused heads, tied weights
+@pytest.mark.parametrize(
+    "preset", ["head", "neuron"]
+)  # of transposed layers, fused heads, tied weights
 def test_blocks_are_rows_and_columns_of_the_dense_hessian(preset):
     problem = network("hf-gpt2")
     partition, expected = ht.partition(problem.model, preset), oracle("hf-gpt2").numpy()
@@ -64,8 +69,13 @@ def test_blocks_are_rows_and_columns_of_the_dense_hessian(preset):
     i, j = found.names[3], found.names[-2]
     at = [entries(problem, [partition[name].as_cut()]).numpy() for name in (i, j)]
     assert np.allclose(found.block(i, j), expected[np.ix_(*at)], atol=1e-12)
-    assert np.shares_memory(found.block(i, j), found.matrix) and np.array_equal(found.block(3), found.block(i))
-    squares = [[np.sum(found.block(i, j) ** 2) for j in range(len(partition))] for i in range(len(partition))]
+    assert np.shares_memory(found.block(i, j), found.matrix) and np.array_equal(
+        found.block(3), found.block(i)
+    )
+    squares = [
+        [np.sum(found.block(i, j) ** 2) for j in range(len(partition))]
+        for i in range(len(partition))
+    ]
     assert np.allclose(found.mass, squares, rtol=1e-10, atol=0)
 
 
@@ -77,7 +87,10 @@ def test_any_set_and_order_of_blocks():
     index = entries(problem, [block.as_cut() for block in chosen]).numpy()
     expected = oracle("hf-gpt2").numpy()[np.ix_(index, index)]
     names = [block.name for block in chosen]
-    for found in (ht.dense_block(problem, chosen), ht.dense_block(problem, names, partition=partition)):
+    for found in (
+        ht.dense_block(problem, chosen),
+        ht.dense_block(problem, names, partition=partition),
+    ):
         assert list(found.names) == names and np.allclose(found.matrix, expected, atol=1e-12)
     cut = partition.cuts[1]
     mixed = ht.dense_block(ht.HessianOperator(problem), [cut, blocks[-1]])
@@ -98,14 +111,21 @@ def test_only_the_tensors_concerned_are_live(monkeypatch):
     problem, asked = network("gpt"), []
     engine = ht.HessianOperator(problem)
     products = engine._engine.products
-    monkeypatch.setattr(engine._engine, "products", lambda names, *rest: (asked.append(names), products(names, *rest)))
+    monkeypatch.setattr(
+        engine._engine,
+        "products",
+        lambda names, *rest: (asked.append(names), products(names, *rest)),
+    )
     partition = ht.partition(problem.model, "tensor")
     ht.dense_block(engine, [partition.names[1], partition.names[4]], partition=partition)
     assert {tuple(names) for names in asked} == {(partition.names[1], partition.names[4])}
 
 
 def test_a_column_costs_what_lies_between():
-    model, tokens = gpt(vocabulary=64, context=32, d=64, layers=4, tied=False), torch.randint(64, (2, 33))
+    model, tokens = (
+        gpt(vocabulary=64, context=32, d=64, layers=4, tied=False),
+        torch.randint(64, (2, 33)),
+    )
     problem = ht.Problem(model, ht.cross_entropy, [(tokens[:, :-1], tokens[:, 1:])])
     hessian = ht.HessianOperator(problem, record=True, route="double backward")
     cuts = ht.partition(model, "tensor").cuts
@@ -127,7 +147,9 @@ def test_on_disk_as_in_memory(tmp_path, monkeypatch):
     found = ht.dense_block(problem, "tensor", path=tmp_path / "new" / "h.npy")
     assert isinstance(found.matrix, np.memmap) and not found.matrix.flags.writeable
     assert np.array_equal(found.matrix, expected.matrix)
-    assert np.isclose(found.symmetry_error, expected.symmetry_error) and np.allclose(found.mass, expected.mass)
+    assert np.isclose(found.symmetry_error, expected.symmetry_error) and np.allclose(
+        found.mass, expected.mass
+    )
     ht.save(found, tmp_path / "result")
     assert np.array_equal(ht.load(tmp_path / "result").matrix, expected.matrix)
 
@@ -149,12 +171,17 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     done = json.loads(path.with_suffix(".json").read_text())["done"]
     assert done == sum(counts[:-1]) > 0
     counts.clear()
-    monkeypatch.setattr(MatrixFile, "write", lambda self, rows: (counts.append(len(rows)), write(self, rows)))
+    monkeypatch.setattr(
+        MatrixFile, "write", lambda self, rows: (counts.append(len(rows)), write(self, rows))
+    )
     found = ht.dense_block(problem, "tensor", path=path)
     assert sum(counts) == problem.num_parameters - done
     assert np.allclose(found.matrix, dense_hessian(problem), atol=1e-12)
     counts.clear()
-    assert np.array_equal(ht.dense_block(problem, "tensor", path=path).matrix, found.matrix) and not counts
+    assert (
+        np.array_equal(ht.dense_block(problem, "tensor", path=path).matrix, found.matrix)
+        and not counts
+    )
     with torch.no_grad():
         problem.parameters["0.bias"].add_(1e-9)
     with pytest.raises(ValueError, match="holds something else; name another file or delete it"):
@@ -165,7 +192,10 @@ def test_refusals(tmp_path, monkeypatch):
     problem = network("mlp")
     partition = ht.partition(problem.model, "tensor")
     for arguments, told in [
-        ({"max_size": 56}, r"57 rows and takes 25.4 KiB, more than max_size=56.*path=.*ht.coupling"),
+        (
+            {"max_size": 56},
+            r"57 rows and takes 25.4 KiB, more than max_size=56.*path=.*ht.coupling",
+        ),
         ({"path": tmp_path / "h.bin"}, r"name a file that ends in .npy"),
     ]:
         with pytest.raises(ValueError, match=told):
@@ -183,7 +213,11 @@ def test_refusals(tmp_path, monkeypatch):
         (lambda p: 3, TypeError, "blocks is 3; pass a Partition"),
         (lambda p: [3], TypeError, "blocks holds 3"),
         (lambda p: [p.cuts[0], p.cuts[0]], ValueError, "overlaps another or occurs twice"),
-        (lambda p: [*p.cuts, *ht.partition(nn.Linear(2, 2), "tensor").cuts], ValueError, "'weight', which lies in no"),
+        (
+            lambda p: [*p.cuts, *ht.partition(nn.Linear(2, 2), "tensor").cuts],
+            ValueError,
+            "'weight', which lies in no",
+        ),
     ],
 )
 def test_bad_blocks(blocks, error, told):
@@ -204,7 +238,9 @@ def test_a_product_that_is_not_finite_names_its_block():
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    x = torch.full((3, 2), 1e200, dtype=torch.float64)  # finite in the gradient, squared in the Hessian
+    x = torch.full(
+        (3, 2), 1e200, dtype=torch.float64
+    )  # finite in the gradient, squared in the Hessian
     problem = ht.Problem(model, lambda m, b: m(b).exp().mean(), [x])
     with pytest.raises(ArithmeticError, match=r"0\.weight"):
         ht.dense_block(problem, "tensor")

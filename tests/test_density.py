@@ -7,14 +7,23 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from hessian_tools.spectra.density import Axis, SpectralGrid, kernel_sum, spanning_grid, spectral_density, symlog_axis
+from hessian_tools.spectra.density import (
+    Axis,
+    SpectralGrid,
+    kernel_sum,
+    spanning_grid,
+    spectral_density,
+    symlog_axis,
+)
 from hessian_tools.spectra.quadrature import Quadrature
 
 
 def quadrature(nodes, weights=None, **fields):
     """A Quadrature with the given (k, m) nodes."""
     nodes = np.atleast_2d(np.asarray(nodes, dtype=float))
-    weights = np.full(nodes.shape, 1 / nodes.shape[1]) if weights is None else np.atleast_2d(weights)
+    weights = (
+        np.full(nodes.shape, 1 / nodes.shape[1]) if weights is None else np.atleast_2d(weights)
+    )
     steps = (weights > 0).sum(axis=1)
     rest = {
         "size": 1000,
@@ -33,14 +42,20 @@ def random_quadrature(k, m, scale=1.0, seed=0):
 
 def mixture(q, points, width):
     """mean over probes of sum_i w_i N(t; t_i, width^2), written out."""
-    terms = [w * norm.pdf(points, x, width) for x, w in zip(q.nodes.ravel(), q.weights.ravel(), strict=True)]
+    terms = [
+        w * norm.pdf(points, x, width)
+        for x, w in zip(q.nodes.ravel(), q.weights.ravel(), strict=True)
+    ]
     return np.sum(terms, axis=0) / q.num_probes
 
 
 def test_linear_density_is_the_mixture():
     blocks = {"a": random_quadrature(3, 7), "b": random_quadrature(2, 5, seed=1)}
     found = spectral_density(blocks, num_points=501, width=0.3)
-    low, high = min(q.nodes.min() for q in blocks.values()), max(q.nodes.max() for q in blocks.values())
+    low, high = (
+        min(q.nodes.min() for q in blocks.values()),
+        max(q.nodes.max() for q in blocks.values()),
+    )
     assert np.allclose(found.grid, np.linspace(low - 1.5, high + 1.5, 501)) and np.array_equal(
         found.grid, found.eigenvalues
     )
@@ -51,15 +66,21 @@ def test_linear_density_is_the_mixture():
         and found.width == 0.3
         and (found.axis.kind, found.axis.unit) == ("linear", "eigenvalue")
     )
-    assert np.allclose(found.grid_mass, 1 - found.lost_mass, atol=1e-6) and (found.lost_mass > 0).all()
+    assert (
+        np.allclose(found.grid_mass, 1 - found.lost_mass, atol=1e-6) and (found.lost_mass > 0).all()
+    )
 
 
 def test_symlog_density_is_a_mixture_in_decades():
     q = quadrature([[1e-3, 2.0, -50.0, 1e4]], [[0.1, 0.2, 0.3, 0.4]])
     found = spectral_density(q, grid="symlog", linear_fraction=1e-7, num_points=400)
-    assert found.axis == Axis("symlog", 1e-3) and found.axis.unit == "decades" and found.width == 0.2
+    assert (
+        found.axis == Axis("symlog", 1e-3) and found.axis.unit == "decades" and found.width == 0.2
+    )
     t = np.arcsinh(q.nodes / 2e-3) / np.log(10)
-    assert np.allclose(found.values[0], mixture(quadrature(t, q.weights), found.grid, 0.2), rtol=1e-12, atol=1e-300)
+    assert np.allclose(
+        found.values[0], mixture(quadrature(t, q.weights), found.grid, 0.2), rtol=1e-12, atol=1e-300
+    )
     assert np.allclose(found.axis.position(found.eigenvalues), found.grid)
     assert found.grid_mass[0] == pytest.approx(1, abs=1e-6)
 
@@ -73,42 +94,61 @@ def test_symlog_axis_definition():
     assert np.allclose(axis.position(tiny), tiny / (2e-4 * np.log(10)), rtol=1e-4)
     values = np.linspace(-9, 9, 101)
     assert np.allclose(axis.position(axis.eigenvalue(values)), values)
-    assert symlog_axis([quadrature([1.0, -40.0]), quadrature([3.0, 2.0])], 1e-6).linthresh == pytest.approx(4e-5)
+    assert symlog_axis(
+        [quadrature([1.0, -40.0]), quadrature([3.0, 2.0])], 1e-6
+    ).linthresh == pytest.approx(4e-5)
     zero = symlog_axis([quadrature([0.0, 0.0])])
     assert zero.position(np.zeros(2)).tolist() == [0, 0]
 
 
 def test_scaling_the_operator_does_not_move_the_symlog_density():
     q = random_quadrature(2, 20)
-    here, there = (spectral_density(quadrature(f * q.nodes, q.weights), grid="symlog") for f in (1, 1000))
-    assert np.allclose(here.grid, there.grid, atol=1e-12) and np.allclose(here.values, there.values, atol=1e-10)
+    here, there = (
+        spectral_density(quadrature(f * q.nodes, q.weights), grid="symlog") for f in (1, 1000)
+    )
+    assert np.allclose(here.grid, there.grid, atol=1e-12) and np.allclose(
+        here.values, there.values, atol=1e-10
+    )
 
 
 def test_lost_mass_is_told_and_nothing_is_renormalised():
     q = quadrature([[-1.0, 0.5, 3.0], [0.0, 1.0, 2.0]], [[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]])
     grid = SpectralGrid(Axis("linear"), -0.5, 2.0, 2001)
     found = spectral_density(q, grid=grid, width=0.4)
-    inside = [w @ (norm.cdf(2.0, x, 0.4) - norm.cdf(-0.5, x, 0.4)) for x, w in zip(q.nodes, q.weights, strict=True)]
+    inside = [
+        w @ (norm.cdf(2.0, x, 0.4) - norm.cdf(-0.5, x, 0.4))
+        for x, w in zip(q.nodes, q.weights, strict=True)
+    ]
     assert found.lost_mass[0] == pytest.approx(1 - np.mean(inside), abs=1e-14)
     assert found.lost_mass[0] > 0.3
     assert found.grid_mass[0] == pytest.approx(np.mean(inside), abs=1e-3)
     coarse = spectral_density(q, grid=SpectralGrid(Axis("linear"), -2, 4, 7), width=0.01)
-    assert coarse.lost_mass[0] < 1e-12 and abs(coarse.grid_mass[0] - 1) > 0.5  # a grid coarser than its kernel says so
+    assert (
+        coarse.lost_mass[0] < 1e-12 and abs(coarse.grid_mass[0] - 1) > 0.5
+    )  # a grid coarser than its kernel says so
 
 
 def test_padded_nodes_carry_nothing():
     padded = quadrature([[1.0, 2.0, 2.0]], [[0.25, 0.75, 0.0]])
     plain = quadrature([[1.0, 2.0]], [[0.25, 0.75]])
-    assert np.array_equal(spectral_density(padded, width=0.1).values, spectral_density(plain, width=0.1).values)
+    assert np.array_equal(
+        spectral_density(padded, width=0.1).values, spectral_density(plain, width=0.1).values
+    )
 
 
 @pytest.mark.parametrize("spacing", [0.02, 0.5, 40.0])
 def test_kernel_sum_in_log_space(spacing):
     """Against logsumexp over all pairs; at a spacing of 40 widths^2 every term underflows in plain arithmetic."""
     rng = np.random.default_rng(1)
-    positions, weights, width = rng.uniform(-100, 100, 30) + 0.3 * spacing, rng.dirichlet(np.ones(30)), 0.05
+    positions, weights, width = (
+        rng.uniform(-100, 100, 30) + 0.3 * spacing,
+        rng.dirichlet(np.ones(30)),
+        0.05,
+    )
     grid = SpectralGrid(Axis("linear"), -10 * spacing, 10 * spacing, 21)
-    exact = logsumexp(np.log(weights) - ((grid.points[:, None] - positions) / width) ** 2 / 2, axis=1)
+    exact = logsumexp(
+        np.log(weights) - ((grid.points[:, None] - positions) / width) ** 2 / 2, axis=1
+    )
     values, shift = kernel_sum(grid, positions, weights, width, depth=60.0)
     assert shift <= exact.max() + 1e-9 and np.isfinite(values).all() and values.max() >= 1e-12
     with np.errstate(divide="ignore"):
@@ -116,7 +156,9 @@ def test_kernel_sum_in_log_space(spacing):
     seen = exact > exact.max() - 40
     assert seen.any() and np.allclose(found[seen], exact[seen], atol=1e-6)
     plain, _ = kernel_sum(grid, positions, weights, width)
-    assert np.allclose(plain, np.exp(np.maximum(exact, -745.2)) * (exact > -745), rtol=1e-7, atol=1e-300)
+    assert np.allclose(
+        plain, np.exp(np.maximum(exact, -745.2)) * (exact > -745), rtol=1e-7, atol=1e-300
+    )
 
 
 def test_default_width_and_degenerate_spectra():
@@ -135,7 +177,10 @@ def test_fifty_thousand_points_and_a_hundred_blocks():
     assert (
         found.values.shape == (100, 50_000) and time.process_time() - started < 60
     )  # a few seconds; slack for busy machines
-    assert np.allclose(found.values[7, 20_000:20_050], mixture(blocks["7"], found.grid[20_000:20_050], np.sqrt(1e-5)))
+    assert np.allclose(
+        found.values[7, 20_000:20_050],
+        mixture(blocks["7"], found.grid[20_000:20_050], np.sqrt(1e-5)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +191,10 @@ def test_fifty_thousand_points_and_a_hundred_blocks():
         ({"num_points": 1}, "1 points"),
         ({"grid": "symlog", "linear_fraction": 2.0}, "linear_fraction is 2"),
         ({"grid": SpectralGrid(Axis("linear"), 0, 1, 5)}, "width is None"),
-        ({"grid": SpectralGrid(Axis("linear"), 0, 1, 5), "width": 1.0, "num_points": 5}, "num_points 5"),
+        (
+            {"grid": SpectralGrid(Axis("linear"), 0, 1, 5), "width": 1.0, "num_points": 5},
+            "num_points 5",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -29,7 +29,10 @@ def dense():
 
 
 def test_full_hessian_is_the_dense_one(name, dense):
-    assert relative_error(ht.HessianOperator(network(name)).to_dense(), dense(name)) < NETWORKS[name][3]
+    assert (
+        relative_error(ht.HessianOperator(network(name)).to_dense(), dense(name))
+        < NETWORKS[name][3]
+    )
 
 
 @pytest.mark.parametrize("preset", ["tensor", "semantic", "layer", "head", "neuron"])
@@ -51,7 +54,9 @@ def test_every_block_is_a_slice_of_the_dense_hessian(network_name, preset, dense
             assert torch.allclose(products[row], expected, atol=1e-10), cut.names[row // 2]
 
 
-@pytest.mark.parametrize("options", [{"record": False}, {"microbatch": 2}, {"microbatch": 1, "record": False}])
+@pytest.mark.parametrize(
+    "options", [{"record": False}, {"microbatch": 2}, {"microbatch": 1, "record": False}]
+)
 def test_no_route_changes_the_product(options):
     problem = network("gpt")
     vectors = torch.randn(3, problem.num_parameters, dtype=torch.float64)
@@ -106,13 +111,19 @@ def test_unused_and_linear_parameters_give_zero_rows():
     class Half(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.unused, self.shift = nn.Linear(2, 1), nn.Linear(3, 1), nn.Parameter(torch.zeros(1))
+            self.used, self.unused, self.shift = (
+                nn.Linear(2, 1),
+                nn.Linear(3, 1),
+                nn.Parameter(torch.zeros(1)),
+            )
 
         def forward(self, x):
             return self.used(x)
 
     model = Half()
-    problem = ht.Problem(model, lambda m, x: (m(x) ** 2).mean() + m.shift.sum(), [torch.randn(4, 2)])
+    problem = ht.Problem(
+        model, lambda m, x: (m(x) ** 2).mean() + m.shift.sum(), [torch.randn(4, 2)]
+    )
     dense = ht.HessianOperator(problem).to_dense()
     names = [n for n, p in problem.parameters.items() for _ in range(p.numel())]
     zero = torch.tensor([not n.startswith("used") for n in names])
@@ -128,7 +139,9 @@ def test_fused_and_plain_attention_have_one_hessian(dense):
 def test_groupnorm_falls_back_and_says_so():
     hessian = ht.HessianOperator(network("groupnorm"))
     hessian.to_dense()
-    if "one by one" not in hessian.route:  # a torch that batches GroupNorm has nothing to fall back from
+    if (
+        "one by one" not in hessian.route
+    ):  # a torch that batches GroupNorm has nothing to fall back from
         assert "batched over probes" in hessian.route
 
 
@@ -154,13 +167,17 @@ def test_a_route_that_fails_is_left_for_the_next(monkeypatch):
 def test_a_function_without_second_derivative_is_named(loss_fn):
     x = torch.randn(4, 3, dtype=torch.float64)
     problem = ht.Problem(Cubed(OnceOnly), loss_fn, [(x, torch.zeros(4, 2, dtype=torch.float64))])
-    with pytest.raises(ht.NotTwiceDifferentiable, match="backward of OnceOnly is once_differentiable"):
+    with pytest.raises(
+        ht.NotTwiceDifferentiable, match="backward of OnceOnly is once_differentiable"
+    ):
         ht.HessianOperator(problem).to_dense()
 
 
 def test_an_operation_without_second_derivative_is_named():
     problem = ht.Problem(
-        nn.Sequential(nn.Linear(3, 2), nn.Hardsigmoid()), ht.mse, [(torch.randn(4, 3), torch.zeros(4, 2))]
+        nn.Sequential(nn.Linear(3, 2), nn.Hardsigmoid()),
+        ht.mse,
+        [(torch.randn(4, 3), torch.zeros(4, 2))],
     )
     with pytest.raises(ht.NotTwiceDifferentiable, match="hardsigmoid_backward"):
         ht.HessianOperator(problem).to_dense()
@@ -174,7 +191,9 @@ def test_numpy_scipy_and_torch_views_agree():
     assert torch.allclose(torch.as_tensor(hessian.matmat(v[None].numpy())), (dense @ v)[None])
     scipy = hessian.to_scipy()
     assert torch.allclose(torch.as_tensor(scipy @ v.numpy()), dense @ v)
-    assert torch.allclose(torch.as_tensor(scipy @ torch.eye(hessian.size, dtype=torch.float64).numpy()), dense)
+    assert torch.allclose(
+        torch.as_tensor(scipy @ torch.eye(hessian.size, dtype=torch.float64).numpy()), dense
+    )
 
 
 def test_an_optimizer_step_makes_no_product_stale():
@@ -255,7 +274,9 @@ def test_the_stated_peak_is_the_measured_one_and_within_the_budget(deep_gpt, sha
     assert peak < share * recorded
 
 
-@pytest.mark.parametrize("options", [{"record": True, "segments": LAYERED}, {"record": False, "microbatch": 1}])
+@pytest.mark.parametrize(
+    "options", [{"record": True, "segments": LAYERED}, {"record": False, "microbatch": 1}]
+)
 def test_the_stated_peak_holds_for_every_way(deep_gpt, options):
     hessian, peak = measured_peak(deep_gpt, memory="100MiB", **options)
     assert abs(hessian.plan.peak_bytes() / peak - 1) < 0.15, hessian.route
@@ -278,7 +299,13 @@ def test_the_plan_is_told(deep_gpt):
     assert hessian.plan.recorded and str(hessian.plan) in hessian.route
     lines = hessian.announcement(100, 5)
     assert all(line.startswith("plan: ") for line in lines.splitlines())
-    for words in ("100 Hessian-vector products for 5 block", "about", "recorded once", "peak", "Lanczos"):
+    for words in (
+        "100 Hessian-vector products for 5 block",
+        "about",
+        "recorded once",
+        "peak",
+        "Lanczos",
+    ):
         assert words in lines
     assert hessian.plan.peak_bytes(1) < hessian.plan.peak_bytes(2) < hessian.plan.peak_bytes()
     assert "layers" in str(ht.HessianOperator(deep_gpt, memory="1GiB", segments=LAYERED).plan)
@@ -344,10 +371,14 @@ def test_rows_that_are_done_stay_done(monkeypatch):
     problem = network("gpt")
     vectors = torch.randn(6, problem.num_parameters, dtype=torch.float64)
     expected = ht.HessianOperator(problem).matmat(vectors)
-    hessian = ht.HessianOperator(problem, memory=int(ht.HessianOperator(problem).plan.peak_bytes(2) / 0.58))
+    hessian = ht.HessianOperator(
+        problem, memory=int(ht.HessianOperator(problem).plan.peak_bytes(2) / 0.58)
+    )
     assert hessian.plan.rows == 2
     passes = []
-    done = failing_passes(monkeypatch, OUT_OF_MEMORY[0], lambda *_: passes.append(1) or len(passes) != 2)
+    done = failing_passes(
+        monkeypatch, OUT_OF_MEMORY[0], lambda *_: passes.append(1) or len(passes) != 2
+    )
     with pytest.warns(RuntimeWarning, match="goes on with 1 probes at once"):
         assert relative_error(hessian.matmat(vectors), expected) < 1e-12
     assert done == [2, 1, 1, 1, 1] + [1] * 6
@@ -358,7 +389,9 @@ def test_out_of_memory_cuts_batches_then_recomputes_and_at_last_gives_up(monkeyp
     vectors = torch.randn(2, problem.num_parameters, dtype=torch.float64)
     expected = ht.HessianOperator(problem).matmat(vectors)
     hessian = ht.HessianOperator(problem)
-    failing_passes(monkeypatch, OUT_OF_MEMORY[0], lambda rows, examples, route: bool(route.segments))
+    failing_passes(
+        monkeypatch, OUT_OF_MEMORY[0], lambda rows, examples, route: bool(route.segments)
+    )
     with pytest.warns(RuntimeWarning):
         assert relative_error(hessian.matmat(vectors), expected) < 1e-12
     assert [note.split("from then on ")[1][:14] for note in hessian.plan.notes] == [
@@ -392,7 +425,11 @@ def test_a_linear_program_takes_over_once_it_pays(name, monkeypatch):
     assert operator.route.startswith("linear program") and operator.plan.recorded
     for cut in ht.partition(problem.model, "neuron").cuts[:3]:
         rows = torch.randn(2 * cut.num_blocks, cut.block_size, dtype=torch.float64)
-        reference = ht.HessianOperator(problem, memory="1GiB", route="double backward").stacked(cut).matmat(rows)
+        reference = (
+            ht.HessianOperator(problem, memory="1GiB", route="double backward")
+            .stacked(cut)
+            .matmat(rows)
+        )
         assert (operator.stacked(cut).matmat(rows) - reference).norm() <= 1e-10 * expected.norm()
     operator.release()
     assert relative_error(operator.matmat(vectors), expected) < 1e-10
@@ -444,7 +481,9 @@ def test_a_linear_program_with_another_product_is_refused():
     operator._engine._made = 1e30
     vectors = torch.randn(2, problem.num_parameters, dtype=torch.float64)
     assert relative_error(operator.matmat(vectors), vectors @ dense_hessian(problem)) < 1e-10
-    assert "double backward" in operator.route and "is not that of double backward" in operator.route
+    assert (
+        "double backward" in operator.route and "is not that of double backward" in operator.route
+    )
     with pytest.raises(ValueError, match="route='linear program' cannot be had: its product"):
         ht.HessianOperator(problem, memory="1GiB", route="linear program").matmat(vectors)
     with pytest.raises(ValueError, match="route is 'fast'"):
@@ -476,7 +515,9 @@ def test_a_jobs_passes_and_operations(route, monkeypatch):
     batches = [(tokens[:, :-1], tokens[:, 1:])]
     problem = ht.Problem(gpt(64, 32, 48, 3, tied=False), ht.cross_entropy, batches)
     blocks, calls, own = ht.partition(problem.model, "weights"), [], ht.Problem.batch_loss
-    monkeypatch.setattr(ht.Problem, "batch_loss", lambda self, batch: (calls.append(1), own(self, batch))[1])
+    monkeypatch.setattr(
+        ht.Problem, "batch_loss", lambda self, batch: (calls.append(1), own(self, batch))[1]
+    )
     with problem.evaluating(), torch.no_grad(), FlopCounterMode(display=False) as forward:
         problem.batch_loss(batches[0])
     passes, operations = [], []
@@ -484,7 +525,11 @@ def test_a_jobs_passes_and_operations(route, monkeypatch):
         hessian_ = ht.HessianOperator(problem, memory="1GiB", route=route)
         calls.clear()
         with FlopCounterMode(display=False) as counter:
-            settings = {"exact": False, "reorthogonalize": "none", "progress": False}  # Gram-Schmidt has operations too
+            settings = {
+                "exact": False,
+                "reorthogonalize": "none",
+                "progress": False,
+            }  # Gram-Schmidt has operations too
             ht.blockwise_slq(hessian_, blocks, num_probes=2, num_steps=steps, **settings)
         passes.append(len(calls))
         operations.append(counter.get_total_flops())

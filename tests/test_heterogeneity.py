@@ -15,7 +15,13 @@ from hessian_tools.heterogeneity.comparison import (
     wasserstein_distances,
 )
 from hessian_tools.heterogeneity.js import js_heterogeneity
-from hessian_tools.heterogeneity.verdict import PUBLISHED_JS0, SCALE_FREE_CASES, Contrast, decide, published_boundaries
+from hessian_tools.heterogeneity.verdict import (
+    PUBLISHED_JS0,
+    SCALE_FREE_CASES,
+    Contrast,
+    decide,
+    published_boundaries,
+)
 from hessian_tools.spectra.density import Axis, symlog_axis
 from hessian_tools.spectra.quadrature import Quadrature
 
@@ -24,7 +30,9 @@ def quadrature(nodes, weights=None, status="complete"):
     nodes = np.atleast_2d(np.asarray(nodes, dtype=float))
     weights = np.full(nodes.shape, 1 / nodes.shape[1]) if weights is None else weights
     steps = (weights > 0).sum(axis=1)
-    return Quadrature(nodes, weights, np.zeros(nodes.shape), steps, 1000, nodes.size, status, "rademacher", "full")
+    return Quadrature(
+        nodes, weights, np.zeros(nodes.shape), steps, 1000, nodes.size, status, "rademacher", "full"
+    )
 
 
 def exact(eigenvalues):
@@ -37,7 +45,9 @@ def blocks(num_blocks=4, k=3, m=9, factor=1.0, spread=1.0):
     found = {}
     for b in range(num_blocks):
         nodes = np.sort(
-            10.0 ** (spread * b) * (rng.standard_normal((1, m)) ** 3 + 0.02 * rng.standard_normal((k, m))), axis=1
+            10.0 ** (spread * b)
+            * (rng.standard_normal((1, m)) ** 3 + 0.02 * rng.standard_normal((k, m))),
+            axis=1,
         )
         found[f"layer.{b}"] = quadrature(factor * nodes, rng.dirichlet(np.ones(m), size=k))
     return found
@@ -71,7 +81,9 @@ def test_log_reading_of_two_points_is_that_of_two_gaussians(distance):
         m = (p + q) / 2
         return sum(x * np.log(x / m) / 2 for x in (p, q) if x > 1e-300)
 
-    expected = quad(integrand, -3, distance + 3, points=[0, distance / 2, distance], epsabs=1e-12, limit=500)[0]
+    expected = quad(
+        integrand, -3, distance + 3, points=[0, distance / 2, distance], epsabs=1e-12, limit=500
+    )[0]
     js = js_heterogeneity({"a": exact([1.0]), "b": exact([10.0**distance])}, readings=["log"])
     assert js.readings["log"].mean == pytest.approx(expected, abs=1e-9)
 
@@ -86,7 +98,9 @@ def test_wasserstein_against_scipy():
     assert np.allclose(matrix, expected, atol=1e-12) and np.all(np.diag(matrix) == 0)
     reading = js_heterogeneity(found).readings["wasserstein"]
     assert np.array_equal(reading.matrix, matrix) and reading.unit == "decades"
-    assert reading.mean == pytest.approx(np.mean([matrix[i, j] for i in range(5) for j in range(i)]))
+    assert reading.mean == pytest.approx(
+        np.mean([matrix[i, j] for i in range(5) for j in range(i)])
+    )
 
 
 def test_wasserstein_in_slabs_is_the_same(monkeypatch):
@@ -104,15 +118,21 @@ def literature(found, num_points=50_000, variance=1e-5):
     rows = []
     for q in found.values():
         with np.errstate(divide="ignore"):
-            logs = np.log(q.weights / len(q.nodes)).ravel() - (grid[:, None] - q.nodes.ravel()) ** 2 / (2 * variance)
+            logs = np.log(q.weights / len(q.nodes)).ravel() - (
+                grid[:, None] - q.nodes.ravel()
+            ) ** 2 / (2 * variance)
         log_density = logsumexp(logs, axis=1)
         row = np.exp(log_density - logsumexp(log_density))
-        rows.append(np.where(row > 1e-200, row, 0))  # half a denormal number is 0, which makes scipy's divergence inf
+        rows.append(
+            np.where(row > 1e-200, row, 0)
+        )  # half a denormal number is 0, which makes scipy's divergence inf
     matrix = [[jensenshannon(p, q) ** 2 for q in rows] for p in rows]
     return np.array(matrix), grid[1] - grid[0]
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 2.5], ids=["fine grid", "dx near the kernel", "underflow"])
+@pytest.mark.parametrize(
+    "spread", [0.0, 1.0, 2.5], ids=["fine grid", "dx near the kernel", "underflow"]
+)
 def test_unnormalised_is_the_literature_s_recipe(spread):
     found = blocks(spread=spread)
     expected, dx = literature(found)
@@ -121,7 +141,8 @@ def test_unnormalised_is_the_literature_s_recipe(spread):
     assert np.allclose(js.readings["bounded"].matrix, expected, atol=1e-9)
     assert np.allclose(js.matrix, expected / dx, rtol=1e-6, atol=1e-9 / dx)
     assert (
-        js.js0 == pytest.approx(js.readings["bounded"].mean / js.spacing) and js.js0 == js.readings["unnormalised"].mean
+        js.js0 == pytest.approx(js.readings["bounded"].mean / js.spacing)
+        and js.js0 == js.readings["unnormalised"].mean
     )
     assert (spread > 2) == any("underflow" in note for note in js.notes)
     assert (dx > np.sqrt(1e-5)) == any("exceeds its kernel width" in note for note in js.notes)
@@ -152,7 +173,10 @@ def test_absolute_width_cannot_tell_case_3_from_case_4_and_the_scale_free_readin
         low, high = SCALE_FREE_CASES[name]
         assert four.readings[name].mean == pytest.approx(low, abs=digits)
         assert three.readings[name].mean == pytest.approx(high, abs=digits)
-    plain = [np.mean(np.abs(np.log10(a.nodes) - np.log10(b.nodes))) for a, b in ((CASE3["a"], CASE3["b"]),)]
+    plain = [
+        np.mean(np.abs(np.log10(a.nodes) - np.log10(b.nodes)))
+        for a, b in ((CASE3["a"], CASE3["b"]),)
+    ]
     assert three.readings["wasserstein"].matrix[0, 1] == pytest.approx(plain[0], abs=1e-4)
     assert three.scale_spread.value > 1 > 0.01 > four.scale_spread.value
 
@@ -166,7 +190,9 @@ def test_multiplying_the_loss_by_a_thousand():
         )
         assert np.allclose(a.matrix, b.matrix, rtol=1e-8)
     assert there.scale_spread.value == pytest.approx(here.scale_spread.value, rel=1e-12)
-    assert there.scale_spread.standard_error == pytest.approx(here.scale_spread.standard_error, rel=1e-9)
+    assert there.scale_spread.standard_error == pytest.approx(
+        here.scale_spread.standard_error, rel=1e-9
+    )
     assert there.js0 < here.js0 / 100  # the literature's reading does move
 
 
@@ -197,7 +223,9 @@ def test_jackknife_leaves_one_probe_of_one_block_out(probes):
     for name, k in zip(found, probes, strict=False):
         q = found[name]
         kept = [[j for j in range(k) if j != i] for i in range(k)]
-        replicates = [means({**found, name: quadrature(q.nodes[rest], q.weights[rest])}) for rest in kept]
+        replicates = [
+            means({**found, name: quadrature(q.nodes[rest], q.weights[rest])}) for rest in kept
+        ]
         for reading in whole:
             theta = np.array([replicate[reading] for replicate in replicates])
             variance[reading] += (k - 1) / k * np.sum((theta - theta.mean()) ** 2)
@@ -211,12 +239,24 @@ def test_jackknife_leaves_one_probe_of_one_block_out(probes):
 
 def test_replacing_a_block_is_computing_all_again():
     """Also by one that widens or narrows the grid, or is zero."""
-    settings = {"num_points": 3_000, "variance": 1e-5, "margin": 1.0, "log_width": 0.2, "linear_fraction": 1e-6}
+    settings = {
+        "num_points": 3_000,
+        "variance": 1e-5,
+        "margin": 1.0,
+        "log_width": 0.2,
+        "linear_fraction": 1e-6,
+    }
     found = list(blocks().values())
     comparison = Comparison(found, READINGS, settings)
     wide, narrow = quadrature([[-1e5, 1e5]] * 2), quadrature([[0.1, 0.2]] * 2)
     for index in range(4):
-        for block in (found[(index + 1) % 4], found[index].without_probe(0), wide, narrow, exact([0.0])):
+        for block in (
+            found[(index + 1) % 4],
+            found[index].without_probe(0),
+            wide,
+            narrow,
+            exact([0.0]),
+        ):
             changed = [*found[:index], block, *found[index + 1 :]]
             expected = Comparison(changed, READINGS, settings).means
             assert comparison.replacing(index, block) == pytest.approx(expected, rel=1e-10)
@@ -240,17 +280,26 @@ def test_one_probe_knows_no_error():
     js = js_heterogeneity(blocks(k=1), num_points=2_000)
     assert all(np.isnan(reading.standard_error) for reading in js.readings.values())
     assert np.isnan(js.scale_spread.standard_error) and np.isfinite(js.js0)
-    assert js.verdict.decision == "undecided" and "one probe" in js.verdict.reason and "one probe" in js.notes[0]
+    assert (
+        js.verdict.decision == "undecided"
+        and "one probe" in js.verdict.reason
+        and "one probe" in js.notes[0]
+    )
 
 
 def test_zero_blocks_are_named_not_hidden():
-    found = {**blocks(num_blocks=3), "dead": quadrature(np.zeros((3, 2)), np.array([[1.0, 0.0]] * 3))}
+    found = {
+        **blocks(num_blocks=3),
+        "dead": quadrature(np.zeros((3, 2)), np.array([[1.0, 0.0]] * 3)),
+    }
     js = js_heterogeneity(found, num_points=2_000)
     assert np.isneginf(js.scale_spread.log10_rms[3]) and np.isfinite(js.scale_spread.value)
     assert js.scale_spread.value == pytest.approx(
         js_heterogeneity(blocks(num_blocks=3), num_points=2_000).scale_spread.value
     )
-    assert any("dead" in note for note in js.notes) and all(np.isfinite(r.mean) for r in js.readings.values())
+    assert any("dead" in note for note in js.notes) and all(
+        np.isfinite(r.mean) for r in js.readings.values()
+    )
     assert "dead" in js.verdict.reason and "the latter is exactly zero" in js.verdict.reason
     nothing = js_heterogeneity({"a": exact([0.0]), "b": exact([0.0])})
     assert (
@@ -270,7 +319,9 @@ def test_costs_and_names():
     found = blocks()
     js = js_heterogeneity(found, num_points=2_000)
     assert js.names == tuple(found) and js.num_matvecs == sum(q.num_matvecs for q in found.values())
-    assert js.settings["num_points"] == 2_000 and js.linthresh == symlog_axis(found.values()).linthresh
+    assert (
+        js.settings["num_points"] == 2_000 and js.linthresh == symlog_axis(found.values()).linthresh
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,14 +348,19 @@ PAIR = Contrast("head", "wq", 120.0, 0.4)
 def test_boundaries_come_from_the_published_table():
     """A third and two thirds of the way from 0.10 to 34.90 on a logarithmic scale."""
     started = {row.model: row.js0 for row in PUBLISHED_JS0 if row.at_initialisation}
-    assert (max(started["VGG16"], started["ResNet18"]), min(v for v in started.values() if v > 1)) == (0.10, 34.90)
+    assert (
+        max(started["VGG16"], started["ResNet18"]),
+        min(v for v in started.values() if v > 1),
+    ) == (0.10, 34.90)
     lower, upper = published_boundaries()
     assert (lower, upper) == (
         pytest.approx(np.exp((2 * np.log(0.1) + np.log(34.9)) / 3)),
         pytest.approx(4.95, abs=0.01),
     )
     for row in PUBLISHED_JS0:
-        assert decide(row.js0, 0.0, PAIR, {}).decision == ("Adam" if row.transformer_like else "SGD")
+        assert decide(row.js0, 0.0, PAIR, {}).decision == (
+            "Adam" if row.transformer_like else "SGD"
+        )
 
 
 @pytest.mark.parametrize(
@@ -323,7 +379,9 @@ def test_words():
     assert "1.2" in verdict.uncertainty and "18.5 to 23.3" in verdict.uncertainty
     assert "without any published calibration" in verdict.scale_free
     assert "2402.16788" in verdict.calibration and "own evidence" in verdict.calibration
-    assert str(verdict).startswith("Adam. JS0 is 20.9") and str(verdict).endswith(verdict.calibration)
+    assert str(verdict).startswith("Adam. JS0 is 20.9") and str(verdict).endswith(
+        verdict.calibration
+    )
 
 
 def test_contradicting_readings_leave_it_undecided():
@@ -344,10 +402,14 @@ def test_bias_widens_the_interval():
 def test_contrast_names_scale_and_shape():
     """Same shape and 1000 times the scale; a third block in between."""
     base = np.array([1.0, 2.0, 10.0, -4.0])
-    js = js_heterogeneity({"small": exact(base), "mid": exact(30 * base), "large": exact(1000 * base)})
+    js = js_heterogeneity(
+        {"small": exact(base), "mid": exact(30 * base), "large": exact(1000 * base)}
+    )
     assert "large and small" in js.verdict.reason and "factor of 1e+03" in js.verdict.reason
     assert float(js.verdict.reason.split("own scale) by ")[1].split()[0]) < 1e-12
-    other = js_heterogeneity({"flat": exact([1.0, 1.0, 1.0, 1.0]), "peaked": exact([2.0, 1e-3, 1e-3, 1e-3])})
+    other = js_heterogeneity(
+        {"flat": exact([1.0, 1.0, 1.0, 1.0]), "peaked": exact([2.0, 1e-3, 1e-3, 1e-3])}
+    )
     assert "flat and peaked" in other.verdict.reason or "peaked and flat" in other.verdict.reason
     shape = np.mean(np.abs(np.sort(np.log10([1e-3, 1e-3, 1e-3, 2.0]))))  # both have rms 1
     assert f"by {shape:.2g} decades" in other.verdict.reason

@@ -28,7 +28,9 @@ LAZY = {
 FOLDERS = ("hessian_tools", "experiments", "figures", "tests", "benchmarks")
 PACKAGE = ROOT / "hessian_tools"
 MODULES = {  # by dotted name inside the package
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+        path.read_text()
+    )
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
@@ -73,7 +75,9 @@ def test_imports_go_up_the_page(module):
 def test_no_folder_holds_a_circle(folder):
     inside = {name for name in MODULES if place(name) == ORDER.index(folder)}
     imports = {name: {other for other in imports_of(name) if other in inside} for name in inside}
-    list(graphlib.TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle
+    list(
+        graphlib.TopologicalSorter(imports).static_order()
+    )  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -81,7 +85,9 @@ def test_imports_inside_functions_are_the_heavy_ones(module):
     functions = [node for node in ast.walk(MODULES[module]) if isinstance(node, ast.FunctionDef)]
     inner = {name for function in functions for name in imported(function)}
     allowed = LAZY.get(module, set())
-    assert all(any(name == heavy or name.startswith(f"{heavy}.") for heavy in allowed) for name in inner), inner
+    assert all(
+        any(name == heavy or name.startswith(f"{heavy}.") for heavy in allowed) for name in inner
+    ), inner
 
 
 def test_import_loads_nothing_heavy():
@@ -92,10 +98,14 @@ def test_import_loads_nothing_heavy():
 
 def test_no_file_is_named_after_nothing():
     nothing = {"utils", "util", "helpers", "helper", "misc", "common"}
-    assert not [path for top in FOLDERS for path in (ROOT / top).rglob("*.py") if path.stem in nothing]
+    assert not [
+        path for top in FOLDERS for path in (ROOT / top).rglob("*.py") if path.stem in nothing
+    ]
 
 
-EXPERIMENTS = sorted(path.name for path in (ROOT / "experiments").glob("*.py") if "--smoke" in path.read_text())
+EXPERIMENTS = sorted(
+    path.name for path in (ROOT / "experiments").glob("*.py") if "--smoke" in path.read_text()
+)
 
 
 @pytest.mark.parametrize("script", EXPERIMENTS)
@@ -124,7 +134,11 @@ def test_readme_examples_run(number, tmp_path):
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::UserWarning:hessian_tools"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "error::UserWarning:hessian_tools",
+    }
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -41,7 +41,10 @@ def test_the_model_is_put_back_also_after_an_error():
         assert all(map(imagines, problem.model.parameters()))
         raise ZeroDivisionError
     after = dict(problem.model.named_parameters())
-    assert all(id(after[name]) == key and torch.equal(after[name], value) for name, (key, value) in before.items())
+    assert all(
+        id(after[name]) == key and torch.equal(after[name], value)
+        for name, (key, value) in before.items()
+    )
 
 
 def test_a_model_that_looks_at_values_is_tried_in_earnest(monkeypatch):

@@ -34,10 +34,18 @@ def test_recurrence_and_orthogonality(dtype, mode):
     k, m = 3, 12
     result = lanczos(operator, starts(k, 40), m, reorthogonalize=mode, keep_basis=True)
     eps = torch.finfo(dtype).eps
-    assert result.status == ("complete",) * k and (result.steps == m).all() and result.num_matvecs == k * m
+    assert (
+        result.status == ("complete",) * k
+        and (result.steps == m).all()
+        and result.num_matvecs == k * m
+    )
     for i in range(k):
         q = result.basis[i].double().numpy()
-        t = np.diag(result.alphas[i]) + np.diag(result.betas[i, :-1], 1) + np.diag(result.betas[i, :-1], -1)
+        t = (
+            np.diag(result.alphas[i])
+            + np.diag(result.betas[i, :-1], 1)
+            + np.diag(result.betas[i, :-1], -1)
+        )
         rest = q @ matrix - t @ q
         assert np.abs(rest[:-1]).max() < 200 * eps * 27
         assert np.linalg.norm(rest[-1]) == pytest.approx(result.betas[i, -1], rel=1e4 * eps)
@@ -53,7 +61,9 @@ def test_only_full_keeps_orthogonality_past_convergence():
         result = lanczos(operator, starts(1, 200), 60, reorthogonalize=mode, keep_basis=True)
         q = result.basis[0].numpy()
         lost[mode] = np.abs(q @ q.T - np.eye(60)).max()
-        top[mode] = int((np.abs(ritz(result.alphas, result.betas, result.steps)[0] - 100) < 1e-6).sum())
+        top[mode] = int(
+            (np.abs(ritz(result.alphas, result.betas, result.steps)[0] - 100) < 1e-6).sum()
+        )
     assert lost["full"] < 1e-13 and lost["local"] > 1e-3 and lost["none"] > 1e-3
     assert top["full"] == 1 and top["local"] > 1 and top["none"] > 1
 
@@ -72,7 +82,9 @@ def test_local_keeps_neighbours_orthogonal_where_the_recurrence_cancels():
 def test_a_second_pass_where_the_first_took_nearly_everything():
     """Products symmetric to 10 % only: step 10 leaves 2e-8 of a residual that lies in the old vectors' span."""
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.diag(torch.cat([torch.arange(1.0, 11), torch.linspace(1e-12, 1e-11, 50)])).double()
+    matrix = torch.diag(
+        torch.cat([torch.arange(1.0, 11), torch.linspace(1e-12, 1e-11, 50)])
+    ).double()
     matrix[:10, :10] += 0.1 * torch.randn(10, 10, generator=generator, dtype=torch.float64)
     matrix[:10, 10:] = 1e-12 * torch.randn(10, 50, generator=generator, dtype=torch.float64)
     matrix[10:, :10] = matrix[:10, 10:].T
@@ -95,7 +107,11 @@ def test_all_steps_give_all_eigenvalues(dtype):
     eigenvalues = np.array([-7.0, -1.0, 0.0, 0.5, 2.0, 2.5, 9.0])
     operator, _, _ = prescribed(eigenvalues, dtype)
     result = lanczos(operator, starts(2, 7), 50)
-    assert result.alphas.shape == (2, 7) and result.status == ("breakdown",) * 2 and (result.steps == 7).all()
+    assert (
+        result.alphas.shape == (2, 7)
+        and result.status == ("breakdown",) * 2
+        and (result.steps == 7).all()
+    )
     nodes, weights, residuals = ritz(result.alphas, result.betas, result.steps)
     assert np.allclose(nodes, eigenvalues, atol=100 * torch.finfo(dtype).eps * 9)
     assert np.allclose(weights.sum(axis=1), 1, atol=1e-14) and residuals.max() < 1e-6
@@ -107,7 +123,9 @@ def test_ritz_values_against_scipy_and_residual_bounds_hold():
     result = lanczos(operator, starts(3, 60), 15)
     nodes, _, residuals = ritz(result.alphas, result.betas, result.steps)
     for i in range(3):
-        assert np.allclose(nodes[i], eigvalsh_tridiagonal(result.alphas[i], result.betas[i, :-1]), atol=1e-12)
+        assert np.allclose(
+            nodes[i], eigvalsh_tridiagonal(result.alphas[i], result.betas[i, :-1]), atol=1e-12
+        )
         distance = np.abs(nodes[i][:, None] - eigenvalues).min(axis=1)
         assert (distance <= residuals[i] + 1e-12).all() and residuals[i].max() > 1e-3
 
@@ -127,20 +145,32 @@ def test_resumed_equals_one_long_run(mode, dtype):
         first = run.state
         for total in (5, 12, 20):
             run = resume(operator, run.state, total, keep_state=True)
-        assert run.status == long.status == ("complete", "breakdown", "complete") and run.num_matvecs == 60
+        assert (
+            run.status == long.status == ("complete", "breakdown", "complete")
+            and run.num_matvecs == 60
+        )
         assert np.array_equal(run.steps, long.steps) and long.steps[1] == end
         tolerance = 1e-10 if dtype == torch.float64 else 1e-3
         for part in ("alphas", "betas", "start_norms"):
-            assert np.allclose(getattr(run, part), getattr(long, part), rtol=tolerance, atol=100 * tolerance)
-        assert run.basis.shape == (3, 20, 40) and torch.allclose(run.basis, long.basis, atol=1e3 * tolerance)
+            assert np.allclose(
+                getattr(run, part), getattr(long, part), rtol=tolerance, atol=100 * tolerance
+            )
+        assert run.basis.shape == (3, 20, 40) and torch.allclose(
+            run.basis, long.basis, atol=1e3 * tolerance
+        )
         again = resume(operator, first, 12)  # a state may be gone on from twice
-        assert np.allclose(again.alphas, long.alphas[:, :12], atol=100 * tolerance) and again.state is None
+        assert (
+            np.allclose(again.alphas, long.alphas[:, :12], atol=100 * tolerance)
+            and again.state is None
+        )
 
 
 def test_a_state_holds_two_vectors_and_the_basis_only_where_it_is_needed():
     operator, _, _ = prescribed(np.linspace(-2, 5, 40))
     sizes = {
-        mode: lanczos(operator, starts(3, 40), 7, reorthogonalize=mode, keep_state=True).state.nbytes
+        mode: lanczos(
+            operator, starts(3, 40), 7, reorthogonalize=mode, keep_state=True
+        ).state.nbytes
         for mode in ("full", "local", "none")
     }
     vector = 3 * 40 * 8
@@ -156,7 +186,9 @@ def test_vectors_held_at_the_peak(mode):
         result = lanczos(operator, start, steps, reorthogonalize=mode)
     vectors = 4 + steps * (mode == "full")
     assert result.steps.tolist() == [steps] * k
-    assert vectors * start.nbytes <= live.peak <= (vectors + 1.1) * start.nbytes  # and one elementwise product
+    assert (
+        vectors * start.nbytes <= live.peak <= (vectors + 1.1) * start.nbytes
+    )  # and one elementwise product
 
 
 @pytest.mark.parametrize("mode", ["full", "local"])
@@ -189,7 +221,10 @@ def test_bad_resumptions():
     assert lanczos(operator, starts(2, 30), 4).state is None
     with pytest.raises(ValueError, match="num_steps is 3, but 4 steps are made"):
         resume(operator, run.state, 3)
-    with pytest.raises(ValueError, match=r"operator is torch.float32 on cpu, but the run's vectors are torch.float64"):
+    with pytest.raises(
+        ValueError,
+        match=r"operator is torch.float32 on cpu, but the run's vectors are torch.float64",
+    ):
         resume(DiagonalOperator(operator.diagonal.float()), run.state, 9)
 
 
@@ -222,11 +257,18 @@ def test_breakdown(case, mode, dtype):
     eigenvalues, steps = BREAKDOWNS[case]
     operator, _, _ = prescribed(eigenvalues, dtype)
     result = lanczos(operator, starts(3, len(eigenvalues)), 9, reorthogonalize=mode)
-    assert result.status == ("breakdown",) * 3 and (result.steps == steps).all() and result.first_nonfinite is None
+    assert (
+        result.status == ("breakdown",) * 3
+        and (result.steps == steps).all()
+        and result.first_nonfinite is None
+    )
     assert (result.alphas[:, steps:] == 0).all() and (result.betas[:, steps:] == 0).all()
     nodes, weights, _ = ritz(result.alphas, result.betas, result.steps)
     levels = np.unique(eigenvalues)
-    assert np.abs(nodes[:, :, None] - levels).min(axis=2).max() <= 1e3 * torch.finfo(dtype).eps * np.abs(levels).max()
+    assert (
+        np.abs(nodes[:, :, None] - levels).min(axis=2).max()
+        <= 1e3 * torch.finfo(dtype).eps * np.abs(levels).max()
+    )
     assert (weights[:, steps:] == 0).all() and np.allclose(weights.sum(axis=1), 1, atol=1e-14)
 
 
@@ -238,7 +280,9 @@ def test_breakdown_is_relative_to_scale_and_not_early():
     assert reference.status == ("complete",) * 2
     for factor in (2.0**-200, 2.0**200):
         scaled = lanczos(DenseOperator(matrix * factor), starts(2, 31), 8)
-        assert scaled.status == reference.status and np.array_equal(scaled.alphas, reference.alphas * factor)
+        assert scaled.status == reference.status and np.array_equal(
+            scaled.alphas, reference.alphas * factor
+        )
 
 
 def test_rows_break_down_independently():
@@ -247,7 +291,11 @@ def test_rows_break_down_independently():
     start[1] = 0
     start[1, 4] = 2.0
     result = lanczos(operator, start, 6)
-    assert result.status == ("complete", "breakdown", "complete") and result.steps.tolist() == [6, 1, 6]
+    assert result.status == ("complete", "breakdown", "complete") and result.steps.tolist() == [
+        6,
+        1,
+        6,
+    ]
     assert result.alphas[1, 0] == 5 and result.start_norms[1] == 2
     alone = lanczos(operator, start[[0, 2]], 6)
     assert np.allclose(result.alphas[[0, 2]], alone.alphas, atol=1e-13)
@@ -271,7 +319,11 @@ def test_nonfinite_products_are_located_and_do_not_spread(value):
     operator = Poisoned(torch.linspace(-1, 4, 25, dtype=torch.float64))
     operator.value = value
     result = lanczos(operator, starts(3, 25), 8)
-    assert result.status == ("complete", "nonfinite", "complete") and result.first_nonfinite.tolist() == [0, 3, 0]
+    assert result.status == (
+        "complete",
+        "nonfinite",
+        "complete",
+    ) and result.first_nonfinite.tolist() == [0, 3, 0]
     assert result.steps.tolist() == [8, 2, 8]
     healthy = lanczos(DiagonalOperator(operator.diagonal), starts(3, 25), 8)
     assert np.array_equal(result.alphas[[0, 2]], healthy.alphas[[0, 2]])
@@ -285,7 +337,14 @@ class Watch(TorchDispatchMode):
         self.syncs = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+        waits = (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "is_nonzero",
+            "equal",
+            "_unique2",
+        )
         name = func.overloadpacket.__name__
         if name in waits or (name == "_to_copy" and (kwargs or {}).get("device") is not None):
             self.syncs.append(name)
@@ -318,7 +377,9 @@ def test_no_host_sync_inside_the_loop(mode):
     start = starts(2, 30)
     with watch:
         lanczos(operator, start, 7, reorthogonalize=mode)
-    assert len(seen) == 7 and seen[-1] == seen[0]  # one product a step, no wait between the first and the last
+    assert (
+        len(seen) == 7 and seen[-1] == seen[0]
+    )  # one product a step, no wait between the first and the last
 
 
 @pytest.mark.parametrize(
@@ -344,7 +405,10 @@ def test_probes_depend_on_seed_name_and_index_only(kind):
     assert torch.equal(draw_probes(kind, 3, "a.weight", 2, 1001), probes[:2])
     wide = draw_probes(kind, 3, "a.weight", 4, 1001, dtype=torch.float64)
     assert wide.dtype == torch.float64 and torch.equal(wide, probes.double())
-    for other in (draw_probes(kind, 4, "a.weight", 4, 1001), draw_probes(kind, 3, "b.weight", 4, 1001)):
+    for other in (
+        draw_probes(kind, 4, "a.weight", 4, 1001),
+        draw_probes(kind, 3, "b.weight", 4, 1001),
+    ):
         assert (other == probes).float().mean() < 0.6
     assert (probes[0] == probes[1]).float().mean() < 0.6
 
@@ -368,7 +432,9 @@ def test_probes_are_frozen_in_time():
 FROZEN = [-1, -1, 1, 1, 1, -1, -1, 1, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(("kind", "k", "n"), [("uniform", 1, 1), ("gaussian", 0, 1), ("gaussian", 1, 0)])
+@pytest.mark.parametrize(
+    ("kind", "k", "n"), [("uniform", 1, 1), ("gaussian", 0, 1), ("gaussian", 1, 0)]
+)
 def test_bad_probe_arguments(kind, k, n):
     with pytest.raises(ValueError, match=r"probes is 'uniform'|must be at least 1"):
         draw_probes(kind, 0, "", k, n)
@@ -377,8 +443,14 @@ def test_bad_probe_arguments(kind, k, n):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_agrees_with_cpu():
-    cpu, gpu = (draw_probes("gaussian", 1, "x", 2, 40, dtype=torch.float64, device=d) for d in ("cpu", "cuda"))
+    cpu, gpu = (
+        draw_probes("gaussian", 1, "x", 2, 40, dtype=torch.float64, device=d)
+        for d in ("cpu", "cuda")
+    )
     assert torch.equal(cpu, gpu.cpu())
     values = torch.linspace(-1, 3, 40, dtype=torch.float64)
-    here, there = lanczos(DiagonalOperator(values), cpu, 10), lanczos(DiagonalOperator(values.cuda()), gpu, 10)
+    here, there = (
+        lanczos(DiagonalOperator(values), cpu, 10),
+        lanczos(DiagonalOperator(values.cuda()), gpu, 10),
+    )
     assert np.allclose(here.alphas, there.alphas, atol=1e-12)

@@ -18,7 +18,10 @@ from hessian_tools.problem.networks import NanoGPT
 
 def products(problem, names, vectors, route=None) -> list[torch.Tensor]:
     """Pooled over the batches, zeros filled in."""
-    route, total = route or Linearised(problem, problem.batches), [torch.zeros_like(v) for v in vectors]
+    route, total = (
+        route or Linearised(problem, problem.batches),
+        [torch.zeros_like(v) for v in vectors],
+    )
     for weight, batch in zip(problem.weights, problem.batches, strict=True):
         (found,) = route.products(batch, names, [vectors])
         for place, product in zip(total, found, strict=True):
@@ -47,7 +50,10 @@ def full(problem: ht.Problem, vectors: torch.Tensor) -> torch.Tensor:
 def test_whole_hessian(name):
     problem = network(name)
     vectors = flat(problem, 3)
-    assert relative_error(full(problem, vectors), vectors @ dense_hessian(problem)) < problems.NETWORKS[name][-1]
+    assert (
+        relative_error(full(problem, vectors), vectors @ dense_hessian(problem))
+        < problems.NETWORKS[name][-1]
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt", "batchnorm-batch", "hf-gpt2"])
@@ -68,7 +74,10 @@ class Own(nn.Module):
 
     def __init__(self, function):
         super().__init__()
-        self.weight, self.function = nn.Parameter(torch.randn(2, 3, 6, 6, dtype=torch.float64)), function
+        self.weight, self.function = (
+            nn.Parameter(torch.randn(2, 3, 6, 6, dtype=torch.float64)),
+            function,
+        )
 
     def forward(self, x):
         return self.function(self.weight)
@@ -122,7 +131,12 @@ OPERATIONS = {
 def test_operations(name):
     torch.manual_seed(0)
     targets = OPERATIONS[name](torch.randn(2, 3, 6, 6, dtype=torch.float64))
-    problem = ht.Problem(Own(OPERATIONS[name]), ht.mse, [(torch.zeros(1), torch.randn_like(targets))], num_examples=len)
+    problem = ht.Problem(
+        Own(OPERATIONS[name]),
+        ht.mse,
+        [(torch.zeros(1), torch.randn_like(targets))],
+        num_examples=len,
+    )
     vectors = flat(problem, 2)
     assert relative_error(full(problem, vectors), vectors @ dense_hessian(problem)) < 1e-12
 
@@ -131,7 +145,9 @@ def test_operations(name):
 def test_taps_that_only_see_padding_are_not_multiplied(side, convolutions):
     """3 x 3 taps on a single entry are a matrix product with the middle one; on 2 x 2 entries all are used."""
     model = nn.Conv2d(4, 5, 3, padding=1)
-    problem = ht.Problem(model, ht.mse, [(torch.randn(2, 4, side, side), torch.randn(2, 5, side, side))])
+    problem = ht.Problem(
+        model, ht.mse, [(torch.randn(2, 4, side, side), torch.randn(2, 5, side, side))]
+    )
     nodes = traced_gradient(problem, problem.batches[0]).nodes
     assert sum("convolution" in str(node.target) for node in nodes) == convolutions
     route = Linearised(problem, problem.batches)
@@ -140,13 +156,17 @@ def test_taps_that_only_see_padding_are_not_multiplied(side, convolutions):
     with FlopCounterMode(display=False) as counter:
         list(route.products(problem.batches[0], list(problem.parameters), [vectors]))
     taps = 1 if side == 1 else 9 * side**2
-    assert counter.get_total_flops() == 2 * (2 * 2 * 4 * 5 * taps)  # forward tangent, and that of the weight's gradient
+    assert counter.get_total_flops() == 2 * (
+        2 * 2 * 4 * 5 * taps
+    )  # forward tangent, and that of the weight's gradient
 
 
 def test_what_cannot_be_traced_is_refused_with_its_reason():
     with pytest.raises(Untraceable, match="sigmoid_"):
         Linearised(network("lstm"), network("lstm").batches)
-    problem = ht.Problem(Own(lambda w: w if w.sum() > 0 else -w), lambda m, b: (m(b) ** 2).mean(), [torch.ones(1)])
+    problem = ht.Problem(
+        Own(lambda w: w if w.sum() > 0 else -w), lambda m, b: (m(b) ** 2).mean(), [torch.ones(1)]
+    )
     with pytest.raises(Untraceable, match="DataDependent"):
         traced_gradient(problem, problem.batches[0])
 
@@ -159,7 +179,9 @@ def test_an_optimizers_step_is_seen():
     with torch.no_grad():
         problem.parameters["0.weight"].mul_(2.0)
     (after,) = route.products(problem.batches[0], names, [vectors])
-    (expected,) = Linearised(problem, problem.batches).products(problem.batches[0], names, [vectors])
+    (expected,) = Linearised(problem, problem.batches).products(
+        problem.batches[0], names, [vectors]
+    )
     assert not torch.allclose(before[0], after[0])
     assert all(torch.equal(a, b) for a, b in zip(after, expected, strict=True))
 
@@ -167,7 +189,9 @@ def test_an_optimizers_step_is_seen():
 def gpt_problem() -> ht.Problem:
     torch.manual_seed(0)
     tokens = torch.randint(64, (2, 33))
-    return ht.Problem(NanoGPT(64, 32, 3, 48, 4, tied=False), ht.cross_entropy, [(tokens[:, :-1], tokens[:, 1:])])
+    return ht.Problem(
+        NanoGPT(64, 32, 3, 48, 4, tied=False), ht.cross_entropy, [(tokens[:, :-1], tokens[:, 1:])]
+    )
 
 
 def operations(call) -> int:
@@ -187,7 +211,11 @@ def test_counted_operations_are_the_floor():
     def cost(names, probes):
         vectors = [torch.randn(probes, *problem.parameters[name].shape) for name in names]
         next(route.products(batch, names, [vectors]))  # constants are computed once
-        return operations(lambda: next(route.products(batch, names, [vectors]))) / probes / operations(forward)
+        return (
+            operations(lambda: next(route.products(batch, names, [vectors])))
+            / probes
+            / operations(forward)
+        )
 
     assert cost(list(problem.parameters), 4) <= 6.0
     matrices = [name for name, p in problem.parameters.items() if p.ndim > 1]

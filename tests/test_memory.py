@@ -25,7 +25,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("memory", "expected"), [("8GiB", 8 * 2**30), ("500 MB", 500_000_000), (1234, 1234), ("1.5KiB", 1536), ("77", 77)]
+    ("memory", "expected"),
+    [("8GiB", 8 * 2**30), ("500 MB", 500_000_000), (1234, 1234), ("1.5KiB", 1536), ("77", 77)],
 )
 def test_sizes_are_read(memory, expected):
     assert budget_bytes(memory, CPU) == expected
@@ -58,7 +59,9 @@ def test_live_bytes_see_what_a_graph_keeps_and_a_batched_backward_pass():
     model, x = nn.Linear(3, 4), torch.randn(5, 3)
     with LiveBytes() as live:
         y = torch.tanh(model(x)).exp()
-        assert live.now == 2 * 5 * 4 * 4  # tanh's result, exp's; the input and the weights are not new
+        assert (
+            live.now == 2 * 5 * 4 * 4
+        )  # tanh's result, exp's; the input and the weights are not new
         torch.autograd.grad(y, [model.weight], torch.zeros(7, 5, 4), is_grads_batched=True)
         assert live.peak >= live.now + 7 * 5 * 4 * 4
 
@@ -86,7 +89,10 @@ def test_measuring_reads_the_allocator_on_cuda():
     ("error", "expected"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
         (MemoryError(), True),
         (RuntimeError("shapes cannot be multiplied"), False),
     ],

@@ -12,9 +12,14 @@ MATRIX = torch.tensor([[2.0, -1.0, 0.0], [-1.0, 3.0, 0.5], [0.0, 0.5, -4.0]], dt
 OPERATORS = {
     "dense": lambda: ht.DenseOperator(MATRIX),
     "diagonal": lambda: ht.DiagonalOperator(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)),
-    "scipy": lambda: ht.ScipyOperator(LinearOperator((3, 3), matvec=lambda v: MATRIX.numpy() @ v, dtype=np.float64)),
+    "scipy": lambda: ht.ScipyOperator(
+        LinearOperator((3, 3), matvec=lambda v: MATRIX.numpy() @ v, dtype=np.float64)
+    ),
     "hessian": lambda: ht.HessianOperator(network("mlp")),
-    "block": lambda: (p := network("mlp")) and ht.HessianOperator(p).block(ht.partition(p.model, "tensor")["0.bias"]),
+    "block": lambda: (
+        (p := network("mlp"))
+        and ht.HessianOperator(p).block(ht.partition(p.model, "tensor")["0.bias"])
+    ),
 }
 
 
@@ -32,12 +37,16 @@ def test_products_agree_in_every_view(operator):
     as_numpy = operator.matmat(rows.numpy().astype(np.float32))
     assert as_numpy.dtype == np.float32 and np.allclose(as_numpy, rows @ dense, atol=1e-5)
     scipy = operator.to_scipy()
-    assert np.allclose(scipy @ rows.numpy().T, dense @ rows.T) and np.allclose(scipy @ rows[0].numpy(), dense @ rows[0])
+    assert np.allclose(scipy @ rows.numpy().T, dense @ rows.T) and np.allclose(
+        scipy @ rows[0].numpy(), dense @ rows[0]
+    )
     assert np.allclose(scipy.H @ rows[0].numpy(), dense @ rows[0])
 
 
 def test_scipy_solvers_take_it():
-    largest = eigsh(ht.HessianOperator(network("mlp")).to_scipy(), k=1, which="LA", return_eigenvectors=False)
+    largest = eigsh(
+        ht.HessianOperator(network("mlp")).to_scipy(), k=1, which="LA", return_eigenvectors=False
+    )
     expected = torch.linalg.eigvalsh(ht.HessianOperator(network("mlp")).to_dense())[-1]
     assert abs(largest[0] - expected) < 1e-8
 

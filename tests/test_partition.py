@@ -11,9 +11,22 @@ from torch.nn import functional as F
 from hessian_tools.blocks.partition import PRESETS, Block, Cut, Part, Partition, partition
 
 D, HEADS = 32, 4
-SIZES = {"hidden_size": D, "num_attention_heads": HEADS, "num_hidden_layers": 2, "intermediate_size": 48}
+SIZES = {
+    "hidden_size": D,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+}
 VOCABULARY = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-FULL = ("tensor", "semantic", "layer", "head", "neuron", "adam_mini", "adalayer_star")  # that cover every parameter
+FULL = (
+    "tensor",
+    "semantic",
+    "layer",
+    "head",
+    "neuron",
+    "adam_mini",
+    "adalayer_star",
+)  # that cover every parameter
 
 
 def hf(model, **config):
@@ -22,7 +35,15 @@ def hf(model, **config):
 
 
 def gpt2(layers=2, **keywords):
-    return hf("GPT2LMHeadModel", n_embd=D, n_layer=layers, n_head=HEADS, n_positions=16, **VOCABULARY, **keywords)
+    return hf(
+        "GPT2LMHeadModel",
+        n_embd=D,
+        n_layer=layers,
+        n_head=HEADS,
+        n_positions=16,
+        **VOCABULARY,
+        **keywords,
+    )
 
 
 def bert():
@@ -30,11 +51,23 @@ def bert():
 
 
 def vit(layers=2):
-    return hf("ViTForImageClassification", **{**SIZES, "num_hidden_layers": layers}, image_size=8, patch_size=4)
+    return hf(
+        "ViTForImageClassification",
+        **{**SIZES, "num_hidden_layers": layers},
+        image_size=8,
+        patch_size=4,
+    )
 
 
 def llama():
-    return hf("LlamaForCausalLM", **SIZES, **VOCABULARY, num_key_value_heads=2, head_dim=16, attention_bias=True)
+    return hf(
+        "LlamaForCausalLM",
+        **SIZES,
+        **VOCABULARY,
+        num_key_value_heads=2,
+        head_dim=16,
+        attention_bias=True,
+    )
 
 
 def neox():
@@ -46,11 +79,21 @@ def phi3():
 
 
 def falcon():
-    return hf("FalconForCausalLM", **SIZES, **VOCABULARY, num_kv_heads=2, new_decoder_architecture=True)
+    return hf(
+        "FalconForCausalLM", **SIZES, **VOCABULARY, num_kv_heads=2, new_decoder_architecture=True
+    )
 
 
 def codegen():
-    return hf("CodeGenForCausalLM", n_embd=D, n_layer=1, n_head=HEADS, n_positions=16, rotary_dim=4, **VOCABULARY)
+    return hf(
+        "CodeGenForCausalLM",
+        n_embd=D,
+        n_layer=1,
+        n_head=HEADS,
+        n_positions=16,
+        rotary_dim=4,
+        **VOCABULARY,
+    )
 
 
 def attend(q, k, v):
@@ -112,7 +155,11 @@ class ConvNet(nn.Module):
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
-        self.tokens, self.frozen, self.head = nn.Embedding(64, D), nn.Linear(D, D), nn.Linear(D, 64, bias=False)
+        self.tokens, self.frozen, self.head = (
+            nn.Embedding(64, D),
+            nn.Linear(D, D),
+            nn.Linear(D, 64, bias=False),
+        )
         self.head.weight = self.tokens.weight
         self.frozen.weight.requires_grad_(False)
 
@@ -127,7 +174,22 @@ def cross():
 
 MODELS = {
     f.__name__: f
-    for f in (gpt2, bert, vit, llama, neox, phi3, falcon, codegen, encoder, cross, Fused, Separate, ConvNet, Tied)
+    for f in (
+        gpt2,
+        bert,
+        vit,
+        llama,
+        neox,
+        phi3,
+        falcon,
+        codegen,
+        encoder,
+        cross,
+        Fused,
+        Separate,
+        ConvNet,
+        Tied,
+    )
 }
 
 
@@ -149,7 +211,9 @@ def test_every_entry_lies_in_exactly_one_block_and_comes_back(models, name, pres
     for cut in blocks.cuts:
         rows = cut.rows(parameters)
         assert rows.shape == (cut.num_blocks, cut.block_size)
-        for part, piece in zip(cut.parts, rows.split([p.block_size for p in cut.parts], dim=1), strict=True):
+        for part, piece in zip(
+            cut.parts, rows.split([p.block_size for p in cut.parts], dim=1), strict=True
+        ):
             assert part.num_blocks == cut.num_blocks
             out = torch.zeros(3, 2, *part.shape)
             part.place(torch.ones(3, 2, *piece.shape), out)
@@ -157,9 +221,17 @@ def test_every_entry_lies_in_exactly_one_block_and_comes_back(models, name, pres
             counts[part.parameter] += out[2, 1]
             part.place(piece.expand(3, 2, -1, -1), out)
             assert torch.equal(part.rows(out), piece.expand(3, 2, -1, -1))
-            assert torch.equal(out[0, 1] * (out[0, 1] != 0), torch.where(out[0, 1] != 0, parameters[part.parameter], 0))
+            assert torch.equal(
+                out[0, 1] * (out[0, 1] != 0),
+                torch.where(out[0, 1] != 0, parameters[part.parameter], 0),
+            )
     assert all((count == 1).all() for count in counts.values())
-    assert len(set(blocks.names)) == len(blocks) == len(list(blocks)) == sum(cut.num_blocks for cut in blocks.cuts)
+    assert (
+        len(set(blocks.names))
+        == len(blocks)
+        == len(list(blocks))
+        == sum(cut.num_blocks for cut in blocks.cuts)
+    )
 
 
 @pytest.mark.parametrize("preset", ["head", "neuron", "layer"])
@@ -171,22 +243,38 @@ def test_blocks_and_chunks_are_rows_of_their_cut(models, name, preset):
         rows = cut.rows(parameters)
         for i in {0, cut.num_blocks // 2, cut.num_blocks - 1}:
             block = blocks[cut.names[i]]
-            assert (block.name, block.numel) == (cut.names[i], cut.block_size) and block == cut[i] and block in blocks
-            assert torch.equal(block.as_cut().rows(parameters)[0], rows[i]) and block.as_cut().names == (block.name,)
+            assert (
+                (block.name, block.numel) == (cut.names[i], cut.block_size)
+                and block == cut[i]
+                and block in blocks
+            )
+            assert torch.equal(
+                block.as_cut().rows(parameters)[0], rows[i]
+            ) and block.as_cut().names == (block.name,)
             if len(block.parameters) == 1:
-                chosen = block.select(parameters[block.parameter].expand(2, *parameters[block.parameter].shape))
-                assert chosen.shape == (2, *block.shape) and torch.equal(chosen[1].flatten(), rows[i])
+                chosen = block.select(
+                    parameters[block.parameter].expand(2, *parameters[block.parameter].shape)
+                )
+                assert chosen.shape == (2, *block.shape) and torch.equal(
+                    chosen[1].flatten(), rows[i]
+                )
         for first, last in {(0, cut.num_blocks // 2), (cut.num_blocks // 3, cut.num_blocks - 1)}:
             if first < last:
                 chunk = cut.chunk(first, last)
-                assert chunk.names == cut.names[first:last] and torch.equal(chunk.rows(parameters), rows[first:last])
+                assert chunk.names == cut.names[first:last] and torch.equal(
+                    chunk.rows(parameters), rows[first:last]
+                )
                 inner = chunk.chunk(chunk.num_blocks // 2, chunk.num_blocks)
-                assert torch.equal(inner.rows(parameters), rows[first:last][chunk.num_blocks // 2 :])
+                assert torch.equal(
+                    inner.rows(parameters), rows[first:last][chunk.num_blocks // 2 :]
+                )
                 out = {n: torch.zeros_like(p) for n, p in parameters.items()}
                 for part in chunk.parts:
                     part.place(part.rows(parameters[part.parameter]), out[part.parameter])
                 assert torch.equal(chunk.rows(out), rows[first:last])
-                assert sum(int((t != 0).sum()) for t in out.values()) == int((rows[first:last] != 0).sum())
+                assert sum(int((t != 0).sum()) for t in out.values()) == int(
+                    (rows[first:last] != 0).sum()
+                )
 
 
 def heads_seen(model, zeroed=()):
@@ -227,14 +315,19 @@ LAYOUTS = {
     "neox": ("gpt_neox.layers.0.attention", {role: ("query_key_value", role) for role in "qkv"}),
     "phi3": ("model.layers.0.self_attn", {role: ("qkv_proj", role) for role in "qkv"}),
     "llama": ("model.layers.0.self_attn", {role: (f"{role}_proj", "") for role in "qkv"}),
-    "bert": ("bert.encoder.layer.0.attention.self", {"q": ("query", ""), "k": ("key", ""), "v": ("value", "")}),
+    "bert": (
+        "bert.encoder.layer.0.attention.self",
+        {"q": ("query", ""), "k": ("key", ""), "v": ("value", "")},
+    ),
     "vit": ("vit.layers.0.attention", {role: (f"{role}_proj", "") for role in "qkv"}),
 }
 
 
 def blocks_of(blocks, path, stem, inside):
     """The weight's block and, where there is one, the bias's."""
-    names = (f"{path}.{stem}.{kind}" + (f"[{inside}]" if inside else "") for kind in ("weight", "bias"))
+    names = (
+        f"{path}.{stem}.{kind}" + (f"[{inside}]" if inside else "") for kind in ("weight", "bias")
+    )
     return [blocks[name] for name in names if name in blocks]
 
 
@@ -245,7 +338,11 @@ def test_zeroing_a_role_silences_exactly_that_role(models, name):
     for role, (stem, label) in layout.items():
         after = heads_seen(models[name], blocks_of(partition(models[name]), path, stem, label))
         for other in "qkv":
-            assert after[other].abs().max() == 0 if other == role else torch.equal(after[other], before[other])
+            assert (
+                after[other].abs().max() == 0
+                if other == role
+                else torch.equal(after[other], before[other])
+            )
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -287,7 +384,9 @@ def test_output_projection_is_cut_by_the_heads_that_it_reads(models, name):
         silent = result.clone().unflatten(-1, (HEADS, -1))
         silent[:, head] = 0
         block = blocks[f"{path}.weight[head={head}]"]
-        with_zeros = torch.func.functional_call(layer, {"weight": placed(block, 0.0, layer.weight)}, result)
+        with_zeros = torch.func.functional_call(
+            layer, {"weight": placed(block, 0.0, layer.weight)}, result
+        )
         assert torch.allclose(with_zeros, layer(silent.flatten(1)), atol=1e-6)
     assert f"{path}.weight[head={HEADS}]" not in blocks
 
@@ -300,8 +399,13 @@ def torch_attention():
 def test_attention_by_hand_from_the_blocks(build):
     model, x = build(), torch.randn(2, 5, D)
     torch_own = isinstance(model, nn.MultiheadAttention)
-    weight_name, bias_name = ("in_proj_weight", "in_proj_bias") if torch_own else ("qkv.weight", "qkv.bias")
-    weight, bias = model.get_parameter(weight_name), torch.nn.init.normal_(model.get_parameter(bias_name))
+    weight_name, bias_name = (
+        ("in_proj_weight", "in_proj_bias") if torch_own else ("qkv.weight", "qkv.bias")
+    )
+    weight, bias = (
+        model.get_parameter(weight_name),
+        torch.nn.init.normal_(model.get_parameter(bias_name)),
+    )
     blocks, heads = partition(model), partition(model, "head")
     projected = []
     for role in "qkv":
@@ -311,7 +415,9 @@ def test_attention_by_hand_from_the_blocks(build):
         assert torch.equal(torch.cat(by_head), rows)
     result = attend(*(t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in projected))
     expected = model(x, x, x, need_weights=False)[0] if torch_own else model(x)
-    assert torch.allclose((model.out_proj if torch_own else model.proj)(result), expected, atol=1e-6)
+    assert torch.allclose(
+        (model.out_proj if torch_own else model.proj)(result), expected, atol=1e-6
+    )
 
 
 def test_zeroing_one_value_head_changes_only_its_slice_of_the_result():
@@ -331,7 +437,11 @@ def test_zeroing_one_value_head_changes_only_its_slice_of_the_result():
 def structure(model, preset):
     """The cuts without names of parameters."""
     return [
-        (cut.labels, cut.counter, [(p.shape, p.view, [(s.start, s.stop) for s in p.index], p.axes) for p in cut.parts])
+        (
+            cut.labels,
+            cut.counter,
+            [(p.shape, p.view, [(s.start, s.stop) for s in p.index], p.axes) for p in cut.parts],
+        )
         for cut in partition(model, preset).cuts
     ]
 
@@ -364,16 +474,26 @@ def test_cross_attention_of_gpt2_has_key_and_value(models):
 
 def test_grouped_queries_of_falcon(models):
     weight = models["falcon"].transformer.h[0].self_attention.query_key_value.weight
-    blocks = partition(models["falcon"], "head", only="transformer.h.0.self_attention.query_key_value.weight")
-    expected = {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}  # heads of 8 rows: (2 groups, 2 queries + key + value)
+    blocks = partition(
+        models["falcon"], "head", only="transformer.h.0.self_attention.query_key_value.weight"
+    )
+    expected = {
+        "q": [0, 1, 4, 5],
+        "k": [2, 6],
+        "v": [3, 7],
+    }  # heads of 8 rows: (2 groups, 2 queries + key + value)
     for role, starts in expected.items():
         for head, start in enumerate(starts):
-            block = blocks[f"transformer.h.0.self_attention.query_key_value.weight[{role},head={head}]"]
+            block = blocks[
+                f"transformer.h.0.self_attention.query_key_value.weight[{role},head={head}]"
+            ]
             assert torch.equal(block.select(weight), weight[8 * start : 8 * start + 8])
 
 
 def test_what_nothing_tells_stays_whole_and_is_noted(models):
-    blocks = partition(models["codegen"], "head")  # rows ordered (4 devices, q v k): no layout that is known
+    blocks = partition(
+        models["codegen"], "head"
+    )  # rows ordered (4 devices, q v k): no layout that is known
     assert "transformer.h.0.attn.qkv_proj.weight" in blocks.names
     assert any("transformer.h.0.attn" in note for note in blocks.notes)
     assert partition(models["gpt2"], "head").notes == ()
@@ -383,19 +503,26 @@ def test_what_nothing_tells_stays_whole_and_is_noted(models):
             raise RuntimeError("cannot be run alone")
 
     odd = partition(Odd(), "head")
-    assert odd.names == ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias") and "(root)" in odd.notes[0]
+    assert (
+        odd.names == ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")
+        and "(root)" in odd.notes[0]
+    )
 
 
 def test_heads_that_do_not_follow_one_another_are_not_cut():
     class Strided(Fused):
         def forward(self, x):
-            q, k, v = (t.unflatten(-1, (-1, HEADS)).movedim(-1, 1) for t in self.qkv(x).chunk(3, -1))
+            q, k, v = (
+                t.unflatten(-1, (-1, HEADS)).movedim(-1, 1) for t in self.qkv(x).chunk(3, -1)
+            )
             return self.proj(attend(q, k, v))
 
     class Shuffled(Fused):
         def forward(self, x):
             q, k, v = self.qkv(x).unflatten(-1, (HEADS, 3, -1)).transpose(1, 2).unbind(3)
-            return self.proj(attend(q, k, v).unflatten(-1, (HEADS, -1)).transpose(-1, -2).flatten(2))
+            return self.proj(
+                attend(q, k, v).unflatten(-1, (HEADS, -1)).transpose(-1, -2).flatten(2)
+            )
 
     blocks = partition(Strided(), "head")
     assert "qkv.weight[q]" in blocks and "proj.weight" in blocks and len(blocks.notes) == 3
@@ -457,10 +584,16 @@ def test_rows_of_fused_tensors_count_within_their_role(models):
     blocks = partition(models["gpt2"], "neuron")
     block = blocks["transformer.h.1.attn.c_attn.weight[k,row=17]"]
     assert torch.equal(block.select(conv.weight), conv.weight[:, D + 17]) and block.shape == (D,)
-    assert "transformer.h.1.attn.c_attn.bias[k]" in blocks and "transformer.h.1.ln_1.weight" in blocks
+    assert (
+        "transformer.h.1.attn.c_attn.bias[k]" in blocks and "transformer.h.1.ln_1.weight" in blocks
+    )
     weight = models["neox"].gpt_neox.layers[0].attention.query_key_value.weight
-    block = partition(models["neox"], "neuron")["gpt_neox.layers.0.attention.query_key_value.weight[k,row=17]"]
-    assert torch.equal(block.select(weight), weight.unflatten(0, (HEADS, 3, 8))[2, 1, 1])  # row 17 = head 2, feature 1
+    block = partition(models["neox"], "neuron")[
+        "gpt_neox.layers.0.attention.query_key_value.weight[k,row=17]"
+    ]
+    assert torch.equal(
+        block.select(weight), weight.unflatten(0, (HEADS, 3, 8))[2, 1, 1]
+    )  # row 17 = head 2, feature 1
 
 
 def test_tied_and_frozen_tensors(models):
@@ -475,15 +608,33 @@ def test_layer_blocks(models):
     assert blocks["(root)"].parameters == ("scale", "table") and blocks["(root)"].numel == 7
     with pytest.raises(ValueError, match="several tensors"):
         _ = blocks["(root)"].parameter
-    assert partition(models["ConvNet"], "weights").names == ("table", "conv.weight", "up.weight", "last.weight")
-    assert partition(models["ConvNet"], "official").names == ("table", "conv.weight", "up.weight", "last.weight")
+    assert partition(models["ConvNet"], "weights").names == (
+        "table",
+        "conv.weight",
+        "up.weight",
+        "last.weight",
+    )
+    assert partition(models["ConvNet"], "official").names == (
+        "table",
+        "conv.weight",
+        "up.weight",
+        "last.weight",
+    )
 
 
 def test_official_blocks_of_gpt2_are_the_papers():
     expected = ["transformer.wte.weight"]
     for layer in (0, 3, 7, 11):
-        ends = ["attn.c_attn.weight[q]", "attn.c_attn.weight[k]", "attn.c_attn.weight[v]", "attn.c_proj.weight"]
-        expected += [f"transformer.h.{layer}.{end}" for end in [*ends, "mlp.c_fc.weight", "mlp.c_proj.weight"]]
+        ends = [
+            "attn.c_attn.weight[q]",
+            "attn.c_attn.weight[k]",
+            "attn.c_attn.weight[v]",
+            "attn.c_proj.weight",
+        ]
+        expected += [
+            f"transformer.h.{layer}.{end}"
+            for end in [*ends, "mlp.c_fc.weight", "mlp.c_proj.weight"]
+        ]
     assert list(partition(gpt2(layers=12), "official").names) == expected and len(expected) == 25
     assert len(partition(gpt2(layers=1), "official")) == 7
 
@@ -501,7 +652,11 @@ def test_official_blocks_of_vit():
 
     names = partition(FusedViT(), "official").names
     assert len(names) == 14 and (names[0], names[-1]) == ("patches.weight", "head.weight")
-    assert {n.split(".")[1] for n in names[1:-1]} == {"0", "6", "11"} and "layers.6.self_attn.in_proj_weight" in names
+    assert {n.split(".")[1] for n in names[1:-1]} == {
+        "0",
+        "6",
+        "11",
+    } and "layers.6.self_attn.in_proj_weight" in names
 
 
 def test_own_blocks(models):
@@ -509,12 +664,19 @@ def test_own_blocks(models):
     weight = model.transformer.h[0].attn.c_attn.weight
     name = "transformer.h.0.attn.c_attn.weight"
     assert partition(model, [name]).names == (name,)
-    assert partition(model, [f"{name}[q]", "*.wte.*"]).names == ("transformer.wte.weight", f"{name}[q]")
-    assert partition(model, ["*.attn.*"]).names == tuple(n for n in partition(model).names if ".attn." in n)
+    assert partition(model, [f"{name}[q]", "*.wte.*"]).names == (
+        "transformer.wte.weight",
+        f"{name}[q]",
+    )
+    assert partition(model, ["*.attn.*"]).names == tuple(
+        n for n in partition(model).names if ".attn." in n
+    )
     assert partition(model, "head", only=["*[v,head=?]", "*.wpe.*"]).names == tuple(
         n for n in partition(model, "head").names if "[v,head=" in n or "wpe" in n
     )
-    mine = partition(model, {"corner": (name, (slice(0, 4), slice(-2, None))), "rest": "transformer.wte.weight"})
+    mine = partition(
+        model, {"corner": (name, (slice(0, 4), slice(-2, None))), "rest": "transformer.wte.weight"}
+    )
     assert mine.names == ("corner", "rest") and mine.preset == ""
     assert torch.equal(mine["corner"].select(weight), weight[:4, -2:])
     heads = partition(model, "head")
@@ -565,8 +727,15 @@ def test_a_million_blocks_cost_nothing_until_named():
     assert len(blocks) == 10**6 and part.block_size == 1
     tensor = torch.arange(10**6).view(1000, 1000)
     block = blocks.cuts[0][123_456]
-    assert isinstance(block, Block) and block.name == "w[element=123456]" and int(block.select(tensor)) == 123_456
-    assert part.rows(tensor).data_ptr() == tensor.data_ptr() and len({block, blocks.cuts[0][123_456]}) == 1
+    assert (
+        isinstance(block, Block)
+        and block.name == "w[element=123456]"
+        and int(block.select(tensor)) == 123_456
+    )
+    assert (
+        part.rows(tensor).data_ptr() == tensor.data_ptr()
+        and len({block, blocks.cuts[0][123_456]}) == 1
+    )
 
 
 def test_the_model_and_the_random_state_are_as_before(models):
@@ -577,6 +746,11 @@ def test_the_model_and_the_random_state_are_as_before(models):
     with torch.no_grad(), torch.inference_mode():
         inside = [partition(model, preset).names for preset in PRESETS]
     assert inside == [partition(model, preset).names for preset in PRESETS]
-    assert torch.equal(random, torch.get_rng_state()) and modes == [module.training for module in model.modules()]
-    assert all(torch.equal(state[n], p) and p.requires_grad and p.grad is None for n, p in model.named_parameters())
+    assert torch.equal(random, torch.get_rng_state()) and modes == [
+        module.training for module in model.modules()
+    ]
+    assert all(
+        torch.equal(state[n], p) and p.requires_grad and p.grad is None
+        for n, p in model.named_parameters()
+    )
     assert not any(module._forward_hooks for module in model.modules())

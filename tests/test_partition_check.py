@@ -58,7 +58,9 @@ def planted(shape, kind, *, noise=0.0, seed=0, layer=None, scales=None):
     if scales is not None:
         weights = scales.double().repeat_interleave(b)
         matrix = weights[:, None] * matrix * weights
-    return ht.Problem(Quadratic(layer or nn.Linear(b, a, bias=False), matrix), loss, [torch.zeros(1, 1)])
+    return ht.Problem(
+        Quadratic(layer or nn.Linear(b, a, bias=False), matrix), loss, [torch.zeros(1, 1)]
+    )
 
 
 def transposed_layer(outputs, inputs):
@@ -68,16 +70,38 @@ def transposed_layer(outputs, inputs):
 
 
 def check(problem, claim, **settings):
-    (found,) = ht.check_partition(problem, {"*": claim}, exact=settings.pop("exact", False), **settings).tensors
+    (found,) = ht.check_partition(
+        problem, {"*": claim}, exact=settings.pop("exact", False), **settings
+    ).tensors
     return found
 
 
 TRUTHS = {
     # planted -> verdict on each claim
-    "rows": {"rows": "follows", "columns": "wrong axis", "whole": "too coarse", "elements": "too fine"},
-    "columns": {"rows": "wrong axis", "columns": "follows", "whole": "too coarse", "elements": "too fine"},
-    "dense": {"rows": "too fine", "columns": "too fine", "whole": "follows", "elements": "too fine"},
-    "elements": {"rows": "too coarse", "columns": "too coarse", "whole": "too coarse", "elements": "follows"},
+    "rows": {
+        "rows": "follows",
+        "columns": "wrong axis",
+        "whole": "too coarse",
+        "elements": "too fine",
+    },
+    "columns": {
+        "rows": "wrong axis",
+        "columns": "follows",
+        "whole": "too coarse",
+        "elements": "too fine",
+    },
+    "dense": {
+        "rows": "too fine",
+        "columns": "too fine",
+        "whole": "follows",
+        "elements": "too fine",
+    },
+    "elements": {
+        "rows": "too coarse",
+        "columns": "too coarse",
+        "whole": "too coarse",
+        "elements": "follows",
+    },
 }
 
 
@@ -103,11 +127,16 @@ def test_a_transposed_layer_is_found_by_what_its_axes_are():
 def test_groups_that_no_neighbours_form_are_found_when_claimed():
     """Even rows belong together, and odd ones: only the claim that says so follows."""
     problem = planted((ROWS, COLUMNS), "alternate rows", noise=0.2)
-    assert check(problem, "rows").verdict == "too fine" and check(problem, "whole").verdict == "follows"
+    assert (
+        check(problem, "rows").verdict == "too fine"
+        and check(problem, "whole").verdict == "follows"
+    )
     shape = (ROWS // 2, 2, COLUMNS)
 
     def halves(axis):
-        part = Part("layer.weight", (ROWS, COLUMNS), shape, tuple(slice(0, size) for size in shape), (axis,))
+        part = Part(
+            "layer.weight", (ROWS, COLUMNS), shape, tuple(slice(0, size) for size in shape), (axis,)
+        )
         return ht.Partition((Cut((part,), "layer.weight", counter="half", per_label=2),))
 
     alternate = ht.check_partition(problem, halves(1), exact=False)
@@ -115,7 +144,11 @@ def test_groups_that_no_neighbours_form_are_found_when_claimed():
     assert (found.claim, found.verdict, found.suggested) == ("claimed", "follows", "claimed")
     assert alternate.suggestion.cuts == halves(1).cuts
     runs = Part(
-        "layer.weight", (ROWS, COLUMNS), (2, ROWS // 2, COLUMNS), (slice(0, 2), slice(0, 8), slice(0, 12)), (0,)
+        "layer.weight",
+        (ROWS, COLUMNS),
+        (2, ROWS // 2, COLUMNS),
+        (slice(0, 2), slice(0, 8), slice(0, 12)),
+        (0,),
     )
     runs = ht.Partition((Cut((runs,), "layer.weight", counter="half", per_label=2),))
     assert ht.check_partition(problem, runs, exact=False).tensors[0].verdict == "too fine"
@@ -155,11 +188,19 @@ def test_evidence_tells_every_cut_with_its_error():
 
 def test_a_vanishing_hessian_and_rounding_noise_are_undecided():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).double()
-    problem = ht.Problem(model, lambda m, b: m[0](b).sum() ** 2, [torch.randn(4, 3, dtype=torch.float64)])
+    problem = ht.Problem(
+        model, lambda m, b: m[0](b).sum() ** 2, [torch.randn(4, 3, dtype=torch.float64)]
+    )
     report = ht.check_partition(problem, "tensor", exact=False)
     dead = report["1.weight"]
-    assert dead.verdict == dead.likely == "undecided" and "exactly zero" in dead.reason and dead.norm == 0
-    noise = ht.check_partition(network("gpt", torch.float32), "tensor")["blocks.0.attention.key.bias"]
+    assert (
+        dead.verdict == dead.likely == "undecided"
+        and "exactly zero" in dead.reason
+        and dead.norm == 0
+    )
+    noise = ht.check_partition(network("gpt", torch.float32), "tensor")[
+        "blocks.0.attention.key.bias"
+    ]
     assert noise.verdict == "undecided" and "rounding" in noise.reason  # softmax does not see it
 
 
@@ -167,9 +208,13 @@ def test_roles_of_a_fused_tensor_are_judged_apart_unless_blocks_cross_them():
     problem = network("hf-gpt2")
     apart = ht.check_partition(problem, "adam_mini", exact=True)
     fused = "transformer.h.0.attn.c_attn.weight"
-    assert [name for name in apart.verdict if name.startswith(fused)] == [f"{fused}[{role}]" for role in "qkv"]
+    assert [name for name in apart.verdict if name.startswith(fused)] == [
+        f"{fused}[{role}]" for role in "qkv"
+    ]
     assert [apart[f"{fused}[{role}]"].claim for role in "qkv"] == ["heads", "heads", "rows"]
-    assert apart[f"{fused}[q]"].verdict == "follows"  # heads do not see each other's queries but behind the softmax
+    assert (
+        apart[f"{fused}[q]"].verdict == "follows"
+    )  # heads do not see each other's queries but behind the softmax
     together = ht.check_partition(problem, {f"{fused}": "whole"}, exact=True)
     assert list(together.verdict) == [fused] and together[fused].verdict == "too coarse"
     assert {"roles", "heads", "rows"} <= {e.cut for e in together[fused].evidence}
@@ -185,7 +230,10 @@ def test_the_suggestion_covers_what_was_judged_and_makes_a_partition():
     again = ht.check_partition(problem, report.suggestion, exact=True)
     assert [t.claim for t in again.tensors] == [t.suggested for t in report.tensors]
     for tensor in report.tensors:
-        assert again[tensor.name].verdict in ("follows", "undecided") or tensor[tensor.suggested].verdict != "follows"
+        assert (
+            again[tensor.name].verdict in ("follows", "undecided")
+            or tensor[tensor.suggested].verdict != "follows"
+        )
 
 
 def test_a_trained_gpt2_contradicts_the_naive_cut_of_its_transposed_layer():
@@ -208,7 +256,9 @@ def test_a_trained_gpt2_contradicts_the_naive_cut_of_its_transposed_layer():
     problem = ht.Problem(model.eval(), ht.cross_entropy, batches)
     layer = "transformer.h.0.mlp.c_fc.weight"
     naive = ht.check_partition(problem, {layer: 0})[layer]
-    assert (naive.claim, naive.verdict, naive.suggested) == ("columns", "wrong axis", "rows"), naive.reason
+    assert (naive.claim, naive.verdict, naive.suggested) == ("columns", "wrong axis", "rows"), (
+        naive.reason
+    )
     assert ht.check_partition(problem, {layer: "row"})[layer].verdict == "follows"
 
 
@@ -217,7 +267,9 @@ def test_finished_tensors_are_not_computed_again():
     seen = {}
     report = ht.check_partition(problem, "neuron", on_tensor=seen.__setitem__)
     assert list(seen) == [t.name for t in report.tensors]
-    again = ht.check_partition(problem, "neuron", finished=seen, on_tensor=lambda *found: pytest.fail("computed"))
+    again = ht.check_partition(
+        problem, "neuron", finished=seen, on_tensor=lambda *found: pytest.fail("computed")
+    )
     assert repr(again.tensors) == repr(report.tensors)
 
 
@@ -260,7 +312,9 @@ def test_a_partition_of_another_model_and_too_large_a_dense_matrix_are_refused()
 def test_an_undecided_claim_is_kept_and_a_contradicted_one_replaced():
     cuts = {"whole": ("too coarse", "too coarse", math.nan), "rows": ("undecided", "too fine", 0.1),
             "columns": ("undecided", "follows", 0.2)}  # fmt: skip
-    evidence = [CutEvidence(name, 2, 0, 0, 0, excess, 0, 0, *said) for name, (*said, excess) in cuts.items()]
+    evidence = [
+        CutEvidence(name, 2, 0, 0, 0, excess, 0, 0, *said) for name, (*said, excess) in cuts.items()
+    ]
     assert _suggested(evidence, "rows") == "rows" and _suggested(evidence, "whole") == "columns"
     sure = [*evidence, CutEvidence("heads", 2, 0, 0, 0, 0.3, 0, 0, "follows", "follows")]
     assert {_suggested(sure, claim) for claim in ("rows", "whole", "heads")} == {"heads"}
@@ -271,7 +325,9 @@ def test_the_error_rates_told_are_those_measured():
     wrong = set(CONTRADICTED)
 
     def counted(exact, estimated):
-        return sum(r["count"] for r in records if r["exact"] in exact and r["estimated"] in estimated)
+        return sum(
+            r["count"] for r in records if r["exact"] in exact and r["estimated"] in estimated
+        )
 
     right, contradicted = counted({"follows"}, VERDICTS), counted(wrong, VERDICTS)
     assert (counted({"follows"}, wrong), right) == partition_verdict.CONTRADICTED_THOUGH_RIGHT
@@ -283,4 +339,6 @@ def test_the_error_rates_told_are_those_measured():
 
 def test_answers_of_tests():
     answers = [Statement("x", p, 1 - p, 0.01).answer for p in (0.001, 0.2, 0.999)]
-    assert answers == ["yes", "unclear", "no"] and not math.isnan(Statement("x", 0.5, 0.5, 0.01).p_true)
+    assert answers == ["yes", "unclear", "no"] and not math.isnan(
+        Statement("x", 0.5, 0.5, 0.01).p_true
+    )

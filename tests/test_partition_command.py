@@ -62,17 +62,35 @@ def test_a_single_claim_is_tested_and_a_wrong_one_is_code_1(claim, code, verdict
     out, err = capsys.readouterr()
     (row,) = [line for line in out.splitlines() if line.startswith("fc.weight ")]
     assert row.endswith(f"  {verdict}") and "noise" not in out and "plan: " in err
-    assert "  row       ^fc\\.weight$" in out.splitlines() and "learning rates for 192 parameters" in out
+    assert (
+        "  row       ^fc\\.weight$" in out.splitlines()
+        and "learning rates for 192 parameters" in out
+    )
 
 
 def test_exact_masses_leave_nothing_undecided(capsys):
     assert (
-        run("partition", "--model", "own.py:rows", "--check", "fc.weight=row", "--blocks", "4", "--exact", *FAST) == 0
+        run(
+            "partition",
+            "--model",
+            "own.py:rows",
+            "--check",
+            "fc.weight=row",
+            "--blocks",
+            "4",
+            "--exact",
+            *FAST,
+        )
+        == 0
     )
     assert "  100.0%  " in capsys.readouterr().out
     run("partition", "--model", "own.py:rows", "--preset", "neuron", "--json", "--exact", *FAST)
     (tensor,) = json.loads(capsys.readouterr().out)["tensors"]
-    assert tensor["exact"] and tensor["num_matvecs"] == 192 and tensor["evidence"][2]["share_error"] == 0
+    assert (
+        tensor["exact"]
+        and tensor["num_matvecs"] == 192
+        and tensor["evidence"][2]["share_error"] == 0
+    )
 
 
 def test_json_holds_all_of_the_report(capsys):
@@ -80,7 +98,9 @@ def test_json_holds_all_of_the_report(capsys):
     found = json.loads(capsys.readouterr().out)
     (tensor,) = found["tensors"]
     assert (
-        tensor["verdict"] == "too coarse" and tensor["suggested"] == "rows" and found["contradicted"] == ["fc.weight"]
+        tensor["verdict"] == "too coarse"
+        and tensor["suggested"] == "rows"
+        and found["contradicted"] == ["fc.weight"]
     )
     assert [e["cut"] for e in tensor["evidence"]] == ["whole", "elements", "rows", "columns"]
     assert tensor["evidence"][0]["excess"] == "nan" and found["counts"]["too coarse"] == 1
@@ -88,7 +108,16 @@ def test_json_holds_all_of_the_report(capsys):
 
 
 def test_out_keeps_the_report_the_suggestion_and_pictures(capsys, tmp_path):
-    arguments = ("partition", "--model", "own.py:net", "--preset", "neuron", "--no-verify", "--out", "out")
+    arguments = (
+        "partition",
+        "--model",
+        "own.py:net",
+        "--preset",
+        "neuron",
+        "--no-verify",
+        "--out",
+        "out",
+    )
     code = run(*arguments)
     folder = tmp_path / "out"
     names = {path.name for path in folder.iterdir()}
@@ -96,9 +125,13 @@ def test_out_keeps_the_report_the_suggestion_and_pictures(capsys, tmp_path):
                      "hessian.png"}  # fmt: skip
     kept = ht.load(folder / "result")
     assert code == bool(kept["report"].contradicted) and isinstance(kept["drawn"], ht.DenseBlock)
-    assert len(kept["drawn"].matrix) == 83 and "Adam_mini(" in (folder / "optimizer.txt").read_text()
+    assert (
+        len(kept["drawn"].matrix) == 83 and "Adam_mini(" in (folder / "optimizer.txt").read_text()
+    )
     first = capsys.readouterr().out
-    assert run("partition", "--model", "own.py:net", "--preset", str(folder / "suggestion.json"), *FAST) in (0, 1)
+    assert run(
+        "partition", "--model", "own.py:net", "--preset", str(folder / "suggestion.json"), *FAST
+    ) in (0, 1)
     capsys.readouterr()
     assert run(*arguments) == code
     out, err = capsys.readouterr()
@@ -111,7 +144,12 @@ def test_a_larger_model_is_drawn_by_the_coupling_of_its_tensors(monkeypatch, tmp
     run("partition", "--model", "own.py:net", "--no-verify", "--out", "out", "--coupling", "3")
     assert (tmp_path / "out" / "coupling.png").read_bytes().startswith(b"\x89PNG")
     drawn = ht.load(tmp_path / "out" / "result")["drawn"]
-    assert isinstance(drawn, ht.Coupling) and drawn.groups == ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert isinstance(drawn, ht.Coupling) and drawn.groups == (
+        "0.weight",
+        "0.bias",
+        "2.weight",
+        "2.bias",
+    )
 
 
 def test_an_interrupted_run_goes_on(monkeypatch, capsys, undrawn):
@@ -168,6 +206,8 @@ def test_bad_input_is_code_2_in_one_line(arguments, message, capsys):
 
 
 def test_a_numerical_failure_is_code_3(monkeypatch, capsys):
-    monkeypatch.setattr(ht.hessian.StackedBlocks, "matmat", lambda self, vectors: vectors * torch.inf)
+    monkeypatch.setattr(
+        ht.hessian.StackedBlocks, "matmat", lambda self, vectors: vectors * torch.inf
+    )
     assert run("partition", "--model", "own.py:rows", *FAST) == 3
     assert "product with the Hessian of fc.weight is NaN or inf" in capsys.readouterr().err

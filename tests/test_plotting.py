@@ -23,7 +23,9 @@ GPT2 = [
     for name in ("attn.c_attn.weight[q]", "attn.c_attn.weight[k]", "attn.c_attn.weight[v]", "attn.c_proj.weight",
                  "mlp.c_fc.weight", "mlp.c_proj.weight")
 ] + ["transformer.wte.weight", "transformer.wpe.weight"]  # fmt: skip
-BERT = [f"bert.encoder.layer.{i}.attention.output.dense.weight" for i in range(7)] + ["cls.predictions.bias"]
+BERT = [f"bert.encoder.layer.{i}.attention.output.dense.weight" for i in range(7)] + [
+    "cls.predictions.bias"
+]
 
 
 def spectra(names, scales=None, size=400, exact="auto"):
@@ -42,23 +44,30 @@ def assert_readable(figure):
     texts, draw = [], Text.draw
     canvas = FigureCanvasAgg(figure)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Text, "draw", lambda self, renderer, *a: texts.append(self) or draw(self, renderer, *a))
+        patch.setattr(
+            Text, "draw", lambda self, renderer, *a: texts.append(self) or draw(self, renderer, *a)
+        )
         canvas.draw()
     boxes = [(text.get_text(), text.get_window_extent()) for text in set(texts) if text.get_text()]
     assert len(boxes) > 5
     width, height = canvas.get_width_height()
     for text, box in boxes:
-        assert min(box.x0, box.y0) >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, f"{text!r} is cut off"
+        assert min(box.x0, box.y0) >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, (
+            f"{text!r} is cut off"
+        )
     for (one, a), (two, b) in itertools.combinations(boxes, 2):
         apart = a.x1 - 2 < b.x0 or b.x1 - 2 < a.x0 or a.y1 - 2 < b.y0 or b.y1 - 2 < a.y0
         assert apart, f"{one!r} and {two!r} overlap"
 
 
 @pytest.mark.parametrize(
-    "names", [["a.weight"], ["a.weight", "b.weight"], BERT, GPT2, [f"blocks.{i}.weight" for i in range(60)]]
+    "names",
+    [["a.weight"], ["a.weight", "b.weight"], BERT, GPT2, [f"blocks.{i}.weight" for i in range(60)]],
 )
 def test_block_spectra_are_readable(names):
-    figure = plotting.block_spectra(spectra(names), title="net (1,234 parameters, its data)" + " and words" * 9)
+    figure = plotting.block_spectra(
+        spectra(names), title="net (1,234 parameters, its data)" + " and words" * 9
+    )
     assert_readable(figure)
     panels = [panel for panel in figure.axes if panel.get_visible()]
     shown = min(len(names), plotting.MAX_PANELS)
@@ -83,7 +92,9 @@ def test_a_panel_tells_and_marks_its_extreme_eigenvalues():
     assert figure.axes[1].get_xlim() == (low, high)  # one axis for all
     assert list(figure.axes[1].get_xticks()) == list(figure.axes[0].get_xticks())
     values = figure.axes[0].lines[0].get_ydata()
-    assert np.trapezoid(values, figure.axes[0].lines[0].get_xdata()) == pytest.approx(1, abs=0.02)  # a share
+    assert np.trapezoid(values, figure.axes[0].lines[0].get_xdata()) == pytest.approx(
+        1, abs=0.02
+    )  # a share
 
 
 @pytest.mark.parametrize("scales", [(0.0, 0.0), (1.0, 0.0), (1e-30, 1e-32), (1e20, 1e-20)])
@@ -128,7 +139,9 @@ def test_heat_map(names, monkeypatch, tmp_path):
 
 def planted(bulk, outside, seed=0):
     rng = np.random.default_rng(seed)
-    return DiagonalOperator(torch.from_numpy(np.concatenate([0.1 * rng.standard_normal(bulk), outside])))
+    return DiagonalOperator(
+        torch.from_numpy(np.concatenate([0.1 * rng.standard_normal(bulk), outside]))
+    )
 
 
 def test_outliers_are_the_planted_eigenvalues():
@@ -150,8 +163,12 @@ def test_copies_of_an_outlier_count_once(mode):
 
 def test_no_outliers_in_a_bulk_nor_what_has_not_converged():
     semicircle = DiagonalOperator(torch.from_numpy(np.sin(np.linspace(-1.5, 1.5, 2000))))
-    assert len(plotting.outliers(ht.slq(semicircle, num_probes=2, num_steps=40, exact=False), 10)) == 0
-    steps = ht.slq(planted(3000, [5.0, 5.5]), num_probes=2, num_steps=3, exact=False)  # too few to tell them apart
+    assert (
+        len(plotting.outliers(ht.slq(semicircle, num_probes=2, num_steps=40, exact=False), 10)) == 0
+    )
+    steps = ht.slq(
+        planted(3000, [5.0, 5.5]), num_probes=2, num_steps=3, exact=False
+    )  # too few to tell them apart
     assert len(plotting.outliers(steps, 10)) == 0
     cluster = planted(3000, [7.0] * 90)  # 3 % of all eigenvalues are no outlier
     assert len(plotting.outliers(ht.slq(cluster, num_probes=2, num_steps=30, exact=False), 10)) == 0
@@ -162,8 +179,12 @@ def test_spectrum_marks_outliers_and_names_axes():
     found = ht.slq(planted(3000, [-9.0, 20.0]), num_probes=3, num_steps=40, exact=False)
     plotting.spectrum(axes, found)
     assert axes.lines[1].get_xdata() == pytest.approx([-9.0, 20.0], rel=1e-6)
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["2 outliers, converged to 1 %"]
-    assert axes.get_xlabel() == "eigenvalue of the mean loss's Hessian" and axes.get_yscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "2 outliers, converged to 1 %"
+    ]
+    assert (
+        axes.get_xlabel() == "eigenvalue of the mean loss's Hessian" and axes.get_yscale() == "log"
+    )
     assert axes.get_ylabel().startswith("density per unit of eigenvalue\n(Gaussian kernel of ")
     assert axes.get_title() == "n = 3,002, smallest -9, largest 20"
     assert_readable(axes.figure)
@@ -181,7 +202,9 @@ def test_spectrum_marks_outliers_and_names_axes():
 def test_symlog_ticks_lie_at_powers_of_ten(low, high, largest, labels):
     axes, axis = Figure().subplots(), Axis("symlog", 1e-6 * largest)
     plotting.symlog_ticks(axes, axis, low, high)
-    ticks = sorted(zip(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()], strict=True))
+    ticks = sorted(
+        zip(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()], strict=True)
+    )
     found = [text for _, text in ticks]
     assert found == (labels or found) and "0" in found
     for position, text in ticks:
@@ -210,4 +233,6 @@ def test_shortened_names_stay_different(names, short):
 
 
 def test_drawing_opens_no_window_and_leaves_no_global_state():
-    assert "pyplot" not in inspect.getsource(plotting) and "matplotlib.use" not in inspect.getsource(plotting)
+    assert "pyplot" not in inspect.getsource(
+        plotting
+    ) and "matplotlib.use" not in inspect.getsource(plotting)

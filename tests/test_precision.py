@@ -22,16 +22,23 @@ ROUNDOFF = torch.finfo(BF16).eps / 2  # largest relative error of rounding to ne
 
 def in_float64(problem: ht.Problem) -> ht.Problem:
     """The same numbers, computed in float64."""
-    batches = [tuple(t.double() if t.is_floating_point() else t for t in batch) for batch in problem.batches]
+    batches = [
+        tuple(t.double() if t.is_floating_point() else t for t in batch)
+        for batch in problem.batches
+    ]
     model = copy.deepcopy(problem.model).double()
     return ht.Problem(model, problem.loss_fn, batches, batch_stats=problem.batch_stats)
 
 
-def linear_regression(examples: int, features: int, dtype: torch.dtype) -> tuple[ht.Problem, torch.Tensor]:
+def linear_regression(
+    examples: int, features: int, dtype: torch.dtype
+) -> tuple[ht.Problem, torch.Tensor]:
     """A problem whose Hessian is 2 X'X / N, and X, with entries that bfloat16 holds exactly."""
     inputs = torch.randn(examples, features).to(BF16).to(dtype)
     model = nn.Linear(features, 1, bias=False, dtype=dtype)
-    return ht.Problem(model, ht.mse, [(inputs, torch.ones(examples, 1, dtype=dtype))]), inputs.double()
+    return ht.Problem(
+        model, ht.mse, [(inputs, torch.ones(examples, 1, dtype=dtype))]
+    ), inputs.double()
 
 
 class RoundedOperator(SymmetricOperator):
@@ -61,7 +68,9 @@ def test_vectors_are_never_narrower_than_float32(dtype):
     block = hessian.block(next(iter(ht.partition(problem.model, "weights"))))
     wide = torch.promote_types(dtype, torch.float32)
     for operator in (hessian, block):
-        assert operator.dtype == wide and operator.matmat(torch.randn(2, operator.size)).dtype == wide
+        assert (
+            operator.dtype == wide and operator.matmat(torch.randn(2, operator.size)).dtype == wide
+        )
     assert str(dtype).removeprefix("torch.") in hessian.route
     assert {p.dtype for p in problem.model.parameters()} == {dtype}
 
@@ -78,7 +87,9 @@ def test_products_keep_within_the_bound_of_rounding():
     bound = ((1 + ROUNDOFF) ** 6 - 1) * 2 / 32 * vectors.double().abs() @ x.abs().T @ x.abs()
     error = (hessian.matmat(vectors).double() - exact).abs()
     assert (error <= bound).all()
-    assert relative_error(hessian.matmat(vectors).double(), exact) > 1e-4  # float32 in disguise would be exact
+    assert (
+        relative_error(hessian.matmat(vectors).double(), exact) > 1e-4
+    )  # float32 in disguise would be exact
 
 
 @pytest.mark.parametrize("name", ["gpt", "batchnorm-batch"])
@@ -98,12 +109,19 @@ def test_lanczos_on_noisy_products_keeps_within_the_noise(name):
         products = exact.matmat(q)
         noise, slack = float((noisy[row] - products).norm()), 1e-5 * float(products.norm())
         betas = found.betas[row, :-1]
-        tridiagonal = torch.from_numpy(np.diag(found.alphas[row]) + np.diag(betas, 1) + np.diag(betas, -1))
+        tridiagonal = torch.from_numpy(
+            np.diag(found.alphas[row]) + np.diag(betas, 1) + np.diag(betas, -1)
+        )
         assert (tridiagonal - q @ products.T).norm() <= math.sqrt(2) * noise + slack
         assert float(torch.linalg.eigvalsh(tridiagonal).max()) <= top + math.sqrt(2) * noise + slack
-        first = float((noisy[row, 0] - products[0]).norm())  # trace and rms hang on the first product alone
+        first = float(
+            (noisy[row, 0] - products[0]).norm()
+        )  # trace and rms hang on the first product alone
         assert abs(found.alphas[row, 0] - float(q[0] @ products[0])) <= first + slack
-        assert abs(math.hypot(found.alphas[row, 0], found.betas[row, 0]) - float(products[0].norm())) <= first + slack
+        assert (
+            abs(math.hypot(found.alphas[row, 0], found.betas[row, 0]) - float(products[0].norm()))
+            <= first + slack
+        )
         assert 1e-3 < noise / float(products.norm()) < 0.1  # there is noise, and it is bfloat16's
 
 
@@ -111,12 +129,17 @@ def test_spectra_of_a_bfloat16_model_are_near_those_in_float64():
     problem = network("layernorm", BF16)
     settings = {"num_probes": 2, "num_steps": 8, "seed": 0, "exact": False, "progress": False}
     found, expected = (
-        ht.blockwise_slq(p, ht.partition(p.model, "weights"), **settings) for p in (problem, in_float64(problem))
+        ht.blockwise_slq(p, ht.partition(p.model, "weights"), **settings)
+        for p in (problem, in_float64(problem))
     )
     for name, block in expected.items():
         # one rounding of every entry costs 0.4 %; some forty lie on the way and add up like sqrt(40) where independent
-        assert found[name].rms.value == pytest.approx(block.rms.value, rel=math.sqrt(40) * ROUNDOFF), name
-        assert found[name].largest.value == pytest.approx(block.largest.value, abs=0.1 * block.rms.value + 0.05), name
+        assert found[name].rms.value == pytest.approx(
+            block.rms.value, rel=math.sqrt(40) * ROUNDOFF
+        ), name
+        assert found[name].largest.value == pytest.approx(
+            block.largest.value, abs=0.1 * block.rms.value + 0.05
+        ), name
 
 
 def test_micro_batches_are_summed_in_float32():
@@ -135,7 +158,10 @@ def test_casts_only_where_vectors_enter_and_products_leave():
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             target = (kwargs or {}).get("dtype")
-            if function.overloadpacket.__name__ == "_to_copy" and {args[0].dtype, target} == {BF16, torch.float32}:
+            if function.overloadpacket.__name__ == "_to_copy" and {args[0].dtype, target} == {
+                BF16,
+                torch.float32,
+            }:
                 self.counted += 1
             return function(*args, **(kwargs or {}))
 
@@ -159,11 +185,21 @@ def test_casts_only_where_vectors_enter_and_products_leave():
 def test_noise_neither_ends_a_run_nor_spreads(eigenvalues, least_steps, mode):
     """Exactly, the first two Krylov spaces end after 6 and 1 steps. Noise may hide that, but what follows is small."""
     operator = RoundedOperator(prescribed(eigenvalues, 200))
-    settings = {"num_probes": 3, "num_steps": 30, "probes": "gaussian", "exact": False, "reorthogonalize": mode}
+    settings = {
+        "num_probes": 3,
+        "num_steps": 30,
+        "probes": "gaussian",
+        "exact": False,
+        "reorthogonalize": mode,
+    }
     quadrature = ht.slq(operator, **settings)
-    assert (quadrature.steps >= least_steps).all() and (least_steps < 30 or quadrature.status == "complete")
+    assert (quadrature.steps >= least_steps).all() and (
+        least_steps < 30 or quadrature.status == "complete"
+    )
     spectrum = np.array([*eigenvalues, 0.0] if len(eigenvalues) < 200 else eigenvalues)
-    noise = 2.01 * ROUNDOFF * np.abs(spectrum).max()  # of a product: its vector's rounding and its own
+    noise = (
+        2.01 * ROUNDOFF * np.abs(spectrum).max()
+    )  # of a product: its vector's rounding and its own
     span = quadrature.nodes.min() - spectrum.min(), spectrum.max() - quadrature.nodes.max()
     assert min(span) >= -math.sqrt(2 * 30) * noise  # sqrt(2) |E|_F over 30 products
     distance = np.abs(quadrature.nodes[..., None] - spectrum).min(axis=-1)
@@ -173,14 +209,19 @@ def test_noise_neither_ends_a_run_nor_spreads(eigenvalues, least_steps, mode):
     assert quadrature.moment(1).value == pytest.approx(
         float((probes * products).sum(1).div(probes.norm(dim=1)).mean()), abs=noise
     )
-    assert quadrature.rms.value == pytest.approx(float(products.square().sum(1).mean().sqrt()), abs=noise)
+    assert quadrature.rms.value == pytest.approx(
+        float(products.square().sum(1).mean().sqrt()), abs=noise
+    )
 
 
 def test_a_vanishing_hessian_is_still_found_in_bfloat16():
     class Linear(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight, self.square = nn.Parameter(torch.ones(60, dtype=BF16)), nn.Parameter(torch.ones(3, dtype=BF16))
+            self.weight, self.square = (
+                nn.Parameter(torch.ones(60, dtype=BF16)),
+                nn.Parameter(torch.ones(3, dtype=BF16)),
+            )
 
         def forward(self, x):
             return x @ self.weight + (self.square**2).sum()
@@ -209,7 +250,10 @@ def test_verification_in_bfloat16_finds_a_broken_gradient():
         def forward(self, tokens):
             return self.last(torch.tanh(self.table(tokens)).mean(1))
 
-    tokens = (torch.tensor([[0, 1, 5], [2, 3, 4], [4, 6, 7], [8, 1, 2]]), torch.tensor([0, 1, 1, 0]))
+    tokens = (
+        torch.tensor([[0, 1, 5], [2, 3, 4], [4, 6, 7], [8, 1, 2]]),
+        torch.tensor([0, 1, 1, 0]),
+    )
     x = torch.randn(4, 3, dtype=BF16)
     broken = [
         ht.Problem(Padded().to(BF16), ht.cross_entropy, [tokens]),
@@ -285,7 +329,9 @@ def test_tf32_is_on_inside_products_only(monkeypatch):
         return ht.cross_entropy(model, batch)
 
     model, batch = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
-    card = Arithmetic(torch.float32, torch.float32, torch.device("cuda"), "tf32", False)  # flags need no card to move
+    card = Arithmetic(
+        torch.float32, torch.float32, torch.device("cuda"), "tf32", False
+    )  # flags need no card to move
     monkeypatch.setattr("hessian_tools.curvature.hessian.arithmetic", lambda model, precision: card)
     hessian = ht.HessianOperator(ht.Problem(model, loss_fn, [batch]), record=False)
     seen.clear()
@@ -302,7 +348,9 @@ def test_tf32_is_on_inside_products_only(monkeypatch):
 def test_the_arithmetic_in_effect_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     card, single = torch.device("cuda"), (torch.float32, torch.float32)
-    assert Arithmetic(*single, card, "as given", convolves=False).name == "float32"  # PyTorch's defaults
+    assert (
+        Arithmetic(*single, card, "as given", convolves=False).name == "float32"
+    )  # PyTorch's defaults
     assert Arithmetic(*single, card, "as given", convolves=True).name == "tf32"
     assert Arithmetic(*single, card, "ieee", convolves=True).name == "float32"
     assert Arithmetic(*single, card, "tf32", convolves=False).name == "tf32"
@@ -327,8 +375,12 @@ def test_true_float32_is_the_default(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     card, single = torch.device("cuda"), (torch.float32, torch.float32)
     default = arithmetic(network("batchnorm-batch", torch.float32).model).precision
-    assert default == "ieee" and Arithmetic(*single, card, default, convolves=True).name == "float32"
-    assert arithmetic(network("mlp", BF16).model).name == "bfloat16"  # whatever the default says about float32
+    assert (
+        default == "ieee" and Arithmetic(*single, card, default, convolves=True).name == "float32"
+    )
+    assert (
+        arithmetic(network("mlp", BF16).model).name == "bfloat16"
+    )  # whatever the default says about float32
 
 
 def test_a_model_of_mixed_dtypes_is_as_coarse_as_its_coarsest():
@@ -341,9 +393,17 @@ def test_a_model_of_mixed_dtypes_is_as_coarse_as_its_coarsest():
 @pytest.mark.parametrize(
     ("dtype", "precision", "message"),
     [
-        (torch.float16, "as given", r"torch.float16, which resolves .* use model.to\(torch.bfloat16\)"),
+        (
+            torch.float16,
+            "as given",
+            r"torch.float16, which resolves .* use model.to\(torch.bfloat16\)",
+        ),
         (torch.float32, "fp8", "precision is 'fp8'; allowed are 'ieee', 'tf32', 'as given'"),
-        (torch.float64, "tf32", "about products in float32, but model has parameters in torch.float64"),
+        (
+            torch.float64,
+            "tf32",
+            "about products in float32, but model has parameters in torch.float64",
+        ),
         (BF16, "tf32", "about products in float32, but model has parameters in torch.bfloat16"),
     ],
 )
@@ -356,7 +416,9 @@ def test_what_makes_no_sense_is_refused(dtype, precision, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tf32_on_a_card():
     problem = network("hf-gpt2", torch.float32, "cuda")
-    problem = ht.Problem(problem.model, problem.loss_fn, [tuple(t.cuda() for t in b) for b in problem.batches])
+    problem = ht.Problem(
+        problem.model, problem.loss_fn, [tuple(t.cuda() for t in b) for b in problem.batches]
+    )
     v = torch.randn(problem.num_parameters, device="cuda")
     plain, coarse = (ht.HessianOperator(problem, precision=p) for p in ("ieee", "tf32"))
     assert 1e-5 < relative_error(coarse @ v, plain @ v) < 2e-2

@@ -45,7 +45,9 @@ def test_disjoint_covering_and_the_same_after_loading(surveys, name, preset, tmp
     if preset not in PARTIAL:
         assert covered(cuts) == sizes
     elif preset == "weights":
-        assert covered(cuts) == {site.name: sizes[site.name] for site in survey.sites if len(site.shape) > 1}
+        assert covered(cuts) == {
+            site.name: sizes[site.name] for site in survey.sites if len(site.shape) > 1
+        }
     else:
         assert covered(cuts)
     blocks = Partition(tuple(cuts), preset, tuple(survey.notes))
@@ -56,7 +58,11 @@ def test_presets_are_data():
     for name, preset in PRESETS.items():
         assert preset.says and preset.source and bool(preset.rules) != bool(preset.cuts), name
         for rules in filter(None, (preset.rules, preset.otherwise)):
-            assert "else" in rules and set(rules) <= {*KINDS, "vector", "else"} and set(rules.values()) <= set(WAYS)
+            assert (
+                "else" in rules
+                and set(rules) <= {*KINDS, "vector", "else"}
+                and set(rules.values()) <= set(WAYS)
+            )
 
 
 # Algorithm 3 by hand: q by head, k by key/value head, v, o and MLP by output neuron, embedding and output by token; a
@@ -104,10 +110,22 @@ def test_adam_mini_has_as_many_blocks_as_the_algorithm_says(surveys, name):
         if surveys[name].kinds.get(f"{path}.weight") == "q/k/v"
     }
     for other in set(found) - seen:
-        if surveys[name].kinds[other] in ("norm", "bias", "output bias", "position", "class token", "other", "conv"):
+        if surveys[name].kinds[other] in (
+            "norm",
+            "bias",
+            "output bias",
+            "position",
+            "class token",
+            "other",
+            "conv",
+        ):
             assert found[other] == (3 if other in fused else 1), other
     if name not in ("mamba", "resnet", "convnext"):
-        unseen = {n for n in set(found) - seen if surveys[name].kinds[n] in ("q", "k", "v", "o", "mlp", "embedding")}
+        unseen = {
+            n
+            for n in set(found) - seen
+            if surveys[name].kinds[n] in ("q", "k", "v", "o", "mlp", "embedding")
+        }
         assert not unseen or name in ("bert_classifier", "swin")
 
 
@@ -120,13 +138,16 @@ def test_a_row_of_an_expert_is_one_of_its_outputs(surveys, name, axis):
         found = {block.name: block for block in partition(model, "adam_mini", only=tensor)}
         assert len(found) == weight.shape[0] * outputs and weight.shape[axis] == outputs
         block = found[f"{tensor}[row={outputs + 7}]"]  # expert 1, neuron 7
-        assert torch.equal(block.select(weight), weight[1].select(axis - 1, 7)) and block.shape == (inside,)
+        assert torch.equal(block.select(weight), weight[1].select(axis - 1, 7)) and block.shape == (
+            inside,
+        )
 
 
 def test_kinds(surveys):
     kinds = surveys["vit"].kinds
     assert (
-        kinds["vit.embeddings.cls_token"] == "class token" and kinds["vit.embeddings.position_embeddings"] == "position"
+        kinds["vit.embeddings.cls_token"] == "class token"
+        and kinds["vit.embeddings.position_embeddings"] == "position"
     )
     assert (
         kinds["vit.embeddings.patch_embeddings.projection.weight"] == "conv"
@@ -138,7 +159,10 @@ def test_kinds(surveys):
     assert surveys["gpt_oss"].kinds["model.layers.0.self_attn.q_proj.weight"] == "unread"
     assert any("self_attn: its query/key/value layout" in note for note in surveys["gpt_oss"].notes)
     assert {
-        kind for survey in surveys.values() for joined in survey.kinds.values() for kind in joined.split("/")
+        kind
+        for survey in surveys.values()
+        for joined in survey.kinds.values()
+        for kind in joined.split("/")
     } <= set(KINDS)
 
 
@@ -149,7 +173,9 @@ def test_names_play_no_part_in_kinds():
         def __init__(self):
             super().__init__()
             self.query, self.output = nn.Embedding(16, D), nn.Embedding(V, D)  # positions, tokens
-            self.embed = nn.ModuleList(nn.TransformerEncoderLayer(D, HEADS, F, batch_first=True) for _ in range(2))
+            self.embed = nn.ModuleList(
+                nn.TransformerEncoderLayer(D, HEADS, F, batch_first=True) for _ in range(2)
+            )
             self.bias = nn.Linear(D, 16)
 
         def forward(self, ids):
@@ -159,7 +185,9 @@ def test_names_play_no_part_in_kinds():
             return self.bias(x)
 
     kinds = Survey(Renamed()).kinds
-    assert kinds["output.weight"] == "embedding" and kinds["query.weight"] == "position"  # though 16 are the outputs
+    assert (
+        kinds["output.weight"] == "embedding" and kinds["query.weight"] == "position"
+    )  # though 16 are the outputs
     assert kinds["bias.weight"] == "output" and kinds["embed.1.self_attn.in_proj_weight"] == "q/k/v"
     model = Renamed()
     model.forward = None  # cannot run: shapes decide
@@ -169,7 +197,9 @@ def test_names_play_no_part_in_kinds():
 def test_adalayer_star_and_token_and_element(surveys):
     found = counted(surveys["vit"], "adalayer_star")
     assert found["classifier.weight"] == found["classifier.bias"] == 5
-    assert found["vit.layers.0.mlp.fc1.weight"] == 1 == found["vit.layers.0.attention.q_proj.weight"]
+    assert (
+        found["vit.layers.0.mlp.fc1.weight"] == 1 == found["vit.layers.0.attention.q_proj.weight"]
+    )
     found = counted(surveys["gpt2"], "adalayer_star")
     assert found["transformer.wte.weight"] == V and found["transformer.h.0.attn.c_attn.weight"] == 3
     assert counted(surveys["llama"], "adalayer_star")["model.embed_tokens.weight"] == 1
@@ -228,9 +258,17 @@ def test_alternatives_cover_their_tensor_each_once(surveys, name):
 
 def test_alternatives_are_named_by_what_they_follow(surveys):
     blocks = {
-        key: cut.num_blocks for key, cut in alternatives(surveys["gpt2"], "transformer.h.0.attn.c_attn.weight").items()
+        key: cut.num_blocks
+        for key, cut in alternatives(surveys["gpt2"], "transformer.h.0.attn.c_attn.weight").items()
     }
-    assert blocks == {"whole": 1, "roles": 3, "heads": 3 * HEADS, "rows": 3 * D, "columns": D, "elements": 3 * D * D}
+    assert blocks == {
+        "whole": 1,
+        "roles": 3,
+        "heads": 3 * HEADS,
+        "rows": 3 * D,
+        "columns": D,
+        "elements": 3 * D * D,
+    }
     c_fc = surveys["gpt2"].model.transformer.h[0].mlp.c_fc.weight
     rows = alternatives(surveys["gpt2"].model, "transformer.h.0.mlp.c_fc.weight")["rows"]
     assert torch.equal(rows[5].select(c_fc), c_fc[:, 5])
@@ -241,9 +279,11 @@ def test_alternatives_are_named_by_what_they_follow(surveys):
     assert [name.split("[")[1] for name in names] == [
         f"{r},head={h}]" for r, n in (("q", 4), ("k", 2), ("v", 2)) for h in range(n)
     ]
-    assert set(alternatives(surveys["convnext"], "features.1.0.layer_scale")) == {"whole", "axis 0", "elements"} - {
-        "elements"
-    }
+    assert set(alternatives(surveys["convnext"], "features.1.0.layer_scale")) == {
+        "whole",
+        "axis 0",
+        "elements",
+    } - {"elements"}
     with pytest.raises(ValueError, match=r"wte.wight.*close: transformer.wte.weight"):
         alternatives(surveys["gpt2"], "transformer.wte.wight")
 
@@ -255,5 +295,7 @@ def test_a_model_in_training_is_left_as_it_was():
     model.bert.encoder.eval()
     modes, random = [m.training for m in model.modules()], torch.get_rng_state()
     partition(model, "adam_mini")
-    assert modes == [m.training for m in model.modules()] and torch.equal(random, torch.get_rng_state())
+    assert modes == [m.training for m in model.modules()] and torch.equal(
+        random, torch.get_rng_state()
+    )
     assert not any(m._forward_pre_hooks for m in model.modules())

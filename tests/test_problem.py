@@ -23,7 +23,9 @@ def test_uneven_batches_and_ignored_tokens_give_the_pooled_mean():
     problem = network("gpt")
     (x1, y1), (x2, y2) = problem.batches
     assert problem.counts == [2 * 6 - 3, 6 - 3]
-    pooled = ht.Problem(problem.model, ht.cross_entropy, [(torch.cat([x1, x2]), torch.cat([y1, y2]))])
+    pooled = ht.Problem(
+        problem.model, ht.cross_entropy, [(torch.cat([x1, x2]), torch.cat([y1, y2]))]
+    )
     assert abs(pooled.loss - problem.loss) < 1e-12
     assert relative_error(ht.HessianOperator(problem).to_dense(), dense_hessian(pooled)) < 1e-10
 
@@ -41,13 +43,17 @@ def test_class_axis_is_found(axis):
     targets = torch.randint(3, (2, 5))
     targets[0, 1] = -100
     problem = ht.Problem(Pixels(), ht.cross_entropy, [(torch.zeros(2), targets)])
-    chosen = torch.log_softmax(problem.model.scores, -1).gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+    chosen = torch.log_softmax(problem.model.scores, -1).gather(
+        -1, targets.clamp_min(0)[..., None]
+    )[..., 0]
     assert problem.counts == [9]
     assert abs(problem.loss + float(chosen[targets >= 0].detach().mean())) < 1e-6
 
 
 def test_class_probabilities_count_as_examples(linear):
-    problem = ht.Problem(linear, ht.cross_entropy, [(torch.randn(5, 3), torch.softmax(torch.randn(5, 2), 1))])
+    problem = ht.Problem(
+        linear, ht.cross_entropy, [(torch.randn(5, 3), torch.softmax(torch.randn(5, 2), 1))]
+    )
     assert problem.counts == [5]
 
 
@@ -59,7 +65,10 @@ def test_huggingface_counts_shifted_labels_only_where_the_model_shifts_them(caus
     tokens = torch.randint(11, (3, 6))
     labels = tokens.clone()
     labels[0, 2:] = -100
-    batches = [{"input_ids": tokens[:1], "labels": labels[:1]}, {"input_ids": tokens[1:], "labels": labels[1:]}]
+    batches = [
+        {"input_ids": tokens[:1], "labels": labels[:1]},
+        {"input_ids": tokens[1:], "labels": labels[1:]},
+    ]
     problem = ht.Problem(model, ht.huggingface, batches)
     assert problem.counts == ([1, 10] if causal else [2, 12])
     with torch.no_grad():
@@ -95,13 +104,33 @@ def test_num_examples_can_be_said(linear):
         ({"batches": 3}, TypeError, "batches is a int"),
         ({"model": 3}, TypeError, "model is a int"),
         ({"loss_fn": None}, TypeError, "loss_fn is a NoneType"),
-        ({"model": nn.Linear(3, 2).requires_grad_(False)}, ValueError, "no parameter that requires grad"),
+        (
+            {"model": nn.Linear(3, 2).requires_grad_(False)},
+            ValueError,
+            "no parameter that requires grad",
+        ),
         ({"loss_fn": lambda m, b: m(b[0])}, ValueError, r"shape \(4, 2\), not a scalar"),
         ({"loss_fn": lambda m, b: 1.0}, ValueError, "returned a float"),
-        ({"loss_fn": lambda m, b: m(b[0]).sum() * float("nan")}, ht.NumericalError, "loss of batch 0 is nan"),
-        ({"loss_fn": lambda m, b: m(b[0]).detach().sum()}, ValueError, "does not depend on any parameter"),
-        ({"loss_fn": lambda m, b: m(b[0]).sum() * torch.rand(())}, ValueError, "two evaluations .* differ"),
-        ({"batches": [(torch.randn(2, 3), torch.full((2,), -100))]}, ValueError, "0 valid examples"),
+        (
+            {"loss_fn": lambda m, b: m(b[0]).sum() * float("nan")},
+            ht.NumericalError,
+            "loss of batch 0 is nan",
+        ),
+        (
+            {"loss_fn": lambda m, b: m(b[0]).detach().sum()},
+            ValueError,
+            "does not depend on any parameter",
+        ),
+        (
+            {"loss_fn": lambda m, b: m(b[0]).sum() * torch.rand(())},
+            ValueError,
+            "two evaluations .* differ",
+        ),
+        (
+            {"batches": [(torch.randn(2, 3), torch.full((2,), -100))]},
+            ValueError,
+            "0 valid examples",
+        ),
         ({"loss_fn": ht.mse}, ValueError, "make them equal"),
         ({"num_examples": lambda b: 1.5}, ValueError, "1.5 valid examples"),
     ],
@@ -128,7 +157,9 @@ def test_shuffling_is_refused_and_a_frozen_draw_is_not(linear):
 def test_nan_in_the_gradient_is_named_with_its_parameter():
     model = nn.Linear(3, 1, bias=False)
     nn.init.zeros_(model.weight)
-    problem = ht.Problem(model, lambda m, x: m(x).abs().sqrt().sum(), [torch.ones(2, 3)])  # 0 has infinite slope
+    problem = ht.Problem(
+        model, lambda m, x: m(x).abs().sqrt().sum(), [torch.ones(2, 3)]
+    )  # 0 has infinite slope
     with pytest.raises(ht.NumericalError, match="gradient of weight is not finite"):
         ht.HessianOperator(problem).to_dense()
 
@@ -142,7 +173,9 @@ def test_batchnorm_must_be_said_and_batch_statistics_are_not_cut():
     whole, cut = ht.HessianOperator(running) @ v, ht.HessianOperator(running, microbatch=2) @ v
     assert relative_error(cut, whole) < 1e-4
     with pytest.raises(ValueError, match="batch statistics forbid cutting"):
-        ht.HessianOperator(ht.Problem(ConvNet(), ht.cross_entropy, batches, batch_stats=True), microbatch=2)
+        ht.HessianOperator(
+            ht.Problem(ConvNet(), ht.cross_entropy, batches, batch_stats=True), microbatch=2
+        )
 
 
 def test_a_loss_that_is_no_mean_over_its_examples_is_not_cut(linear):
@@ -169,7 +202,11 @@ class Failing(nn.Module):
 
 def state(model: nn.Module) -> tuple:
     modes = [(m.training, getattr(m, "track_running_stats", None)) for m in model.modules()]
-    return modes, {k: v.clone() for k, v in model.state_dict().items()}, [p.grad for p in model.parameters()]
+    return (
+        modes,
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [p.grad for p in model.parameters()],
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -179,7 +216,9 @@ def test_the_model_comes_back_as_it_was_also_after_an_exception(training, batch_
     model.train(training)
     model.drop.eval()
     kept = copy.deepcopy(state(model))
-    problem = ht.Problem(model, lambda m, x: m(x).pow(3).mean(), [torch.randn(4, 3)], batch_stats=batch_stats)
+    problem = ht.Problem(
+        model, lambda m, x: m(x).pow(3).mean(), [torch.randn(4, 3)], batch_stats=batch_stats
+    )
     with pytest.raises(RuntimeError, match="made to fail"):
         for _ in range(3):
             ht.HessianOperator(problem, record=False).to_dense()

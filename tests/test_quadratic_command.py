@@ -42,11 +42,26 @@ def test_a_case_is_told_in_tables(capsys):
 def test_json_has_the_same_numbers(capsys):
     code, out, _ = told(capsys, "4", *FAST, "--json", "--kappa", "500")
     found = json.loads(out)
-    assert code == 0 and found["problem"]["kappa"] == 500 and found["problem"]["block_kappas"]["block 1"] == 498
+    assert (
+        code == 0
+        and found["problem"]["kappa"] == 500
+        and found["problem"]["block_kappas"]["block 1"] == 498
+    )
     assert found["methods"][0]["name"] == "nesterov" and found["bounds"][0]["violations"] == 0
-    assert set(found["heterogeneity"]) == {"bounded", "unnormalised", "log", "wasserstein", "scale_spread"}
+    assert set(found["heterogeneity"]) == {
+        "bounded",
+        "unnormalised",
+        "log",
+        "wasserstein",
+        "scale_spread",
+    }
     runs = quadratic.run(
-        quadratic.case(4, kappa=500), "nesterov", step="optimal", num_starts=6, num_steps=400, progress=False
+        quadratic.case(4, kappa=500),
+        "nesterov",
+        step="optimal",
+        num_starts=6,
+        num_steps=400,
+        progress=False,
     )
     assert found["methods"][0]["quartiles"] == runs.quantiles(1e-6).tolist()
 
@@ -56,8 +71,12 @@ def test_out_saves_and_the_same_command_reads(capsys, tmp_path, monkeypatch):
     code, first, _ = told(capsys, "3", *FAST, "--out", str(folder))
     assert code == 0 and (folder / "quadratic.png").read_bytes().startswith(b"\x89PNG")
     saved = ht.load(folder / "result")
-    assert isinstance(saved["runs"]["gd"], quadratic.Runs) and isinstance(saved["constants"], quadratic.Constants)
-    monkeypatch.setattr("hessian_tools.app.quadratic_command.compare", lambda *a, **k: pytest.fail("computed again"))
+    assert isinstance(saved["runs"]["gd"], quadratic.Runs) and isinstance(
+        saved["constants"], quadratic.Constants
+    )
+    monkeypatch.setattr(
+        "hessian_tools.app.quadratic_command.compare", lambda *a, **k: pytest.fail("computed again")
+    )
     assert told(capsys, "3", *FAST, "--out", str(folder))[1] == first
     code, _, error = told(capsys, "4", *FAST, "--out", str(folder))
     assert code == 2 and "another source" in error
@@ -74,7 +93,9 @@ def test_a_file_of_eigenvalues(capsys, tmp_path):
 
 
 def test_a_measured_network(capsys, tmp_path):
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+    ).double()
     problem = ht.Problem(model, ht.mse, [(torch.randn(9, 3).double(), torch.randn(9, 2).double())])
     blocks = ht.partition(model, "weights")
     spectra = ht.blockwise_slq(problem, blocks, progress=False)
@@ -88,7 +109,10 @@ def test_a_measured_network(capsys, tmp_path):
     # dense blocks carry the same eigenvalues, as these blocks are small enough to be exact
     dense = ht.dense_block(problem, blocks, progress=False)
     made, same = (quadratic.from_spectra(of, seed=1) for of in (spectra, dense))
-    assert torch.allclose(made.hessian, same.hessian, rtol=1e-6) and made.block_names == same.block_names
+    assert (
+        torch.allclose(made.hessian, same.hessian, rtol=1e-6)
+        and made.block_names == same.block_names
+    )
     code, _, error = told(capsys, "--from", str(tmp_path), "--blocks", "nothing")
     assert code == 2 and "matches none of 0.weight, 2.weight" in error
 
@@ -121,7 +145,9 @@ def test_bad_input_is_one_line(capsys, tmp_path, arguments, words):
 
 def test_results_survive_saving(tmp_path):
     q = quadratic.case(3)
-    runs = quadratic.run(q, "gd", step=[1e-3, 1.0], num_starts=2, num_steps=40, tail=3, progress=False)
+    runs = quadratic.run(
+        q, "gd", step=[1e-3, 1.0], num_starts=2, num_steps=40, tail=3, progress=False
+    )
     kept = {
         "runs": runs, "sweep": quadratic.best_step(q, "gd", num_starts=2, num_steps=60),
         "constants": quadratic.constants(q), "checks": tuple(quadratic.check_gd_bound(q, num_steps=3)),
@@ -133,7 +159,10 @@ def test_results_survive_saving(tmp_path):
     assert np.array_equal(found["runs"].losses, runs.losses) and found["runs"].settings == {}
     assert np.array_equal(found["runs"].iterations_to(1e-2), runs.iterations_to(1e-2))
     assert found["checks"] == kept["checks"] and found["cards"] == kept["cards"]
-    assert found["cycle"].exponent == kept["cycle"].exponent and found["sweep"].best == kept["sweep"].best
+    assert (
+        found["cycle"].exponent == kept["cycle"].exponent
+        and found["sweep"].best == kept["sweep"].best
+    )
 
 
 def place(name: str, middle: float) -> quadratic.Standing:
@@ -143,12 +172,21 @@ def place(name: str, middle: float) -> quadratic.Standing:
 @pytest.mark.parametrize(
     ("medians", "words"),
     [
-        ({"gd": 100, "adam_frozen": 25}, "without momentum: adam_frozen beats gd, 4 times fewer iterations."),
-        ({"gd": 100, "adam_frozen": np.inf, "sign": 250}, "without momentum: gd beats sign, 2.5 times"),
+        (
+            {"gd": 100, "adam_frozen": 25},
+            "without momentum: adam_frozen beats gd, 4 times fewer iterations.",
+        ),
+        (
+            {"gd": 100, "adam_frozen": np.inf, "sign": 250},
+            "without momentum: gd beats sign, 2.5 times",
+        ),
         ({"gd": np.inf, "adam_frozen": np.inf}, "both do not come to the tolerance"),
         ({"gd": 10, "adam_frozen": np.inf}, "gd beats adam_frozen, which does not come"),
         ({"gd": 10, "adam_frozen": 10}, "are even"),
-        ({"nesterov": 30, "heavy_ball": 20, "adam": 40}, "with momentum: heavy_ball beats adam, 2 times"),
+        (
+            {"nesterov": 30, "heavy_ball": 20, "adam": 40},
+            "with momentum: heavy_ball beats adam, 2 times",
+        ),
         ({"jacobi": 30}, "Fastest: jacobi."),
     ],
 )
@@ -162,8 +200,13 @@ def test_standings_are_in_order_and_compare_with_gradient_descent():
     fast, slow = quadratic.standings(runs)
     assert (fast.name, slow.name, slow.speedup) == ("adam_frozen", "gd", 1.0)
     assert fast.speedup == slow.quartiles[1] / fast.quartiles[1] > 10
-    tuned = quadratic.compare(q, ["gd"], tuned=True, num_starts=9, num_steps=4000, progress=False)["gd"]
-    assert tuned.step.startswith("best of a sweep") and tuned.median_iterations(1e-6) <= slow.quartiles[1]
+    tuned = quadratic.compare(q, ["gd"], tuned=True, num_starts=9, num_steps=4000, progress=False)[
+        "gd"
+    ]
+    assert (
+        tuned.step.startswith("best of a sweep")
+        and tuned.median_iterations(1e-6) <= slow.quartiles[1]
+    )
     with pytest.raises(ValueError, match="choose among gd"):
         quadratic.compare(q, ["adamw"])
 
@@ -172,7 +215,9 @@ def test_pictures_show_every_method_and_both_bounds(tmp_path):
     from matplotlib.figure import Figure
 
     q = quadratic.case(4)
-    runs = quadratic.compare(q, ["gd", "adam_frozen", "sign"], num_starts=4, num_steps=100, progress=False)
+    runs = quadratic.compare(
+        q, ["gd", "adam_frozen", "sign"], num_starts=4, num_steps=100, progress=False
+    )
     axes = Figure().subplots()
     quadratic_plotting.loss_curves(axes, runs, quadratic.constants(q))
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -180,7 +225,8 @@ def test_pictures_show_every_method_and_both_bounds(tmp_path):
     drawn = dict(zip(labels, axes.get_lines(), strict=True))
     steps, losses = drawn["GD"].get_data()
     assert (
-        losses[-1] == pytest.approx(np.quantile(runs["gd"].losses[:, -1], 0.5, method="inverted_cdf"))
+        losses[-1]
+        == pytest.approx(np.quantile(runs["gd"].losses[:, -1], 0.5, method="inverted_cdf"))
         and steps[-1] == 100
     )
     steps, bound = drawn["GD's worst start, any step (Thm 3.2)"].get_data()
@@ -198,8 +244,15 @@ def test_the_benchmark_counts_its_products(tmp_path, capsys, monkeypatch):
     assert benchmark.counted(q, "adam", {}) == 2 * 3 * 30 * 30
     assert [where.stop - where.start for where, _ in simulation.tiles_of(q)] == [30, 30, 30]
     assert [where.stop - where.start for where, _ in simulation.tiles_of(quadratic.case(3))] == [9]
-    monkeypatch.setattr(sys, "argv", ["quadratic.py", "--smoke", "--out", str(tmp_path / "b.json"), "--note", "a test"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["quadratic.py", "--smoke", "--out", str(tmp_path / "b.json"), "--note", "a test"],
+    )
     benchmark.main()
     out = capsys.readouterr().out
     assert "40 runs of 130 steps" in out and "(a test)" in out and "5,400" in out
-    assert json.loads((tmp_path / "b.json").read_text())["methods"]["gradient descent"]["diverged"] == 0
+    assert (
+        json.loads((tmp_path / "b.json").read_text())["methods"]["gradient descent"]["diverged"]
+        == 0
+    )

@@ -21,7 +21,9 @@ def problem() -> quadratic.Quadratic:
     return quadratic.from_blocks([[1.0, 5.0], [2.0, 3.0, 30.0]], seed=2)
 
 
-def by_hand(name: str, h: np.ndarray, w: np.ndarray, eta: float, steps: int, s: dict) -> list[float]:
+def by_hand(
+    name: str, h: np.ndarray, w: np.ndarray, eta: float, steps: int, s: dict
+) -> list[float]:
     """Losses of a plain loop over the published formula, with the preconditioners as dense matrices."""
     h11, h22 = np.linalg.eigvalsh(h[:2, :2]), np.linalg.eigvalsh(h[2:, 2:])
     own = np.repeat([2 / (h11[0] + h11[-1]), 2 / (h22[0] + h22[-1])], [2, 3])
@@ -33,9 +35,11 @@ def by_hand(name: str, h: np.ndarray, w: np.ndarray, eta: float, steps: int, s: 
         "blockwise_gd": np.diag(own),
         "block_jacobi": np.linalg.inv(corner),
     }
-    groups = {"adam": np.arange(5), "adam_mini": np.array([0, 0, 1, 1, 1]), "adalayer": np.array([0, 0, 0, 0, 1])}.get(
-        name
-    )
+    groups = {
+        "adam": np.arange(5),
+        "adam_mini": np.array([0, 0, 1, 1, 1]),
+        "adalayer": np.array([0, 0, 0, 0, 1]),
+    }.get(name)
     losses, m, v, before = [w @ h @ w / 2], np.zeros(5), np.zeros(5), w
     for t in range(1, steps + 1):
         g = h @ w
@@ -52,7 +56,9 @@ def by_hand(name: str, h: np.ndarray, w: np.ndarray, eta: float, steps: int, s: 
             v = v + g**2
             w = w - eta * g / (np.sqrt(v) + s["eps"])
         else:
-            b1, b2, eps, corrected = (s.get(k, 0.0) for k in ("beta1", "beta2", "eps", "bias_correction"))
+            b1, b2, eps, corrected = (
+                s.get(k, 0.0) for k in ("beta1", "beta2", "eps", "bias_correction")
+            )
             square = np.array([np.mean(g[groups == k] ** 2) for k in groups])
             if t == 1 and not corrected:
                 m, v = g, square
@@ -68,7 +74,14 @@ def test_every_method_is_its_formula(name):
     q, eta, steps = problem(), 0.04, 25
     starts = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 5)))
     found = quadratic.run(
-        q, name, step=eta, starts=starts, num_steps=steps, num_recorded=400, **SETTINGS[name], **QUIET
+        q,
+        name,
+        step=eta,
+        starts=starts,
+        num_steps=steps,
+        num_recorded=400,
+        **SETTINGS[name],
+        **QUIET,
     )
     for start, losses, first in zip(starts, found.losses, found.first_losses, strict=True):
         expected = by_hand(name, q.hessian[0].numpy(), start.numpy(), eta, steps, SETTINGS[name])
@@ -88,7 +101,9 @@ def test_every_method_is_its_formula(name):
 def test_methods_agree_with_torchs_optimizers(name, settings, optimizer):
     q = problem()
     w = torch.ones(5, dtype=torch.float64, requires_grad=True)
-    found = quadratic.run(q, name, step=0.03, starts=w.detach()[None], num_steps=40, **settings, **QUIET)
+    found = quadratic.run(
+        q, name, step=0.03, starts=w.detach()[None], num_steps=40, **settings, **QUIET
+    )
     stepper = optimizer([w])
     for _ in range(40):
         stepper.zero_grad()
@@ -104,16 +119,22 @@ def test_gradient_descent_in_its_eigenbasis_is_the_closed_form():
     values, vectors = torch.linalg.eigh(q.hessian[0])
     c = (quadratic.draw_starts(q, 5, 1)[0] @ vectors).numpy()
     t = runs.recorded[:, None]
-    expected = (values.numpy() * c[:, None] ** 2 * (1 - eta * values.numpy()) ** (2 * t)).sum(-1) / 2
+    expected = (values.numpy() * c[:, None] ** 2 * (1 - eta * values.numpy()) ** (2 * t)).sum(
+        -1
+    ) / 2
     assert runs.losses * runs.first_losses[:, None] == pytest.approx(expected, rel=1e-9)
 
 
 def test_contraction_on_a_diagonal_problem_is_exact():
     """From an eigenvector each step multiplies f by (1 - eta lambda)^2: 2/(mu + L) gives (1 - 2/(kappa + 1))^2."""
     q = quadratic.from_blocks([[1.0], [9.0]], basis="identity")
-    runs = quadratic.run(q, "gd", step="optimal", starts=torch.eye(2), num_steps=50, num_recorded=500, **QUIET)
+    runs = quadratic.run(
+        q, "gd", step="optimal", starts=torch.eye(2), num_steps=50, num_recorded=500, **QUIET
+    )
     assert runs.steps.tolist() == pytest.approx([0.2, 0.2])
-    assert runs.losses[:, 1:] / runs.losses[:, :-1] == pytest.approx(np.full((2, 50), 0.64), rel=1e-9)
+    assert runs.losses[:, 1:] / runs.losses[:, :-1] == pytest.approx(
+        np.full((2, 50), 0.64), rel=1e-9
+    )
 
 
 def test_named_steps_of_momentum_reach_the_accelerated_rate():
@@ -131,13 +152,23 @@ def test_named_steps_of_momentum_reach_the_accelerated_rate():
 def test_block_preconditioners_finish_what_they_contain():
     q = problem()
     newton = quadratic.run(q, "block_jacobi", step="optimal", num_starts=4, num_steps=2, **QUIET)
-    assert newton.steps == pytest.approx(np.ones(4)) and newton.iterations_to(1e-12).tolist() == [1] * 4
+    assert (
+        newton.steps == pytest.approx(np.ones(4))
+        and newton.iterations_to(1e-12).tolist() == [1] * 4
+    )
     diagonal = quadratic.from_blocks([[1.0, 5.0], [30.0]], basis="identity")
     assert (
-        quadratic.run(diagonal, "jacobi", step=1.0, num_starts=4, num_steps=2, **QUIET).iterations_to(1e-12).max() == 1
+        quadratic.run(diagonal, "jacobi", step=1.0, num_starts=4, num_steps=2, **QUIET)
+        .iterations_to(1e-12)
+        .max()
+        == 1
     )
-    single = quadratic.run(quadratic.case(3), "blockwise_gd", step="optimal", num_starts=4, num_steps=40, **QUIET)
-    assert single.steps == pytest.approx(np.ones(4))  # each block's own rate is in its preconditioner
+    single = quadratic.run(
+        quadratic.case(3), "blockwise_gd", step="optimal", num_starts=4, num_steps=40, **QUIET
+    )
+    assert single.steps == pytest.approx(
+        np.ones(4)
+    )  # each block's own rate is in its preconditioner
 
 
 def test_adam_of_single_coordinates_and_of_no_memory():
@@ -147,7 +178,9 @@ def test_adam_of_single_coordinates_and_of_no_memory():
     mini = quadratic.run(q, "adam_mini", beta2=0.9, groups=(1,) * 5, **some)
     assert mini.final == pytest.approx(adam.final, rel=1e-10)
     sign = quadratic.run(q, "sign", **some)
-    assert quadratic.run(q, "adam", beta1=0.0, beta2=0.0, **some).final == pytest.approx(sign.final, rel=1e-9)
+    assert quadratic.run(q, "adam", beta1=0.0, beta2=0.0, **some).final == pytest.approx(
+        sign.final, rel=1e-9
+    )
     frozen, near = (quadratic.run(q, "adam", beta2=b, **some).final for b in (1.0, 1 - 1e-13))
     assert near == pytest.approx(frozen, rel=1e-9)
 
@@ -159,11 +192,15 @@ def test_rotation_changes_nothing_for_gradient_descent_and_much_for_adam():
     starts = quadratic.draw_starts(q, 6, 0)[0]
     for name, same in (("gd", True), ("heavy_ball", True), ("nesterov", True), ("adam", False)):
         here = quadratic.run(q, name, step="optimal", starts=starts, num_steps=500, **QUIET)
-        there = quadratic.run(turned, name, step="optimal", starts=starts @ turn.T, num_steps=500, **QUIET)
+        there = quadratic.run(
+            turned, name, step="optimal", starts=starts @ turn.T, num_steps=500, **QUIET
+        )
         assert np.allclose(here.losses, there.losses, rtol=1e-6, atol=1e-13) == same, name
 
 
-@pytest.mark.parametrize("settings", [{}, {"beta1": 0.9, "beta2": 0.99}, {"beta2": 0.9, "bias_correction": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"beta1": 0.9, "beta2": 0.99}, {"beta2": 0.9, "bias_correction": True}]
+)
 def test_adam_does_not_see_the_scales_of_blocks_nor_of_a_diagonal(settings):
     """g -> C g for a diagonal C leaves every step as it is; C H is symmetric where C is constant in each block.
 
@@ -171,39 +208,62 @@ def test_adam_does_not_see_the_scales_of_blocks_nor_of_a_diagonal(settings):
     """
     blocks, factors = [[1.0, 2.0, 3.0], [4.0, 9.0]], [2.0**-10, 2.0**13]
     plain = quadratic.from_blocks(blocks, seed=3)
-    scaled = quadratic.from_blocks([np.array(b) * f for b, f in zip(blocks, factors, strict=True)], seed=3)
+    scaled = quadratic.from_blocks(
+        [np.array(b) * f for b, f in zip(blocks, factors, strict=True)], seed=3
+    )
     run = {"step": 0.05, "num_starts": 5, "num_steps": 100, **settings, **QUIET}
-    assert np.array_equal(quadratic.run(scaled, "adam", **run).final, quadratic.run(plain, "adam", **run).final)
+    assert np.array_equal(
+        quadratic.run(scaled, "adam", **run).final, quadratic.run(plain, "adam", **run).final
+    )
     slow = {"step": 1e-5, "num_starts": 5, "num_steps": 100, **QUIET}
-    assert not np.allclose(quadratic.run(scaled, "gd", **slow).final, quadratic.run(plain, "gd", **slow).final)
+    assert not np.allclose(
+        quadratic.run(scaled, "gd", **slow).final, quadratic.run(plain, "gd", **slow).final
+    )
     single, wild = [[1.0], [2.0], [3.0]], [[2.0**-9], [2.0**5], [3 * 2.0**20]]
     left, right = (quadratic.from_blocks(b, basis="identity") for b in (single, wild))
-    assert np.array_equal(quadratic.run(left, "adam", **run).final, quadratic.run(right, "adam", **run).final)
+    assert np.array_equal(
+        quadratic.run(left, "adam", **run).final, quadratic.run(right, "adam", **run).final
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_batched_runs_are_looped_runs(name, monkeypatch):
     """All problems, step sizes and starts at once, in pieces of any size, against each alone."""
     q, steps = quadratic.from_blocks([[1.0, 5.0], [2.0, 3.0, 30.0]], num_problems=3), [0.01, 0.03]
-    whole = quadratic.run(q, name, step=steps, num_starts=3, num_steps=70, **SETTINGS[name], **QUIET)
+    whole = quadratic.run(
+        q, name, step=steps, num_starts=3, num_steps=70, **SETTINGS[name], **QUIET
+    )
     assert whole.final.shape == (3, 2, 3, 5) and whole.losses.shape[:3] == (3, 2, 3)
     monkeypatch.setattr(simulation, "_PIECE_BYTES", 8 * 5 * 4)
-    pieces = quadratic.run(q, name, step=steps, num_starts=3, num_steps=70, **SETTINGS[name], **QUIET)
+    pieces = quadratic.run(
+        q, name, step=steps, num_starts=3, num_steps=70, **SETTINGS[name], **QUIET
+    )
     assert pieces.final == pytest.approx(whole.final, rel=1e-11, abs=1e-13)
     starts = quadratic.draw_starts(q, 3, 0)
     for i, e, s in ((0, 0, 0), (1, 1, 2), (2, 0, 1)):
         alone = quadratic.from_matrix(q.hessian[i], q.block_sizes)
         one = quadratic.run(
-            alone, name, step=steps[e], starts=starts[i, s : s + 1], num_steps=70, **SETTINGS[name], **QUIET
+            alone,
+            name,
+            step=steps[e],
+            starts=starts[i, s : s + 1],
+            num_steps=70,
+            **SETTINGS[name],
+            **QUIET,
         )
         assert whole.losses[i, e, s] == pytest.approx(one.losses[0], rel=1e-9, abs=1e-13)
         assert np.array_equal(whole.reached[i, e, s], one.reached[0])
 
 
 def test_products_by_blocks_are_the_dense_products():
-    q = quadratic.from_blocks([np.linspace(1, 9, 20), np.linspace(20, 30, 7), np.linspace(2, 5, 18)], num_problems=3)
+    q = quadratic.from_blocks(
+        [np.linspace(1, 9, 20), np.linspace(20, 30, 7), np.linspace(2, 5, 18)], num_problems=3
+    )
     for part in (q, q.part(slice(1, 2))):
-        tiles, w = simulation.tiles_of(part), torch.randn(part.num_problems, 4, 45, dtype=torch.float64)
+        tiles, w = (
+            simulation.tiles_of(part),
+            torch.randn(part.num_problems, 4, 45, dtype=torch.float64),
+        )
         assert [where.stop - where.start for where, _ in tiles] == [20, 25]
         simulation.product(tiles, w, out := torch.empty_like(w))
         assert torch.allclose(out, w @ part.hessian, rtol=1e-12)
@@ -236,26 +296,36 @@ def test_a_run_that_diverges_is_flagged_and_changes_nothing_for_the_others(name)
 
 def test_divergence_is_flagged_at_its_step():
     q = quadratic.from_blocks([[1.0], [9.0]], basis="identity")
-    runs = quadratic.run(q, "gd", step=1.0, starts=[[0.0, 1.0]], num_steps=100, **QUIET)  # f grows 64-fold a step
+    runs = quadratic.run(
+        q, "gd", step=1.0, starts=[[0.0, 1.0]], num_steps=100, **QUIET
+    )  # f grows 64-fold a step
     assert runs.diverged_at.tolist() == [np.ceil(np.log(1e12) / np.log(64))]
 
 
 def test_losses_that_vanish_stay_zero_and_are_no_divergence():
     q = quadratic.from_blocks([[1.0], [1.5]], basis="identity")
     runs = quadratic.run(q, "gd", step="optimal", starts=[[1.0, 1.0]], num_steps=2000, **QUIET)
-    assert not runs.diverged.any() and runs.losses[0, -1] == 0 and runs.final.tolist() == [[0.0, 0.0]]
-    adam = quadratic.run(q, "adam", beta2=0.5, step=1e-3, starts=[[1.0, 1.0]], num_steps=3000, **QUIET)
+    assert (
+        not runs.diverged.any() and runs.losses[0, -1] == 0 and runs.final.tolist() == [[0.0, 0.0]]
+    )
+    adam = quadratic.run(
+        q, "adam", beta2=0.5, step=1e-3, starts=[[1.0, 1.0]], num_steps=3000, **QUIET
+    )
     assert np.isfinite(adam.losses).all()
 
 
 def test_stopping_early_keeps_every_first_crossing():
     q = quadratic.case(3)
     full = quadratic.run(q, "adam", step="safe", num_starts=20, num_steps=3000, **QUIET)
-    short = quadratic.run(q, "adam", step="safe", num_starts=20, num_steps=3000, stop_at=1e-6, **QUIET)
+    short = quadratic.run(
+        q, "adam", step="safe", num_starts=20, num_steps=3000, stop_at=1e-6, **QUIET
+    )
     assert np.array_equal(full.iterations_to(1e-6), short.iterations_to(1e-6))
     crossed = full.recorded[(full.losses <= 1e-6).argmax(-1)]
     found = full.iterations_to(1e-6)
-    assert (found <= crossed).all() and (np.diff(full.reached, axis=1) >= 0)[np.isfinite(found)].all()
+    assert (found <= crossed).all() and (np.diff(full.reached, axis=1) >= 0)[
+        np.isfinite(found)
+    ].all()
     ordered = np.sort(found)
     assert full.quantiles(1e-6).tolist() == [ordered[4], ordered[9], ordered[14]]
 
@@ -265,7 +335,9 @@ def test_the_last_iterates_are_kept_in_order():
     runs = quadratic.run(q, "gd", step=[1e-3, 5e-4], num_starts=3, num_steps=70, tail=9, **QUIET)
     assert runs.tail.shape == (9, 2, 3, 9) and np.array_equal(runs.tail[-1], runs.final)
     h = q.hessian[0].numpy()
-    assert runs.tail[5, 1] == pytest.approx(runs.tail[4, 1] @ (np.eye(9) - 5e-4 * h), rel=1e-10, abs=1e-13)
+    assert runs.tail[5, 1] == pytest.approx(
+        runs.tail[4, 1] @ (np.eye(9) - 5e-4 * h), rel=1e-10, abs=1e-13
+    )
 
 
 def test_everything_is_float64():
@@ -281,9 +353,9 @@ def test_the_best_step_of_gradient_descent_is_known():
     sweep = quadratic.best_step(q, "gd", starts=[[1.0, 99**-0.5]], num_steps=2000)
     assert sweep.best == pytest.approx(0.02, rel=0.05) and not sweep.at_edge
     at_best = sweep.medians[sweep.steps == sweep.best][0]
-    exact = quadratic.run(q, "gd", step="optimal", starts=[[1.0, 99**-0.5]], num_steps=2000, **QUIET).iterations_to(
-        1e-6
-    )[0]
+    exact = quadratic.run(
+        q, "gd", step="optimal", starts=[[1.0, 99**-0.5]], num_steps=2000, **QUIET
+    ).iterations_to(1e-6)[0]
     assert at_best == pytest.approx(exact, rel=0.1) and (np.diff(sweep.steps) > 0).all()
 
 
@@ -334,7 +406,9 @@ def test_a_tolerance_that_was_not_watched_is_refused():
     with pytest.raises(ValueError, match="pass tolerances="):
         runs.iterations_to(3e-5)
     assert (
-        quadratic.run(problem(), "gd", step=0.05, num_steps=300, tolerances=(3e-5,), **QUIET).iterations_to(3e-5).min()
+        quadratic.run(problem(), "gd", step=0.05, num_steps=300, tolerances=(3e-5,), **QUIET)
+        .iterations_to(3e-5)
+        .min()
         > 1
     )
 
@@ -345,7 +419,9 @@ def test_a_tolerance_that_was_not_watched_is_refused():
 def test_cuda_gives_the_same_runs(name):
     q = problem()
     here, there = (
-        quadratic.run(p, name, step=[0.01, 0.03], num_starts=5, num_steps=200, **SETTINGS[name], **QUIET)
+        quadratic.run(
+            p, name, step=[0.01, 0.03], num_starts=5, num_steps=200, **SETTINGS[name], **QUIET
+        )
         for p in (q, q.to("cuda"))
     )
     assert there.losses == pytest.approx(here.losses, rel=1e-6, abs=1e-12)

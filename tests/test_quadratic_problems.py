@@ -31,7 +31,9 @@ def test_bases_are_orthogonal_uniform_and_the_seeds_alone():
     # of a Haar matrix each entry has mean 0 and mean square 1/n: without R's signs the first row is never positive
     assert bases.mean(0).abs().max() < 0.1 and (bases.square().mean(0) - 0.25).abs().max() < 0.06
     one, many = quadratic.case(3, seed=5), quadratic.case(3, seed=5, num_problems=2)
-    assert torch.equal(one.hessian[0], many.hessian[0]) and not torch.equal(many.hessian[0], many.hessian[1])
+    assert torch.equal(one.hessian[0], many.hessian[0]) and not torch.equal(
+        many.hessian[0], many.hessian[1]
+    )
     assert not torch.equal(one.hessian, quadratic.case(3, seed=6).hessian)
 
 
@@ -78,7 +80,9 @@ def test_shifting_and_scaling():
 
 def test_a_quadratic_from_measured_spectra():
     nodes, weights = np.array([[-1.0, 0.0, 5.0], [-2.0, 0.0, 4.0]]), np.array([[0.1, 0.8, 0.1]] * 2)
-    measured = Quadrature(nodes, weights, nodes * 0, np.array([3, 3]), 99, 6, "complete", "rademacher", "full")
+    measured = Quadrature(
+        nodes, weights, nodes * 0, np.array([3, 3]), 99, 6, "complete", "rademacher", "full"
+    )
     exact = quadratic.from_blocks([[1.0, 7.0]]).spectra()["block 1"]
     made = quadratic.from_spectra({"a": measured, "b": exact}, per_block=20, kappa=50, seed=3)
     assert made.block_names == ("a", "b") and made.block_sizes == (20, 2)
@@ -88,7 +92,12 @@ def test_a_quadratic_from_measured_spectra():
     assert set(np.round(spread.numpy() * 7, 6)) <= {0.0, 1.0, 2.0, 6.0, 7.0}
     weighed = quadratic.from_spectra({"a": measured}, per_block=500, kappa=50, draw="weights")
     values = weighed.eigenvalues[0][0]
-    assert float((((values - values[0]) / (values[-1] - values[0]) * 7 - 2).abs() < 1e-9).double().mean()) > 0.7
+    assert (
+        float(
+            (((values - values[0]) / (values[-1] - values[0]) * 7 - 2).abs() < 1e-9).double().mean()
+        )
+        > 0.7
+    )
 
 
 def test_rotation_keeps_the_spectrum_and_leaves_the_diagonal():
@@ -112,7 +121,9 @@ def test_a_dense_block_has_the_tau_asked_for():
 def test_a_given_matrix_is_taken_or_refused():
     spd = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 5.0]])
     made = quadratic.from_matrix(spd, [2, 1])
-    assert made.hessian.dtype == torch.float64 and made.eigenvalues[0][0].tolist() == pytest.approx([1, 3])
+    assert made.hessian.dtype == torch.float64 and made.eigenvalues[0][0].tolist() == pytest.approx(
+        [1, 3]
+    )
     for matrix, sizes, words in (
         (spd, [1, 2], "block-diagonal"), (spd + torch.triu(spd, 1), None, "symmetric"), (-spd, None, "not positive"),
         (spd[:2], None, "shape"), (spd, [2, 2], "add up to 3"), (spd * float("nan"), None, "finite"),
@@ -148,6 +159,6 @@ def test_bad_input_is_one_sentence(call, words):
 def test_spectra_are_exact_quadratures():
     spectra = quadratic.case(3).spectra()
     assert isinstance(spectra, ht.BlockSpectra) and spectra["block 2"].status == "exact"
-    assert spectra["block 2"].moment(1).value == pytest.approx(100) and spectra["block 2"].trace.value == pytest.approx(
-        300
-    )
+    assert spectra["block 2"].moment(1).value == pytest.approx(100) and spectra[
+        "block 2"
+    ].trace.value == pytest.approx(300)

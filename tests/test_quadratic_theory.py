@@ -11,7 +11,9 @@ from hessian_tools.quadratic.theory import ADAM
 
 
 def many_problems(count: int, seed: int) -> quadratic.Quadratic:
-    return quadratic.random_problems(count, block_sizes=(2, 3, 1), scale_decades=3, inner_decades=3, seed=seed)
+    return quadratic.random_problems(
+        count, block_sizes=(2, 3, 1), scale_decades=3, inner_decades=3, seed=seed
+    )
 
 
 def test_the_gd_bound_holds_on_thousands_of_draws_and_the_slides_form_where_it_does():
@@ -33,12 +35,17 @@ def test_a_bound_that_is_false_is_found_violated():
     """A problem that claims better conditioned blocks than it has: its bounds promise too much."""
     q = quadratic.case(4)
     flattering = replace(
-        q, eigenvalues=tuple(e.mean(1, keepdim=True).expand(-1, 3).contiguous() for e in q.eigenvalues)
+        q,
+        eigenvalues=tuple(
+            e.mean(1, keepdim=True).expand(-1, 3).contiguous() for e in q.eigenvalues
+        ),
     )
     for check in quadratic.check_adam_bound(flattering, num_starts=20, num_steps=200):
         assert check.violations > 100 and check.margin < -1e-5, check
     hidden = replace(q, eigenvalues=tuple(e.clamp(max=100) for e in q.eigenvalues))
-    assert quadratic.check_gd_bound(hidden, num_steps=5, relative_steps=[0.04])[0].violations == 0  # only looser
+    assert (
+        quadratic.check_gd_bound(hidden, num_steps=5, relative_steps=[0.04])[0].violations == 0
+    )  # only looser
     seen = quadratic.theory._judged("x", torch.tensor([0.5, -1e-3, float("nan"), -1e-14]))
     assert (seen.steps, seen.violations, seen.margin) == (3, 1, pytest.approx(-1e-3))
 
@@ -51,10 +58,18 @@ def test_constants_are_their_definitions():
     tops = np.array([3.0, 101.0, 2000.0])
     c1, c2 = g.min(1) / tops, g.max(1) / tops
     assert found.c1[1, 2] == pytest.approx(c1) and found.c2[1, 2] == pytest.approx(c2)
-    assert found.r[1, 2] == pytest.approx((c2**2).max() / (c1**2).min()) == pytest.approx(found.tight_r[1, 2] ** 2)
-    assert found.gd_lower[0] == pytest.approx((1999 / 2001) ** 2) and found.gd_lower_slides[0] == pytest.approx(0.999)
+    assert (
+        found.r[1, 2]
+        == pytest.approx((c2**2).max() / (c1**2).min())
+        == pytest.approx(found.tight_r[1, 2] ** 2)
+    )
+    assert found.gd_lower[0] == pytest.approx((1999 / 2001) ** 2) and found.gd_lower_slides[
+        0
+    ] == pytest.approx(0.999)
     assert found.adam_upper[1, 2] == pytest.approx(1 - 1 / (found.r[1, 2] * 3))
-    assert found.adam_kappas[1, 2] == pytest.approx(found.r[1, 2] * np.array([3, 101 / 99, 2000 / 1998]))
+    assert found.adam_kappas[1, 2] == pytest.approx(
+        found.r[1, 2] * np.array([3, 101 / 99, 2000 / 1998])
+    )
     assert found.adam_wins[1, 2] == (found.r[1, 2] * 3 <= 2000)
     eta = quadratic.run(q, "adam", step="theorem", num_starts=3, num_steps=1, progress=False).steps
     assert eta == pytest.approx(found.c1.min(-1))
@@ -82,10 +97,19 @@ def test_linear_iterations_are_those_of_the_runs():
         for i in range(2):
             one = quadratic.from_matrix(q.hessian[i], q.block_sizes)
             for s in range(0, 12, 4):
-                alone = {"step": float(full[i, s]), "starts": starts[i, s : s + 1], "stop_at": 1e-6, "progress": False}
-                stepped = quadratic.run(one, name, num_steps=4000, **alone, **settings).iterations_to(1e-6)[0]
+                alone = {
+                    "step": float(full[i, s]),
+                    "starts": starts[i, s : s + 1],
+                    "stop_at": 1e-6,
+                    "progress": False,
+                }
+                stepped = quadratic.run(
+                    one, name, num_steps=4000, **alone, **settings
+                ).iterations_to(1e-6)[0]
                 assert stepped == counted[i, s] or (np.isinf(stepped) and counted[i, s] > 4000)
-    assert np.isinf(quadratic.linear_iterations(q, "gd", starts, torch.tensor([[1.0]]).double(), 1e-6)).all()
+    assert np.isinf(
+        quadratic.linear_iterations(q, "gd", starts, torch.tensor([[1.0]]).double(), 1e-6)
+    ).all()
 
 
 @pytest.mark.parametrize(("case", "gd", "adam"), [(3, 6067, 104), (4, 6095, 9600)])
@@ -97,16 +121,25 @@ def test_reference_medians(case, gd, adam):
     """
     q = quadratic.case(case, num_problems=100)
     starts = quadratic.draw_starts(q, 4, 0)
-    by_gd = quadratic.linear_iterations(q, "gd", starts, (2 / (q.smallest + q.largest))[:, None], 1e-6)
+    by_gd = quadratic.linear_iterations(
+        q, "gd", starts, (2 / (q.smallest + q.largest))[:, None], 1e-6
+    )
     steps = 1 / quadratic.extremes(q, "adam", ADAM, starts)[1]
     by_adam = quadratic.linear_iterations(q, "adam", starts, steps, 1e-6, **ADAM)
-    assert np.median(by_gd) == pytest.approx(gd, rel=0.03) and np.median(by_adam) == pytest.approx(adam, rel=0.2)
+    assert np.median(by_gd) == pytest.approx(gd, rel=0.03) and np.median(by_adam) == pytest.approx(
+        adam, rel=0.2
+    )
 
 
 def test_the_prediction_is_safe_but_shy():
     strict, tight = quadratic.score_prediction(quadratic.random_problems(300, seed=3))
     counts = [
-        (c.predicted_and_won, c.predicted_and_lost, c.not_predicted_and_won, c.not_predicted_and_lost)
+        (
+            c.predicted_and_won,
+            c.predicted_and_lost,
+            c.not_predicted_and_won,
+            c.not_predicted_and_lost,
+        )
         for c in (strict, tight)
     ]
     assert [sum(c) for c in counts] == [1200, 1200]
@@ -118,9 +151,15 @@ def test_the_prediction_is_safe_but_shy():
 
 def test_adam_with_memory_ends_in_a_cycle_of_period_two_and_half_a_step():
     """Once v has forgotten, |step| = eta in every coordinate: w_i alternates between + and - eta / 2."""
-    found = quadratic.limit_cycle(quadratic.case(3), beta2=0.9, steps=[1e-3, 1e-2], num_starts=4, num_steps=12_000)
-    assert (found.period == 2).all() and found.radius == pytest.approx(np.full((2, 4), 0.5), rel=1e-6)
-    assert found.exponent == pytest.approx(2, abs=1e-3) and found.lowest == pytest.approx(found.highest, rel=1e-6)
+    found = quadratic.limit_cycle(
+        quadratic.case(3), beta2=0.9, steps=[1e-3, 1e-2], num_starts=4, num_steps=12_000
+    )
+    assert (found.period == 2).all() and found.radius == pytest.approx(
+        np.full((2, 4), 0.5), rel=1e-6
+    )
+    assert found.exponent == pytest.approx(2, abs=1e-3) and found.lowest == pytest.approx(
+        found.highest, rel=1e-6
+    )
     with pytest.raises(ValueError, match="below 1"):
         quadratic.limit_cycle(quadratic.case(3), beta2=1.0)
 

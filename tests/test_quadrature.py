@@ -40,7 +40,9 @@ def test_moments_are_exact_to_degree_2m_minus_1(kind, mode):
     )
     probes = draw_probes(kind, 2, "b", 3, 80, dtype=torch.float64).numpy()
     for p in range(2 * m + 1):
-        exact = np.einsum("ki,ij,kj->k", probes, np.linalg.matrix_power(matrix, p), probes) / (probes**2).sum(axis=1)
+        exact = np.einsum("ki,ij,kj->k", probes, np.linalg.matrix_power(matrix, p), probes) / (
+            probes**2
+        ).sum(axis=1)
         assert np.allclose(found.per_probe(lambda x, p=p: x**p), exact, rtol=1e-10) == (p < 2 * m)
     values = found.per_probe(lambda x: x**3)
     assert found.moment(3).value == pytest.approx(values.mean())
@@ -50,7 +52,9 @@ def test_moments_are_exact_to_degree_2m_minus_1(kind, mode):
     for root in (found.rms, found.frobenius):
         assert root.standard_error / root.value == pytest.approx(relative / 2)
     assert (
-        found.num_matvecs == 12 and found.status == "complete" and (found.probes, found.reorthogonalize) == (kind, mode)
+        found.num_matvecs == 12
+        and found.status == "complete"
+        and (found.probes, found.reorthogonalize) == (kind, mode)
     )
 
 
@@ -66,8 +70,15 @@ def test_float32_moments():
 def test_trace_and_frobenius_are_unbiased_and_their_errors_cover(kind):
     """|z| < 2 for most of 200 seeds (t, 9 degrees of freedom: 92 %); the mean over seeds within its own error."""
     operator = DenseOperator(random_symmetric(SPECTRUM))
-    runs = [slq(operator, num_probes=10, num_steps=2, seed=seed, probes=kind, exact=False) for seed in range(200)]
-    truth = {"trace": SPECTRUM.sum(), "frobenius": np.linalg.norm(SPECTRUM), "rms": np.sqrt(np.mean(SPECTRUM**2))}
+    runs = [
+        slq(operator, num_probes=10, num_steps=2, seed=seed, probes=kind, exact=False)
+        for seed in range(200)
+    ]
+    truth = {
+        "trace": SPECTRUM.sum(),
+        "frobenius": np.linalg.norm(SPECTRUM),
+        "rms": np.sqrt(np.mean(SPECTRUM**2)),
+    }
     for name, value in truth.items():
         estimates = [getattr(run, name) for run in runs]
         z = np.array([(e.value - value) / e.standard_error for e in estimates])
@@ -83,16 +94,28 @@ def test_extreme_ritz_values():
     for end, truth, pick in ((found.smallest, -5, np.min), (found.largest, 30, np.max)):
         assert abs(end.value - truth) <= end.residual_bound + 1e-10 and end.residual_bound < 0.1
         own = pick(found.nodes, axis=1)
-        assert end.value == pick(own) and end.standard_error == pytest.approx(own.std(ddof=1) / np.sqrt(3))
+        assert end.value == pick(own) and end.standard_error == pytest.approx(
+            own.std(ddof=1) / np.sqrt(3)
+        )
 
 
 def test_small_operators_are_exact():
     matrix = random_symmetric(SPECTRUM)
     found = slq(DenseOperator(matrix), num_probes=4, num_steps=20)
-    assert found.status == "exact" and found.num_matvecs == 80 and found.probes == "none" and found.num_probes == 1
-    assert np.allclose(found.nodes[0], np.sort(SPECTRUM), atol=1e-12) and np.all(found.weights == 1 / 80)
+    assert (
+        found.status == "exact"
+        and found.num_matvecs == 80
+        and found.probes == "none"
+        and found.num_probes == 1
+    )
+    assert np.allclose(found.nodes[0], np.sort(SPECTRUM), atol=1e-12) and np.all(
+        found.weights == 1 / 80
+    )
     assert found.trace.value == pytest.approx(SPECTRUM.sum()) and found.trace.standard_error == 0
-    assert found.frobenius.value == pytest.approx(np.linalg.norm(SPECTRUM)) and found.largest.residual_bound == 0
+    assert (
+        found.frobenius.value == pytest.approx(np.linalg.norm(SPECTRUM))
+        and found.largest.residual_bound == 0
+    )
     assert found.asymmetry < 1e-14
     assert slq(DenseOperator(matrix), num_probes=4, num_steps=19).status == "complete"
     assert slq(DenseOperator(matrix), num_probes=1, num_steps=1, exact=True).status == "exact"
@@ -105,28 +128,46 @@ def test_exact_reports_asymmetry():
 
     found = slq(Skewed(torch.ones(6, dtype=torch.float64)), num_probes=2, num_steps=3)
     matrix = np.eye(6) + 0.1 * np.roll(np.eye(6), 1, axis=1)
-    assert found.asymmetry == pytest.approx(np.linalg.norm(matrix - matrix.T) / np.linalg.norm(matrix))
+    assert found.asymmetry == pytest.approx(
+        np.linalg.norm(matrix - matrix.T) / np.linalg.norm(matrix)
+    )
     assert np.allclose(found.nodes[0], np.linalg.eigvalsh((matrix + matrix.T) / 2))
 
 
 @pytest.mark.parametrize(
-    ("eigenvalues", "nodes"), [(np.zeros(50), [0]), (np.ones(50), [1]), (np.r_[7.0, np.zeros(49)], [0, 7])]
+    ("eigenvalues", "nodes"),
+    [(np.zeros(50), [0]), (np.ones(50), [1]), (np.r_[7.0, np.zeros(49)], [0, 7])],
 )
 def test_breakdown_leaves_no_spurious_node(eigenvalues, nodes):
-    found = slq(DenseOperator(random_symmetric(eigenvalues)), num_probes=2, num_steps=6, exact=False)
-    assert found.status == "breakdown" and (found.steps == len(nodes)).all() and found.num_matvecs == 12
+    found = slq(
+        DenseOperator(random_symmetric(eigenvalues)), num_probes=2, num_steps=6, exact=False
+    )
+    assert (
+        found.status == "breakdown"
+        and (found.steps == len(nodes)).all()
+        and found.num_matvecs == 12
+    )
     assert np.abs(found.nodes[:, :, None] - nodes).min(axis=2).max() < 1e-12
     assert (found.weights[:, len(nodes) :] == 0).all() and found.residuals.max() < 1e-12
     assert found.pooled[0].size == 2 * len(nodes) and found.pooled[1].sum() == pytest.approx(1)
-    assert found.frobenius.value == pytest.approx(np.linalg.norm(eigenvalues), abs=0.6 * np.linalg.norm(eigenvalues))
+    assert found.frobenius.value == pytest.approx(
+        np.linalg.norm(eigenvalues), abs=0.6 * np.linalg.norm(eigenvalues)
+    )
     assert np.isfinite(found.frobenius.standard_error)
 
 
 def test_probes_of_different_length_do_not_mix():
     """A first probe inside an invariant subspace, a second one outside: each row keeps its own nodes."""
-    alphas, betas = np.array([[2.0, 0, 0], [1.0, 2.0, 3.0]]), np.array([[1e-17, 0, 0], [0.5, 0.25, 0.1]])
+    alphas, betas = (
+        np.array([[2.0, 0, 0], [1.0, 2.0, 3.0]]),
+        np.array([[1e-17, 0, 0], [0.5, 0.25, 0.1]]),
+    )
     nodes, weights, residuals = ritz(alphas, betas, np.array([1, 3]))
-    assert nodes[0].tolist() == [2, 2, 2] and weights[0].tolist() == [1, 0, 0] and residuals[0].tolist() == [1e-17] * 3
+    assert (
+        nodes[0].tolist() == [2, 2, 2]
+        and weights[0].tolist() == [1, 0, 0]
+        and residuals[0].tolist() == [1e-17] * 3
+    )
     t = np.diag(alphas[1]) + np.diag(betas[1, :2], 1) + np.diag(betas[1, :2], -1)
     values, vectors = np.linalg.eigh(t)
     assert np.allclose(nodes[1], values) and np.allclose(weights[1], vectors[0] ** 2)
@@ -141,7 +182,9 @@ def test_one_probe_has_no_standard_error():
 def test_without_probe():
     found = slq(DenseOperator(random_symmetric(SPECTRUM)), num_probes=3, num_steps=5)
     rest = found.without_probe(1)
-    assert np.array_equal(rest.nodes, found.nodes[[0, 2]]) and np.array_equal(rest.steps, found.steps[[0, 2]])
+    assert np.array_equal(rest.nodes, found.nodes[[0, 2]]) and np.array_equal(
+        rest.steps, found.steps[[0, 2]]
+    )
     exact = slq(DenseOperator(random_symmetric(SPECTRUM)), num_probes=1, num_steps=1, exact=True)
     assert exact.without_probe(0) is exact
 
@@ -185,7 +228,10 @@ class FakeCut:
 
 class FakePartition:
     def __init__(self, cuts, order):
-        self.cuts, self.blocks = cuts, [FakeBlock(name, cut) for name in order for cut in cuts if name in cut.names]
+        self.cuts, self.blocks = (
+            cuts,
+            [FakeBlock(name, cut) for name in order for cut in cuts if name in cut.names],
+        )
 
     def __iter__(self):
         return iter(self.blocks)
@@ -195,7 +241,12 @@ class FakeHessian:
     route, device = "dense blocks", torch.device("cpu")
 
     def __init__(self, matrices, dtype=torch.float64, krylov_bytes=1 << 30, poison=None):
-        self.matrices, self.dtype, self.krylov_bytes, self.poison = matrices, dtype, krylov_bytes, poison
+        self.matrices, self.dtype, self.krylov_bytes, self.poison = (
+            matrices,
+            dtype,
+            krylov_bytes,
+            poison,
+        )
         self.calls = []  # (names, rows)
 
     def stacked(self, cut):
@@ -207,7 +258,9 @@ class FakeHessian:
             def matmat(self, vectors):
                 steps.append(len(vectors))
                 parent.calls.append((cut.names, len(vectors)))
-                matrices = torch.stack([torch.as_tensor(parent.matrices[n], dtype=parent.dtype) for n in cut.names])
+                matrices = torch.stack(
+                    [torch.as_tensor(parent.matrices[n], dtype=parent.dtype) for n in cut.names]
+                )
                 product = vectors.reshape(cut.num_blocks, -1, cut.block_size) @ matrices
                 if parent.poison in cut.names and len(steps) == 3:
                     product[cut.names.index(parent.poison), -1, 0] = float("nan")
@@ -229,22 +282,34 @@ def setting(**options):
 
 
 def run(hessian, partition, **options):
-    return blockwise_slq(hessian, partition, **{"num_probes": 2, "num_steps": 8, "progress": False, **options})
+    return blockwise_slq(
+        hessian, partition, **{"num_probes": 2, "num_steps": 8, "progress": False, **options}
+    )
 
 
 def same(a, b, tolerance=1e-12):
     parts = ("nodes", "weights", "residuals")
-    return all(np.allclose(getattr(a, part), getattr(b, part), atol=tolerance, rtol=0) for part in parts)
+    return all(
+        np.allclose(getattr(a, part), getattr(b, part), atol=tolerance, rtol=0) for part in parts
+    )
 
 
 def test_blocks_together_equal_each_alone():
     hessian, partition, order = setting()
     seen = []
     spectra = run(hessian, partition, seed=7, on_block=lambda name, q: seen.append(name))
-    assert list(spectra) == list(spectra.names) == order and sorted(seen) == sorted(order) and len(spectra) == 8
-    assert [len(set(names)) for names, _ in hessian.calls] == [3] * 1 + [5] * 8  # 6 unit vectors at once, then 8 steps
+    assert (
+        list(spectra) == list(spectra.names) == order
+        and sorted(seen) == sorted(order)
+        and len(spectra) == 8
+    )
+    assert [len(set(names)) for names, _ in hessian.calls] == [3] * 1 + [
+        5
+    ] * 8  # 6 unit vectors at once, then 8 steps
     for name in order:
-        alone = slq(DenseOperator(hessian.matrices[name]), num_probes=2, num_steps=8, seed=7, name=name)
+        alone = slq(
+            DenseOperator(hessian.matrices[name]), num_probes=2, num_steps=8, seed=7, name=name
+        )
         assert same(alone, spectra[name]) and alone.status == spectra[name].status
         assert spectra[name].status == ("exact" if name[0] == "s" else "complete")
     assert spectra.num_matvecs == 3 * 6 + 5 * 16 == sum(rows for _, rows in hessian.calls)
@@ -271,8 +336,13 @@ def test_dtypes_see_the_same_probes():
     double, single = setting()[0], setting(dtype=torch.float32)[0]
     partition = setting()[1]
     for probes in ("rademacher", "gaussian"):
-        a, b = run(double, partition, probes=probes, exact=False), run(single, partition, probes=probes, exact=False)
-        assert all(abs(a[name].trace.value - b[name].trace.value) < 1e-4 for name in a if name[0] == "l")
+        a, b = (
+            run(double, partition, probes=probes, exact=False),
+            run(single, partition, probes=probes, exact=False),
+        )
+        assert all(
+            abs(a[name].trace.value - b[name].trace.value) < 1e-4 for name in a if name[0] == "l"
+        )
 
 
 def test_memory_budget_cuts_blocks_then_probes_then_orthogonality():
@@ -284,14 +354,21 @@ def test_memory_budget_cuts_blocks_then_probes_then_orthogonality():
     for budget, blocks, rows in ((4 * row, 2, 4), (2 * row, 1, 2), (row, 1, 1)):
         hessian, _, _ = setting(krylov_bytes=budget)
         found = run(hessian, large, exact=False)
-        assert max(len(names) for names, _ in hessian.calls) == blocks and max(n for _, n in hessian.calls) == rows
+        assert (
+            max(len(names) for names, _ in hessian.calls) == blocks
+            and max(n for _, n in hessian.calls) == rows
+        )
         assert all(same(found[name], reference[name]) for name in found) and found.notes == ()
         assert found.num_matvecs == 5 * 16
     hessian, _, _ = setting(krylov_bytes=row - 1)
-    with pytest.warns(RuntimeWarning, match="l0 and 4 like it: the Lanczos basis .* does not fit .*='local'"):
+    with pytest.warns(
+        RuntimeWarning, match="l0 and 4 like it: the Lanczos basis .* does not fit .*='local'"
+    ):
         found = run(hessian, large, exact=False)
     assert {q.reorthogonalize for q in found.values()} == {"local"} and len(found.notes) == 5
-    assert all(same(found[name], reference[name], 1e-8) for name in found)  # eight steps lose no orthogonality yet
+    assert all(
+        same(found[name], reference[name], 1e-8) for name in found
+    )  # eight steps lose no orthogonality yet
 
 
 def test_finished_blocks_are_not_computed_again():
@@ -301,7 +378,9 @@ def test_finished_blocks_are_not_computed_again():
     again, _, _ = setting()
     seen = []
     resumed = run(again, partition, finished=finished, on_block=lambda name, _: seen.append(name))
-    assert resumed.names == tuple(order) and all(resumed[name] is finished[name] for name in finished)
+    assert resumed.names == tuple(order) and all(
+        resumed[name] is finished[name] for name in finished
+    )
     assert all(same(resumed[name], whole[name]) for name in order)
     touched = {name for names, _ in again.calls for name in names}
     assert touched == set(order) - set(finished) == set(seen)
@@ -312,7 +391,9 @@ def test_nonfinite_products_name_block_and_step():
     """The others of its batch are delivered first."""
     hessian, partition, order = setting(poison="l2")
     delivered = []
-    with pytest.raises(NumericalError, match="block l2 is NaN or inf, first at Lanczos step 3 of 8"):
+    with pytest.raises(
+        NumericalError, match="block l2 is NaN or inf, first at Lanczos step 3 of 8"
+    ):
         run(hessian, partition, on_block=lambda name, _: delivered.append(name))
     assert set(delivered) == set(order) - {"l2"}
 
@@ -323,7 +404,9 @@ def test_nonfinite_products_of_exact_blocks_name_the_unit_vector(monkeypatch):
     )  # two unit vectors a block at once: the third call has 4 and 5
     hessian, partition, _ = setting(poison="s1")
     delivered = []
-    with pytest.raises(NumericalError, match="block s1 is NaN or inf, first for unit vector 5 of 6"):
+    with pytest.raises(
+        NumericalError, match="block s1 is NaN or inf, first for unit vector 5 of 6"
+    ):
         run(hessian, partition, on_block=lambda name, _: delivered.append(name))
     assert set(delivered) == {"s0", "s2"}
 
@@ -333,7 +416,9 @@ def test_slq_names_the_step():
         def _matmat(self, vectors):
             return vectors * self.diagonal
 
-    with pytest.raises(NumericalError, match="the operator is NaN or inf, first at Lanczos step 1 of 3"):
+    with pytest.raises(
+        NumericalError, match="the operator is NaN or inf, first at Lanczos step 1 of 3"
+    ):
         slq(Broken(torch.full((40,), float("inf"))), num_probes=2, num_steps=3)
 
 

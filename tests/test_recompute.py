@@ -12,7 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import hessian_tools as ht
 from hessian_tools.curvature.engine.double_backward import DoubleBackward
 from hessian_tools.curvature.engine.memory import LiveBytes
-from hessian_tools.curvature.engine.recompute import NONE, Segments, applied, repeated_layers, segment
+from hessian_tools.curvature.engine.recompute import (
+    NONE,
+    Segments,
+    applied,
+    repeated_layers,
+    segment,
+)
 from hessian_tools.problem import vision
 from hessian_tools.problem.networks import SmallResNet
 
@@ -75,7 +81,10 @@ def deep(name: str) -> ht.Problem:
         torch.manual_seed(0)
         model, batches = build().double(), data()
     return ht.Problem(
-        model, ht.cross_entropy, [(x.double() if x.is_floating_point() else x, y) for x, y in batches], **keywords
+        model,
+        ht.cross_entropy,
+        [(x.double() if x.is_floating_point() else x, y) for x, y in batches],
+        **keywords,
     )
 
 
@@ -86,13 +95,17 @@ def test_segments_change_no_product(name, kind, record):
     problem, allowed = deep(name), DEEP_NETWORKS[name][4]
     plain = ht.HessianOperator(problem, record=record, segments=NONE)
     hessian = ht.HessianOperator(problem, record=record, segments=FINE[kind])
-    vectors = torch.randn(2, hessian.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(
+        2, hessian.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     assert relative_error(hessian.matmat(vectors), plain.matmat(vectors)) < allowed
     if kind == "all":
         assert "batched" in hessian.route
         for block in list(ht.partition(problem.model, "semantic"))[::5]:
             rows = vectors[:, : block.numel]
-            assert torch.allclose(hessian.block(block).matmat(rows), plain.block(block).matmat(rows), atol=allowed)
+            assert torch.allclose(
+                hessian.block(block).matmat(rows), plain.block(block).matmat(rows), atol=allowed
+            )
 
 
 def test_verification_passes_in_segments():
@@ -107,14 +120,22 @@ def test_layers_are_found(name):
 
 def test_layers_of_torchvision_are_found_and_keep_their_product():
     model = resnet18().double().eval()
-    assert len(repeated_layers(model)) == 8 and not repeated_layers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    assert len(repeated_layers(model)) == 8 and not repeated_layers(
+        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    )
     problem = ht.Problem(
-        model, ht.cross_entropy, [(torch.randn(2, 3, 16, 16).double(), torch.tensor([0, 3]))], batch_stats=True
+        model,
+        ht.cross_entropy,
+        [(torch.randn(2, 3, 16, 16).double(), torch.tensor([0, 3]))],
+        batch_stats=True,
     )
     statistics = {k: v.clone() for k, v in model.state_dict().items()}
     block = ht.partition(model, "weights")["layer4.1.conv2.weight"]
     v = torch.randn(block.numel, dtype=torch.float64)
-    products = [ht.HessianOperator(problem, record=True, segments=s).block(block) @ v for s in (NONE, FINE["layers"])]
+    products = [
+        ht.HessianOperator(problem, record=True, segments=s).block(block) @ v
+        for s in (NONE, FINE["layers"])
+    ]
     assert relative_error(products[1], products[0]) < 1e-10
     assert all(torch.equal(v, statistics[k]) for k, v in model.state_dict().items())
 
@@ -137,7 +158,8 @@ def second_derivative(function, inputs) -> list[torch.Tensor]:
     """Of sum(function^3) along fixed directions."""
     gradients = torch.autograd.grad(function(*inputs).pow(3).sum(), inputs, create_graph=True)
     directions = [
-        torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(inputs)
+        torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(i))
+        for i, x in enumerate(inputs)
     ]
     return torch.autograd.grad(gradients, inputs, directions)
 
@@ -193,7 +215,12 @@ class Nested(nn.Module):
 
     def forward(self, given, scale=None, flag=True):
         x, y = given["x"], given["more"][0]
-        return {"product": x.tanh() * y.sin() * scale, "square": (x**2, x.argmax()), "fixed": x.detach(), "flag": flag}
+        return {
+            "product": x.tanh() * y.sin() * scale,
+            "square": (x**2, x.argmax()),
+            "fixed": x.detach(),
+            "flag": flag,
+        }
 
 
 def test_nested_arguments_and_results():
@@ -266,13 +293,17 @@ def peak(route: DoubleBackward, problem: ht.Problem, names: list[str]) -> int:
 def test_memory_of_attention_and_loss_grows_with_the_context_not_its_square():
     segments, peaks = Segments(queries=16, logits=16 * 11), {}
     for length in (64, 128, 256):
-        model, tokens = gpt(context=length, layers=2, d=4, tied=False), torch.randint(11, (1, length + 1))
+        model, tokens = (
+            gpt(context=length, layers=2, d=4, tied=False),
+            torch.randint(11, (1, length + 1)),
+        )
         problem = ht.Problem(model, ht.cross_entropy, [(tokens[:, :-1], tokens[:, 1:])])
         for kind in (NONE, segments):
             name = ["blocks.0.attention.query.weight"]
             peaks[kind, length] = peak(DoubleBackward(problem, segments=kind), problem, name)
     growth = {
-        kind: (peaks[kind, 256] - peaks[kind, 128]) / (peaks[kind, 128] - peaks[kind, 64]) for kind in (NONE, segments)
+        kind: (peaks[kind, 256] - peaks[kind, 128]) / (peaks[kind, 128] - peaks[kind, 64])
+        for kind in (NONE, segments)
     }
     assert growth[NONE] > 3.5 and growth[segments] < 2.2
 
@@ -288,14 +319,19 @@ def test_only_boundaries_are_kept():
             kept[layers] = live.now
     weights = sum(p.numel() for p in model.blocks[0].parameters())
     boundary = 2 * 16 * 8  # what comes in, and the gradient of what goes out
-    assert (kept[8] - kept[4]) / 4 / 4 <= weights + 2.5 * boundary  # floats a layer: its gradient and its boundary
+    assert (
+        kept[8] - kept[4]
+    ) / 4 / 4 <= weights + 2.5 * boundary  # floats a layer: its gradient and its boundary
 
 
 def test_layers_that_read_more_than_their_arguments_are_not_segments():
     class Reading(nn.Module):
         def __init__(self, shared):
             super().__init__()
-            self.inner, self.shared = nn.Linear(3, 3), [shared]  # not registered: no parameter of the layer
+            self.inner, self.shared = (
+                nn.Linear(3, 3),
+                [shared],
+            )  # not registered: no parameter of the layer
 
         def forward(self, x):
             return torch.tanh(self.inner(x)) * self.shared[0]

@@ -15,7 +15,12 @@ from hessian_tools.curvature.operators import DiagonalOperator
 def spectra(blocks, notes=()):
     """Exact spectra of diagonal blocks with the given eigenvalues."""
     quadratures = {
-        name: ht.slq(DiagonalOperator(torch.tensor(values, dtype=torch.float64)), num_probes=2, num_steps=3, exact=True)
+        name: ht.slq(
+            DiagonalOperator(torch.tensor(values, dtype=torch.float64)),
+            num_probes=2,
+            num_steps=3,
+            exact=True,
+        )
         for name, values in blocks.items()
     }
     return ht.BlockSpectra(quadratures, 2, 3, 0, "rademacher", "full", "the route", notes)
@@ -26,7 +31,12 @@ SMALL = spectra({"a.weight": [-1.0, 2.0, 3.0], "longer.bias": [0.0, 0.0]}, ("a n
 
 def test_table():
     text = report.table(("name", "x"), [("a", "1.5"), ("long name", "2")])
-    assert text.splitlines() == ["name         x", "---------  ---", "a          1.5", "long name    2"]
+    assert text.splitlines() == [
+        "name         x",
+        "---------  ---",
+        "a          1.5",
+        "long name    2",
+    ]
     assert report.table(("a", "b"), [("xxx", "yy")], left=2).splitlines()[0] == "a    b"
 
 
@@ -65,7 +75,17 @@ def test_readings_table_has_a_column_a_model():
     js = ht.js_heterogeneity(spectra({"a": [1.0, 1.0], "b": [1000.0, 1000.0]}))
     other = ht.js_heterogeneity(spectra({"a": [1.0, 1.0], "b": [1.0, 1.0]}))
     lines = report.readings_table({"first": js, "second": other}).splitlines()
-    assert lines[0].split() == ["reading", "(mean", "over", "pairs", "±", "standard", "error)", "first", "second"]
+    assert lines[0].split() == [
+        "reading",
+        "(mean",
+        "over",
+        "pairs",
+        "±",
+        "standard",
+        "error)",
+        "first",
+        "second",
+    ]
     start = lines[1].index(" ")
     rows = {line[:start].strip(): line[start:].split() for line in lines[2:]}
     assert [name.split(" [")[0] for name in rows] == [

@@ -28,9 +28,15 @@ def quadrature(seed=0, exact="auto"):
 
 def samples():
     """One result of every type, by the type's name."""
-    blocks = {"a.weight": quadrature(0), "b[q,head=1]": quadrature(1, exact=True), "zero": quadrature(2)}
+    blocks = {
+        "a.weight": quadrature(0),
+        "b[q,head=1]": quadrature(1, exact=True),
+        "zero": quadrature(2),
+    }
     blocks["zero"] = dataclasses.replace(blocks["zero"], nodes=0 * blocks["zero"].nodes)
-    spectra = ht.BlockSpectra(blocks, 2, 5, 0, "rademacher", "full", "some route", ("a note", "another"))
+    spectra = ht.BlockSpectra(
+        blocks, 2, 5, 0, "rademacher", "full", "some route", ("a note", "another")
+    )
     js = ht.js_heterogeneity(spectra)
     check = Check("symmetry", float("nan"), 1e-3, "remark")
     found = [
@@ -45,17 +51,44 @@ def samples():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     partition = ht.partition(model, "neuron")
     arguments = ht.adam_mini_arguments(model, partition)
-    found += [partition, partition.cuts[0].chunk(1, 2), partition.cuts[0].parts[0], arguments, arguments.keywords]
+    found += [
+        partition,
+        partition.cuts[0].chunk(1, 2),
+        partition.cuts[0].parts[0],
+        arguments,
+        arguments.keywords,
+    ]
     found += [ht.state_savings(model, partition)]
-    report = ht.check_partition(ht.Problem(model, ht.mse, [(torch.randn(4, 2), torch.randn(4, 2))]), partition)
-    found += [report, report.levels, report.tensors[0], report.tensors[0].evidence[0], report.tensors[0].tests[0]]
-    problem = ht.Problem(model.double(), ht.mse, [(torch.randn(4, 2).double(), torch.randn(4, 2).double())])
+    report = ht.check_partition(
+        ht.Problem(model, ht.mse, [(torch.randn(4, 2), torch.randn(4, 2))]), partition
+    )
+    found += [
+        report,
+        report.levels,
+        report.tensors[0],
+        report.tensors[0].evidence[0],
+        report.tensors[0].tests[0],
+    ]
+    problem = ht.Problem(
+        model.double(), ht.mse, [(torch.randn(4, 2).double(), torch.randn(4, 2).double())]
+    )
     conditioning = ht.block_conditioning(problem, "neuron")
-    found += [ht.dense_block(problem, partition), ht.coupling(problem, partition, num_probes=2), conditioning]
+    found += [
+        ht.dense_block(problem, partition),
+        ht.coupling(problem, partition, num_probes=2),
+        conditioning,
+    ]
     found += [conditioning.values, ht.block_extremes(problem, partition)]
     case, few = quadratic.case(3), {"num_starts": 2, "num_steps": 10}
-    found += [quadratic.run(case, "gd", **few), quadratic.best_step(case, "sign", **few), quadratic.constants(case)]
-    found += [quadratic.check_gd_bound(case, num_steps=2)[0], quadratic.limit_cycle(case, beta2=0.9, **few, tail=4)]
+    found += [
+        quadratic.run(case, "gd", **few),
+        quadratic.best_step(case, "sign", **few),
+        quadratic.constants(case),
+    ]
+    found += [
+        quadratic.check_gd_bound(case, num_steps=2)[0],
+        quadratic.limit_cycle(case, beta2=0.9, **few, tail=4),
+    ]
     found.append(quadratic.Scorecard("r", 1, 2, 3, 4))
     return {type(result).__name__: result for result in found}
 
@@ -96,9 +129,23 @@ def test_every_result_comes_back_exactly(name, tmp_path):
     "value",
     [
         {"b": 1, "a": {"nested": (1, "two", None, True, [3.5, [], ()])}},
-        {"nan": math.nan, "inf": (math.inf, -math.inf), "tiny": 5e-324, "third": 1 / 3, "big": 2**80},
-        {"array": np.array([[1.5, np.nan], [-np.inf, -0.0]], dtype=np.float32), "empty": np.zeros((0, 3), bool)},
-        {"type": "not a type", "dict": [], "float": "1", "array": {}},  # keys that the format itself uses
+        {
+            "nan": math.nan,
+            "inf": (math.inf, -math.inf),
+            "tiny": 5e-324,
+            "third": 1 / 3,
+            "big": 2**80,
+        },
+        {
+            "array": np.array([[1.5, np.nan], [-np.inf, -0.0]], dtype=np.float32),
+            "empty": np.zeros((0, 3), bool),
+        },
+        {
+            "type": "not a type",
+            "dict": [],
+            "float": "1",
+            "array": {},
+        },  # keys that the format itself uses
         {"": (), "fortran": np.asfortranarray(np.arange(6).reshape(2, 3))},
     ],
 )
@@ -107,7 +154,13 @@ def test_values_come_back_exactly(value, tmp_path):
 
 
 def test_numpy_scalars_come_back_as_python_s(tmp_path):
-    value = {"f": np.float32(0.1), "i": np.int64(7), "b": np.bool_(True), "n": np.float64("nan"), "s": np.str_("x")}
+    value = {
+        "f": np.float32(0.1),
+        "i": np.int64(7),
+        "b": np.bool_(True),
+        "n": np.float64("nan"),
+        "s": np.str_("x"),
+    }
     found = load(save(value, tmp_path / "x"))
     assert same(found, {"f": float(np.float32(0.1)), "i": 7, "b": True, "n": math.nan, "s": "x"})
 
@@ -124,7 +177,16 @@ class Verdict:  # of the same name as one of ours
 
 
 @pytest.mark.parametrize(
-    "value", [object(), {1: "a key that is no string"}, {"a": {2, 3}}, 1j, np.array([object()]), Verdict("Adam"), b"x"]
+    "value",
+    [
+        object(),
+        {1: "a key that is no string"},
+        {"a": {2, 3}},
+        1j,
+        np.array([object()]),
+        Verdict("Adam"),
+        b"x",
+    ],
 )
 def test_other_things_are_refused_and_nothing_is_written(value, tmp_path):
     with pytest.raises(TypeError, match="cannot save a"):
@@ -202,7 +264,9 @@ def test_other_files_are_refused(content, message, tmp_path):
         load(tmp_path / "x")
 
 
-@pytest.mark.parametrize("change", [("Verdict", "Unknown"), ("decision", "renamed"), ('"fields"', '"else"')])
+@pytest.mark.parametrize(
+    "change", [("Verdict", "Unknown"), ("decision", "renamed"), ('"fields"', '"else"')]
+)
 def test_results_of_another_version_are_refused(change, tmp_path):
     path = save(SAMPLES["Verdict"], tmp_path / "x")
     path.write_text(path.read_text().replace(*change))
@@ -234,10 +298,15 @@ def test_journal_drops_what_a_kill_tore_at_any_byte(tmp_path):
         assert path.stat().st_size == first
     journal = Journal(path)
     journal.append("b[v]", torn)
-    assert same(Journal(path).finished, {"a.weight": kept, "b[v]": torn}) and path.read_bytes() == whole
+    assert (
+        same(Journal(path).finished, {"a.weight": kept, "b[v]": torn})
+        and path.read_bytes() == whole
+    )
 
 
-@pytest.mark.parametrize("rubbish", [b"\0" * 40 + b"\n", b'["a", {"type": "Gone", "fields": {}}]\n'])
+@pytest.mark.parametrize(
+    "rubbish", [b"\0" * 40 + b"\n", b'["a", {"type": "Gone", "fields": {}}]\n']
+)
 def test_journal_keeps_what_stands_before_rubbish(rubbish, tmp_path):
     path = tmp_path / "blocks.jsonl"
     Journal(path).append("a", quadrature(0))

@@ -18,4 +18,6 @@ def test_one_probe_is_tried_where_two_do_not_fit():
     tight = trials._trial(NONE, largest.graph + largest.passes[2] - 1)
     assert all(set(trial.passes) == {1} for trial in tight.values())
     footprint = Footprint.measured(tight, 0)  # all of a single probe's pass counts as a probe's
-    assert footprint.row(max(free)) == tight[max(free)].passes[1] and footprint.fixed(max(free)) == 0
+    assert (
+        footprint.row(max(free)) == tight[max(free)].passes[1] and footprint.fixed(max(free)) == 0
+    )

@@ -34,8 +34,12 @@ def test_a_gradient_that_is_not_the_loss_own_is_found():
         def forward(self, tokens):
             return self.last(torch.tanh(self.table(tokens)).mean(1))
 
-    problem = ht.Problem(Padded(), ht.cross_entropy, [(torch.tensor([[0, 1], [2, 0]]), torch.tensor([0, 1]))])
-    assert not ht.HessianOperator(problem).verify().passed  # padding_idx drops the gradient of token 0 where it is read
+    problem = ht.Problem(
+        Padded(), ht.cross_entropy, [(torch.tensor([[0, 1], [2, 0]]), torch.tensor([0, 1]))]
+    )
+    assert (
+        not ht.HessianOperator(problem).verify().passed
+    )  # padding_idx drops the gradient of token 0 where it is read
 
 
 @pytest.mark.parametrize("network_class", [SmallResNet, SmallVGG])
@@ -43,7 +47,9 @@ def test_kinks_do_not_disturb_the_referee(network_class):
     torch.manual_seed(0)
     batch = (torch.randn(8, 3, 16, 16), torch.randint(10, (8,)))
     stats = True if network_class is SmallResNet else None
-    report = ht.HessianOperator(ht.Problem(network_class(), ht.cross_entropy, [batch], batch_stats=stats)).verify()
+    report = ht.HessianOperator(
+        ht.Problem(network_class(), ht.cross_entropy, [batch], batch_stats=stats)
+    ).verify()
     assert report.passed and report.checks[-1].name.startswith("finite difference"), str(report)
 
 
@@ -79,7 +85,9 @@ def test_the_model_is_left_as_it_was():
     before = copy.deepcopy(problem.model.state_dict())
     report = ht.HessianOperator(problem).verify(list(ht.partition(problem.model, "head"))[:2])
     assert report.passed and not report.skipped, str(report)
-    assert all(torch.equal(value, before[name]) for name, value in problem.model.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in problem.model.state_dict().items()
+    )
 
 
 def test_what_cannot_be_checked_is_said():

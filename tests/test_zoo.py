@@ -30,11 +30,17 @@ def run(code: str) -> str:
 @pytest.mark.parametrize(
     ("name", "published"),
     [
-        ("resnet18", 11_689_512 - 990 * 513),  # torchvision's table, with 10 classes in place of 1000
+        (
+            "resnet18",
+            11_689_512 - 990 * 513,
+        ),  # torchvision's table, with 10 classes in place of 1000
         ("vgg16", 138_357_544 - 990 * 4097),
         ("vit-base", 86_567_656 - 990 * 769),
         ("gpt2", 124_439_808),
-        ("bert-base", 109_514_298),  # the checkpoint's, its masked-token head included and its pooler not
+        (
+            "bert-base",
+            109_514_298,
+        ),  # the checkpoint's, its masked-token head included and its pooler not
         ("mlp-mixer", 59_880_472 - 990 * 769),  # 59 M in the paper
     ],
 )
@@ -48,7 +54,10 @@ def test_mixer_matches_the_count_written_out():
     block = 2 * 2 * d + token_mixing + 2 * d * hidden_channels + hidden_channels + d
     with torch.device("meta"):
         mixer = MLPMixer()
-    assert sum(p.numel() for p in mixer.parameters()) == 3 * 16**2 * d + d + layers * block + 2 * d + d * 1000 + 1000
+    assert (
+        sum(p.numel() for p in mixer.parameters())
+        == 3 * 16**2 * d + d + layers * block + 2 * d + d * 1000 + 1000
+    )
 
 
 def test_describe_lists_every_model_without_disturbing_the_generator():
@@ -107,15 +116,21 @@ def test_the_seed_decides_weights_and_data_and_nothing_else_does(name):
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     again, other = zoo.load(name, seed=0), zoo.load(name, seed=1)
-    assert torch.equal(weights(first), weights(again)) and not torch.equal(weights(first), weights(other))
+    assert torch.equal(weights(first), weights(again)) and not torch.equal(
+        weights(first), weights(other)
+    )
     for side in (0, 1):
         assert torch.equal(first.batches[0][side], again.batches[0][side])
         assert not torch.equal(first.batches[0][side], other.batches[0][side])
     double = zoo.load(name, seed=0, dtype=torch.float64)
-    assert weights(double).dtype == torch.float64 and torch.equal(weights(double).float(), weights(first))
+    assert weights(double).dtype == torch.float64 and torch.equal(
+        weights(double).float(), weights(first)
+    )
     loss = double.loss_fn(double.model, double.batches[0])
     assert loss.dtype == torch.float64
-    assert loss.item() == pytest.approx(first.loss_fn(first.model, first.batches[0]).item(), rel=1e-4)
+    assert loss.item() == pytest.approx(
+        first.loss_fn(first.model, first.batches[0]).item(), rel=1e-4
+    )
 
 
 def test_float64_losses_have_no_float32_inside():
@@ -129,18 +144,30 @@ def test_float64_losses_have_no_float32_inside():
             for parameter, slope in zip(parameters, gradient, strict=True):
                 parameter -= 1e-9 * slope
             change = float(loss - loaded.loss_fn(loaded.model, loaded.batches[0]))
-        assert change == pytest.approx(1e-9 * sum(float(slope.square().sum()) for slope in gradient), rel=1e-3)
+        assert change == pytest.approx(
+            1e-9 * sum(float(slope.square().sum()) for slope in gradient), rel=1e-3
+        )
 
 
 def test_bert_reads_every_token_with_a_gradient():
     model = zoo.load("bert-nano").model
-    assert all(module.padding_idx is None for module in model.modules() if isinstance(module, nn.Embedding))
+    assert all(
+        module.padding_idx is None for module in model.modules() if isinstance(module, nn.Embedding)
+    )
 
 
 def test_settings_are_json_and_describe_what_was_loaded(tmp_path):
     file = tmp_path / "own.txt"
     file.write_text("one two three four " * 100)
-    loaded = zoo.load("gpt2-nano", num_examples=5, batch_size=2, context=16, tokenizer="bpe", data=str(file), seed=7)
+    loaded = zoo.load(
+        "gpt2-nano",
+        num_examples=5,
+        batch_size=2,
+        context=16,
+        tokenizer="bpe",
+        data=str(file),
+        seed=7,
+    )
     assert json.loads(json.dumps(loaded.settings)) == {
         "model": "gpt2-nano", "num_examples": 5, "batch_size": 2, "seed": 7, "context": 16, "tokenizer": "bpe",
         "data": str(file), "device": "cpu", "dtype": "float32",
@@ -207,7 +234,9 @@ def test_nano_gpt_attention_is_softmax_attention():
     out = torch.zeros_like(x)
     for head in range(attention.num_heads):
         rows = slice(4 * head, 4 * head + 4)
-        q, k, v = ((layer(x))[..., rows] for layer in (attention.query, attention.key, attention.value))
+        q, k, v = (
+            (layer(x))[..., rows] for layer in (attention.query, attention.key, attention.value)
+        )
         scores = (q @ k.mT / 2).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
         out[..., rows] = scores.softmax(-1) @ v
     torch.testing.assert_close(attention(x), attention.proj(out))
@@ -223,7 +252,9 @@ def test_initialisations_are_the_stated_ones():
     mixer = MLPMixer(32, 4, 2, 96, 64, 384, 10)
     for module in mixer.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            assert module.weight.std().item() * module.weight[0].numel() ** 0.5 == pytest.approx(1, rel=0.1)
+            assert module.weight.std().item() * module.weight[0].numel() ** 0.5 == pytest.approx(
+                1, rel=0.1
+            )
             assert not module.bias.any()
 
 
@@ -238,7 +269,12 @@ def test_mlp_has_the_layers_asked_for():
 
 def test_importing_the_zoo_imports_nothing_heavy():
     heavy = "{'torchvision', 'transformers', 'tokenizers', 'PIL', 'matplotlib'}"
-    assert run(f"import sys, hessian_tools.problem.zoo; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
+    assert (
+        run(
+            f"import sys, hessian_tools.problem.zoo; print(sorted({heavy} & set(sys.modules)))"
+        ).strip()
+        == "[]"
+    )
 
 
 def test_repair_makes_transformers_and_torchvision_usable():

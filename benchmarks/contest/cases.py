@@ -30,7 +30,10 @@ class Work:
     probes: int = 8  # of job a8
     density: tuple[int, int] = (4, 25)  # (k, m) of job c; 100 products are PyHessian's default
     blockwise: tuple[int, int] = (2, 6)  # (k, m) of job d
-    sample: tuple[int, int] = (1, 1)  # what is run of d by contenders whose every product starts anew
+    sample: tuple[int, int] = (
+        1,
+        1,
+    )  # what is run of d by contenders whose every product starts anew
     blocks: int | None = None  # weight matrices of jobs b and d, evenly spaced; None: all
 
 
@@ -60,7 +63,9 @@ class Case:
 
     def problem(self) -> ht.Problem:
         has_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules())
-        return ht.Problem(self.model, ht.cross_entropy, self.batches, batch_stats=False if has_norm else None)
+        return ht.Problem(
+            self.model, ht.cross_entropy, self.batches, batch_stats=False if has_norm else None
+        )
 
 
 def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -73,7 +78,11 @@ def _zoo(name: str, **knobs: int) -> tuple[nn.Module, list, str]:
     text = zoo.SPECS[name].description
     if made.batch_stats is not None:  # the zoo's own choice is the other one
         text = f"{text.rpartition(', ')[0]}, BatchNorm by running statistics"
-    return made.model, made.batches, f"{text}; {knobs['num_examples']} examples of {made.settings['data']}"
+    return (
+        made.model,
+        made.batches,
+        f"{text}; {knobs['num_examples']} examples of {made.settings['data']}",
+    )
 
 
 def _gpt(layers: int, width: int, context: int, sequences: int) -> tuple[nn.Module, list, str]:
@@ -81,9 +90,15 @@ def _gpt(layers: int, width: int, context: int, sequences: int) -> tuple[nn.Modu
     torch.manual_seed(SEED)
     model = networks.NanoGPT(vocabulary, context, layers, width, HEADS, tied=False).eval()
     tokens = data.text_tokens(TOKENIZER)
-    batches = data.language_batches(tokens, num_examples=sequences, batch_size=sequences, context=context, seed=SEED)
+    batches = data.language_batches(
+        tokens, num_examples=sequences, batch_size=sequences, context=context, seed=SEED
+    )
     text = f"GPT of {layers} layers, d={width}, {HEADS} heads, untied, vocabulary {vocabulary}"
-    return model, batches, f"{text}; {sequences} sequences of {context} {TOKENIZER} tokens of the plays"
+    return (
+        model,
+        batches,
+        f"{text}; {sequences} sequences of {context} {TOKENIZER} tokens of the plays",
+    )
 
 
 def _uneven() -> tuple[nn.Module, list, str]:
@@ -95,8 +110,12 @@ def _ignored() -> tuple[nn.Module, list, str]:
     """No LayerNorm here, which would hide one fault behind another."""
     torch.manual_seed(SEED)
     vocabulary = data.TOKENIZERS["byte"].size
-    model = nn.Sequential(nn.Embedding(vocabulary, 32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, vocabulary))
-    batches = data.language_batches(data.text_tokens("byte"), num_examples=4, batch_size=2, context=32, seed=SEED)
+    model = nn.Sequential(
+        nn.Embedding(vocabulary, 32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, vocabulary)
+    )
+    batches = data.language_batches(
+        data.text_tokens("byte"), num_examples=4, batch_size=2, context=32, seed=SEED
+    )
     for (_, targets), ignored in zip(batches, (28, 4), strict=True):
         targets[:, -ignored:] = -100
     return model.eval(), batches, "two batches of tokens, 28 and 4 of every 32 targets ignored"
@@ -105,10 +124,19 @@ def _ignored() -> tuple[nn.Module, list, str]:
 Build = Callable[[], tuple[nn.Module, list, str]]
 GPT2_TEXT = {"context": GPT2_CONTEXT, "num_examples": GPT2_SEQUENCES}
 MODELS: dict[str, tuple[Build, Work]] = {
-    "mlp": (partial(_zoo, "mlp", num_examples=IMAGES), Work(density=(4, 40), blockwise=(4, 40), sample=(4, 40))),
-    "resnet18": (partial(_zoo, "resnet18", image_size=IMAGE_SIZE, num_examples=RESNET_IMAGES), Work()),
+    "mlp": (
+        partial(_zoo, "mlp", num_examples=IMAGES),
+        Work(density=(4, 40), blockwise=(4, 40), sample=(4, 40)),
+    ),
+    "resnet18": (
+        partial(_zoo, "resnet18", image_size=IMAGE_SIZE, num_examples=RESNET_IMAGES),
+        Work(),
+    ),
     "gpt": (partial(_gpt, LAYERS, WIDTH, CONTEXT, SEQUENCES), Work()),
-    "gpt2": (partial(_zoo, "gpt2", **GPT2_TEXT), Work(probes=2, density=(1, 8), blockwise=(1, 3), blocks=4)),
+    "gpt2": (
+        partial(_zoo, "gpt2", **GPT2_TEXT),
+        Work(probes=2, density=(1, 8), blockwise=(1, 3), blocks=4),
+    ),
 }
 SPECIAL: dict[str, Build] = {"uneven": _uneven, "ignored": _ignored}
 _TINY = Work(probes=2, density=(2, 3), blockwise=(2, 3), blocks=3)
@@ -136,7 +164,9 @@ def build(name: str, device: str, dtype: torch.dtype, smoke: bool) -> Case:
     make, work = (SPECIAL[name], None) if name in SPECIAL else (SMOKE if smoke else MODELS)[name]
     model, batches, description = make()
     model = model.to(device, dtype).requires_grad_()
-    batches = [(x.to(device, dtype if x.is_floating_point() else None), y.to(device)) for x, y in batches]
+    batches = [
+        (x.to(device, dtype if x.is_floating_point() else None), y.to(device)) for x, y in batches
+    ]
     matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
     count = min(work.blocks or len(matrices), len(matrices)) if work else 3
     # evenly spaced, from the middle of each stretch: the first and last are no typical ones

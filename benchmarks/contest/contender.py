@@ -22,7 +22,9 @@ class Contender(ABC):
     name: str
     package: str | None  # its distribution's name
     how: str
-    rebuilds = True  # every product starts anew, so that a job may be measured on part of its products
+    rebuilds = (
+        True  # every product starts anew, so that a job may be measured on part of its products
+    )
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -80,7 +82,9 @@ def quadrature(nodes: Tensor, weights: Tensor, size: int) -> Quadrature:
     held = np.take_along_axis(held, order, axis=1)
     shares = np.take_along_axis(weights.detach().double().cpu().numpy(), order, axis=1)
     unknown = np.full(held.shape, np.nan)
-    return Quadrature(held, shares, unknown, steps, size, int(steps.sum()), "complete", "rademacher", "none")
+    return Quadrature(
+        held, shares, unknown, steps, size, int(steps.sum()), "complete", "rademacher", "none"
+    )
 
 
 def smoothed(nodes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

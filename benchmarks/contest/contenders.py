@@ -55,10 +55,16 @@ class HessianTools(Contender):
         return density.eigenvalues, density.values[0]
 
     def blockwise(self, probes: int, steps: int) -> ht.BlockSpectra:
-        return ht.blockwise_slq(self.hessian, self.blocks, num_probes=probes, num_steps=steps, seed=0, progress=False)
+        return ht.blockwise_slq(
+            self.hessian, self.blocks, num_probes=probes, num_steps=steps, seed=0, progress=False
+        )
 
     def notes(self) -> list[str]:
-        return [f"route: {getattr(self, name).route}" for name in ("settled", "hessian") if name in self.__dict__]
+        return [
+            f"route: {getattr(self, name).route}"
+            for name in ("settled", "hessian")
+            if name in self.__dict__
+        ]
 
     def close(self) -> None:
         for name in ("settled", "hessian"):
@@ -91,7 +97,9 @@ class OfficialAlgorithm(Contender):
             loss = criterion(model(inputs), targets)
             gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
             chosen = [g for name, g in zip(parameters, gradients, strict=True) if name in vectors]
-            torch.autograd.backward(chosen, [vectors[name] for name in parameters if name in vectors])
+            torch.autograd.backward(
+                chosen, [vectors[name] for name in parameters if name in vectors]
+            )
             for name in vectors:
                 total[name] += parameters[name].grad
             model.zero_grad()
@@ -101,12 +109,16 @@ class OfficialAlgorithm(Contender):
         parameters = self.case.parameters
         rows = (vector.split([p.numel() for p in parameters.values()]) for vector in vectors)
         return [
-            self.multiply({n: piece.view_as(p) for (n, p), piece in zip(parameters.items(), row, strict=True)})
+            self.multiply(
+                {n: piece.view_as(p) for (n, p), piece in zip(parameters.items(), row, strict=True)}
+            )
             for row in rows
         ]
 
     def rows(self, products: list[dict[str, Tensor]]) -> Tensor:
-        return torch.stack([torch.cat([piece.flatten() for piece in row.values()]) for row in products])
+        return torch.stack(
+            [torch.cat([piece.flatten() for piece in row.values()]) for row in products]
+        )
 
     def block_products(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.multiply({name: vector})[name] for name, vector in vectors.items()}
@@ -122,7 +134,9 @@ class OfficialAlgorithm(Contender):
             previous, beta, alphas, betas = torch.zeros_like(current), 0.0, [], []
             for _ in range(steps):
                 pieces = current.split(sizes)
-                row = self.multiply({n: piece.view(shapes[n]) for n, piece in zip(names, pieces, strict=True)})
+                row = self.multiply(
+                    {n: piece.view(shapes[n]) for n, piece in zip(names, pieces, strict=True)}
+                )
                 residual = torch.cat([piece.flatten() for piece in row.values()]) - beta * previous
                 alphas.append(float(residual @ current))
                 residual -= alphas[-1] * current

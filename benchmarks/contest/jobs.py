@@ -76,11 +76,17 @@ class Bench:
     def errors(self, expected: dict[str, Tensor]) -> dict[str, float]:
         """Relative errors against the referee's products, under its names."""
         with sdpa_kernel(SDPBackend.MATH):
-            whole = self.contender.product(self.contender.layout(referee.whole_directions(self.case)))
-            found = dict(zip((referee.WHOLE, referee.SMALL), self.contender.rows(whole), strict=True))
+            whole = self.contender.product(
+                self.contender.layout(referee.whole_directions(self.case))
+            )
+            found = dict(
+                zip((referee.WHOLE, referee.SMALL), self.contender.rows(whole), strict=True)
+            )
             blocks = self.contender.block_products(self.block_vectors)
         found |= {referee.BLOCK + name: product for name, product in blocks.items()}
-        return {name: referee.relative_error(found[name], product) for name, product in expected.items()}
+        return {
+            name: referee.relative_error(found[name], product) for name, product in expected.items()
+        }
 
     def notes(self) -> list[str]:
         with sdpa_kernel(SDPBackend.MATH):
@@ -115,7 +121,9 @@ class Bench:
         fresh.close()
         started = time.perf_counter()
         js = ht.js_heterogeneity(spectra)
-        facts = {name: reading.mean for name, reading in js.readings.items()} | {"scale_spread": js.scale_spread.value}
+        facts = {name: reading.mean for name, reading in js.readings.items()} | {
+            "scale_spread": js.scale_spread.value
+        }
         facts |= {"probes": probes, "steps": steps, "unscaled": time.perf_counter() - started}
         return work.blockwise[0] * work.blockwise[1] / (probes * steps), facts
 

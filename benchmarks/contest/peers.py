@@ -31,7 +31,9 @@ class HessianEigenthings(Contender):
     def operator(self, name: str | None = None) -> Any:
         chosen = None if name is None else self.library.match_names(name)
         loss = self.library.supervised_loss(criterion)
-        return self.library.HessianOperator(self.case.model, self.case.batches, loss, param_filter=chosen)
+        return self.library.HessianOperator(
+            self.case.model, self.case.batches, loss, param_filter=chosen
+        )
 
     @cached_property
     def whole(self) -> Any:
@@ -48,17 +50,23 @@ class HessianEigenthings(Contender):
         return torch.stack(products)
 
     def block_products(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self.operators[name].matvec(vector.flatten()) for name, vector in vectors.items()}
+        return {
+            name: self.operators[name].matvec(vector.flatten()) for name, vector in vectors.items()
+        }
 
     def density(self, probes: int, steps: int, hint: Any) -> tuple[np.ndarray, np.ndarray]:
-        found = self.library.spectral_density(self.whole, num_runs=probes, lanczos_steps=steps, seed=0)
+        found = self.library.spectral_density(
+            self.whole, num_runs=probes, lanczos_steps=steps, seed=0
+        )
         return found.grid.cpu().numpy(), found.density.cpu().numpy()
 
     def blockwise(self, probes: int, steps: int) -> dict[str, Quadrature]:
         spectra = {}
         for name in self.case.weights:
             operator = self.operator(name)
-            found = self.library.spectral_density(operator, num_runs=probes, lanczos_steps=steps, seed=0)
+            found = self.library.spectral_density(
+                operator, num_runs=probes, lanczos_steps=steps, seed=0
+            )
             spectra[name] = quadrature(found.raw_eigenvalues, found.raw_weights, operator.size)
         return spectra
 
@@ -89,7 +97,9 @@ class Curvlinops(Contender):
 
         cls.library, cls.fast_lanczos = curvlinops, staticmethod(fast_lanczos)
 
-    def operator(self, names: tuple[str, ...] | None = None, checked: bool = True, **options: Any) -> Any:
+    def operator(
+        self, names: tuple[str, ...] | None = None, checked: bool = True, **options: Any
+    ) -> Any:
         model = _FlatLogits(self.case.model)
         parameters = self.case.parameters
         chosen = [parameters[name] for name in names or parameters]
@@ -133,7 +143,9 @@ class Curvlinops(Contender):
     def blockwise(self, probes: int, steps: int) -> dict[str, Quadrature]:
         spectra = {}
         for index, name in enumerate(self.case.weights):
-            operator = self.operator((name,), checked=index == 0)  # its check of determinism once is enough
+            operator = self.operator(
+                (name,), checked=index == 0
+            )  # its check of determinism once is enough
             runs = [self.fast_lanczos(operator, steps) for _ in range(probes)]
             nodes, vectors = (torch.stack(found) for found in zip(*runs, strict=True))
             spectra[name] = quadrature(nodes, vectors[:, 0] ** 2, operator.shape[0])
@@ -167,7 +179,9 @@ class PyHessian(Contender):
     def layout(self, vectors: Tensor) -> list[list[Tensor]]:
         shapes = [p.shape for p in self.case.model.parameters()]
         pieces = (vector.split([shape.numel() for shape in shapes]) for vector in vectors)
-        return [[piece.view(shape) for piece, shape in zip(row, shapes, strict=True)] for row in pieces]
+        return [
+            [piece.view(shape) for piece, shape in zip(row, shapes, strict=True)] for row in pieces
+        ]
 
     def product(self, vectors: list[list[Tensor]]) -> list[list[Tensor]]:
         if self.whole.full_dataset:
@@ -186,7 +200,10 @@ class PyHessian(Contender):
             return found
         pairs = zip(self.whole.gradsH, self.whole.params, strict=True)
         by_name = dict(zip(self.case.parameters, pairs, strict=True))
-        return {name: self.hvp([by_name[name][0]], [by_name[name][1]], [v])[0] for name, v in vectors.items()}
+        return {
+            name: self.hvp([by_name[name][0]], [by_name[name][1]], [v])[0]
+            for name, v in vectors.items()
+        }
 
     def density(self, probes: int, steps: int, hint: Any) -> tuple[np.ndarray, np.ndarray]:
         with _eig_given_back():

@@ -73,5 +73,9 @@ class Process:
         if line := self.popen.stdout.readline() if ready else b"":
             return json.loads(line)
         self.end()
-        reason = f"its process ended with code {self.popen.returncode}" if ready else f"given up after {limit:.0f} s"
+        reason = (
+            f"its process ended with code {self.popen.returncode}"
+            if ready
+            else f"given up after {limit:.0f} s"
+        )
         return {"error": reason, "closed": True, "late": True}

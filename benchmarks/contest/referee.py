@@ -15,9 +15,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from contest.cases import Case, criterion
 
-BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-6}  # rounding is 1e-6 in float32; wrong mathematics 1e-3 and more
+BOUNDS = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-6,
+}  # rounding is 1e-6 in float32; wrong mathematics 1e-3 and more
 WHOLE, SMALL, BLOCK = "whole Hessian", "whole Hessian on norms and biases", "block "
-STEPS = (1e-6, 1e-7, 1e-8, 1e-9, 1e-4, 1e-3)  # relative to the norm of the parameters, in the order tried
+STEPS = (
+    1e-6,
+    1e-7,
+    1e-8,
+    1e-9,
+    1e-4,
+    1e-3,
+)  # relative to the norm of the parameters, in the order tried
 AGREED = 1e-6
 NUM_BLOCKS = 3  # blocks checked: the first, the middle and the last of those that are multiplied
 
@@ -26,14 +36,21 @@ def directions(case: Case, count: int) -> Tensor:
     """(count, P) standard normal, the same in every process and on every device."""
     generator = torch.Generator().manual_seed(1)
     size = sum(parameter.numel() for parameter in case.model.parameters())
-    rows = [torch.randn(size, generator=generator) for _ in range(count)]  # a row does not depend on their number
+    rows = [
+        torch.randn(size, generator=generator) for _ in range(count)
+    ]  # a row does not depend on their number
     return torch.stack(rows).to(case.device, case.dtype)
 
 
 def whole_directions(case: Case) -> Tensor:
     """(2, P): the vectors of WHOLE and SMALL."""
     parameters = case.model.parameters()
-    small = torch.cat([torch.full((p.numel(),), p.ndim < 2, dtype=case.dtype, device=p.device) for p in parameters])
+    small = torch.cat(
+        [
+            torch.full((p.numel(),), p.ndim < 2, dtype=case.dtype, device=p.device)
+            for p in parameters
+        ]
+    )
     (vector,) = directions(case, 1)
     return torch.stack([vector, vector * small])
 
@@ -42,13 +59,20 @@ def block_directions(case: Case) -> dict[str, Tensor]:
     """A vector of the parameter's shape for every weight matrix of jobs b and d."""
     generator = torch.Generator().manual_seed(2)
     parameters = case.parameters
-    return {n: torch.randn(parameters[n].shape, generator=generator).to(case.device, case.dtype) for n in case.weights}
+    return {
+        n: torch.randn(parameters[n].shape, generator=generator).to(case.device, case.dtype)
+        for n in case.weights
+    }
 
 
 def checked_blocks(case: Case) -> list[str]:
     """The blocks that the referee looks at."""
     names = list(case.weights)
-    return list(dict.fromkeys(names[round(i * (len(names) - 1) / (NUM_BLOCKS - 1))] for i in range(NUM_BLOCKS)))
+    return list(
+        dict.fromkeys(
+            names[round(i * (len(names) - 1) / (NUM_BLOCKS - 1))] for i in range(NUM_BLOCKS)
+        )
+    )
 
 
 def reference(case: Case) -> tuple[dict[str, Tensor], float]:
@@ -68,11 +92,19 @@ def reference(case: Case) -> tuple[dict[str, Tensor], float]:
     return products, worst
 
 
-def _checks(case: Case, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _checks(
+    case: Case, parameters: Mapping[str, Tensor]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Names and float64 directions, one at a time: each may be as large as the model."""
     for key, vector in zip((WHOLE, SMALL), whole_directions(case), strict=True):
         pieces = vector.double().split([p.numel() for p in parameters.values()])
-        yield key, {name: piece.view_as(p) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}
+        yield (
+            key,
+            {
+                name: piece.view_as(p)
+                for (name, p), piece in zip(parameters.items(), pieces, strict=True)
+            },
+        )
     blocks = block_directions(case)
     for name in checked_blocks(case):
         yield BLOCK + name, {name: blocks[name].double()}
@@ -85,7 +117,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def _difference(
-    model: nn.Module, batches: Sequence, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+    model: nn.Module,
+    batches: Sequence,
+    parameters: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], float]:
     scale = math.hypot(*(float(p.detach().norm()) for p in parameters.values()))
     length = math.hypot(*(float(d.norm()) for d in direction.values()))
@@ -93,12 +128,16 @@ def _difference(
     previous: dict[str, Tensor] = {}
     for relative_step in STEPS:
         step = relative_step * scale / length
-        ahead, behind = (_gradient(model, batches, parameters, direction, sign * step) for sign in (1, -1))
+        ahead, behind = (
+            _gradient(model, batches, parameters, direction, sign * step) for sign in (1, -1)
+        )
         product = {name: ahead[name].sub_(behind[name]).div_(2 * step) for name in direction}
         del ahead, behind
         if previous:
             gap = math.hypot(*(float((product[n] - previous[n]).norm()) for n in product))
-            uncertainty = gap / max(math.hypot(*(float(t.norm()) for t in product.values())), 1e-300)
+            uncertainty = gap / max(
+                math.hypot(*(float(t.norm()) for t in product.values())), 1e-300
+            )
             if uncertainty < best[1]:
                 best = product, uncertainty
         if best[1] < AGREED:
@@ -108,7 +147,11 @@ def _difference(
 
 
 def _gradient(
-    model: nn.Module, batches: Sequence, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor], step: float
+    model: nn.Module,
+    batches: Sequence,
+    parameters: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    step: float,
 ) -> dict[str, Tensor]:
     """Of the pooled mean loss, at parameters + step * direction."""
     kept = {name: parameters[name].detach().clone() for name in direction}

@@ -13,16 +13,22 @@ def summarise(result: dict[str, Any]) -> None:
             for contender, entry in job["contenders"].items():
                 error = _error(model["correctness"].get(contender, {}), name)
                 entry["relative_error"] = error
-                entry["right"] = error is not None and error <= model["bound"] and "error" not in entry
+                entry["right"] = (
+                    error is not None and error <= model["bound"] and "error" not in entry
+                )
                 seconds = _whole_seconds(entry)
                 if seconds and ours:
-                    entry["ratio"] = spread([mine / base for mine, base in zip(seconds, ours, strict=True)])
+                    entry["ratio"] = spread(
+                        [mine / base for mine, base in zip(seconds, ours, strict=True)]
+                    )
             job["best_other"] = _best_other(job["contenders"])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles; with fewer than three values, their ends."""
-    low, median, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
+    low, median, high = (
+        quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
+    )
     return {"median": median, "low": low, "high": high}
 
 
@@ -38,7 +44,10 @@ def markdown(result: dict[str, Any]) -> str:
         _table(result, _ratio, best=True),
         "Peak memory above the model's, in MiB (fresh process, job from nothing, the part measured where ~).",
         _table(
-            result, lambda entry: f"{entry['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in entry else _missing(entry)
+            result,
+            lambda entry: (
+                f"{entry['peak_bytes'] / 2**20:,.0f}" if "peak_bytes" in entry else _missing(entry)
+            ),
         ),
         "Counted operations in forward passes (F) a product.",
         _table(result, _operations, jobs=("a1", "a8", "b")),
@@ -55,9 +64,17 @@ def _rounds(result: dict[str, Any]) -> dict[str, str]:
     counts: dict[str, set[int]] = {}
     for model in result["models"].values():
         for letter, job in model["jobs"].items():
-            made = [len(entry["repetitions"]) for entry in job["contenders"].values() if "repetitions" in entry]
+            made = [
+                len(entry["repetitions"])
+                for entry in job["contenders"].values()
+                if "repetitions" in entry
+            ]
             counts.setdefault(letter, set()).update(made)
-    return {j: str(max(c)) if min(c) == max(c) else f"{min(c)} to {max(c)}" for j, c in sorted(counts.items()) if c}
+    return {
+        j: str(max(c)) if min(c) == max(c) else f"{min(c)} to {max(c)}"
+        for j, c in sorted(counts.items())
+        if c
+    }
 
 
 def _whole_seconds(entry: dict[str, Any]) -> list[float]:
@@ -68,13 +85,17 @@ def _error(checked: dict[str, Any], job: str) -> float | None:
     errors = checked.get("errors")
     if errors is None:
         return None
-    found = [error for name, error in errors.items() if name.startswith("block ") == (job in ("b", "d"))]
+    found = [
+        error for name, error in errors.items() if name.startswith("block ") == (job in ("b", "d"))
+    ]
     return max(found, key=lambda e: (e != e, e)) if found else None  # NaN is the worst
 
 
 def _best_other(entries: dict[str, Any]) -> dict[str, Any] | None:
     right = {
-        name: e["ratio"]["median"] for name, e in entries.items() if name != "ours" and e["right"] and "ratio" in e
+        name: e["ratio"]["median"]
+        for name, e in entries.items()
+        if name != "ours" and e["right"] and "ratio" in e
     }
     return {"contender": min(right, key=right.get), "ratio": min(right.values())} if right else None
 
@@ -98,13 +119,21 @@ def _operations(entry: dict[str, Any]) -> str:
 
 def _table(result: dict[str, Any], cell: Any, jobs: Sequence[str] = (), best: bool = False) -> str:
     contenders = result["contenders"]
-    header = ["model", "job", *(c["label"] for c in contenders.values()), *(["best correct other"] if best else [])]
+    header = [
+        "model",
+        "job",
+        *(c["label"] for c in contenders.values()),
+        *(["best correct other"] if best else []),
+    ]
     rows = []
     for name, model in result["models"].items():
         for letter, job in model["jobs"].items():
             if jobs and letter not in jobs:
                 continue
-            cells = [cell(job["contenders"][c]) if c in job["contenders"] else "not measured" for c in contenders]
+            cells = [
+                cell(job["contenders"][c]) if c in job["contenders"] else "not measured"
+                for c in contenders
+            ]
             rows.append([name, f"({letter}) {job['text']}", *cells])
             if best:
                 found = job["best_other"]
@@ -119,7 +148,9 @@ def _correctness(result: dict[str, Any]) -> str:
     for name, model in {**result["models"], **result["special"]}.items():
         cells = [_verdict(model, c) for c in contenders]
         rows.append([name, model["description"], _number(model["uncertainty"]), *cells])
-    return _lines(["case", "what", "referee's own", *(c["label"] for c in contenders.values())], rows)
+    return _lines(
+        ["case", "what", "referee's own", *(c["label"] for c in contenders.values())], rows
+    )
 
 
 def _verdict(model: dict[str, Any], contender: str) -> str:
@@ -141,12 +172,17 @@ def _remarks(result: dict[str, Any]) -> list[str]:
             for contender, entry in model["jobs"].get("d", {}).get("contenders", {}).items()
             if entry.get("repetitions")
         }
-        if parts := {label: first["facts"] for label, first in firsts.items() if first["scale"] > 1}:
+        if parts := {
+            label: first["facts"] for label, first in firsts.items() if first["scale"] > 1
+        }:
             facts = next(iter(parts.values()))
             part = f"probes {facts['probes']} x steps {facts['steps']} of every block"
             lines.append(f"- {name} (d): {', '.join(parts)}: extrapolated from {part}, JS once")
         for contender, checked in model["correctness"].items():
-            lines += [f"- {name}, {result['contenders'][contender]['label']}: {n}" for n in checked.get("notes", [])]
+            lines += [
+                f"- {name}, {result['contenders'][contender]['label']}: {n}"
+                for n in checked.get("notes", [])
+            ]
     if not result["hardware"]["gpu"]:
         lines.append("- GPU: not measured")
     return ["\n".join(lines)]
@@ -154,7 +190,9 @@ def _remarks(result: dict[str, Any]) -> list[str]:
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---"] * len(header)
-    return "\n".join("| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in [header, rule, *rows])
+    return "\n".join(
+        "| " + " | ".join(c.replace("|", "/") for c in row) + " |" for row in [header, rule, *rows]
+    )
 
 
 def _number(value: float | None) -> str:

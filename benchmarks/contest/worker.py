@@ -29,10 +29,17 @@ class Session:
 
     def describe(self) -> dict[str, Any]:
         parameters = sum(p.numel() for p in self.case.model.parameters())
-        facts = {"description": self.case.description, "parameters": parameters, "blocks": list(self.case.weights)}
+        facts = {
+            "description": self.case.description,
+            "parameters": parameters,
+            "blocks": list(self.case.weights),
+        }
         work = asdict(self.case.work) if self.case.work else None
         cuda = self.case.device.type == "cuda"
-        facts |= {"gpu": torch.cuda.get_device_name() if cuda else None, "F": forward_operations(self.case)}
+        facts |= {
+            "gpu": torch.cuda.get_device_name() if cuda else None,
+            "F": forward_operations(self.case),
+        }
         return facts | {"matrices": self.case.num_matrices, "work": work}
 
     def reference(self, path: str) -> dict[str, Any]:
@@ -76,7 +83,9 @@ def answer(request: dict[str, Any], session: Any, out: TextIO) -> None:
     out.flush()
 
 
-def serve(contender: str, request: dict[str, Any], own_threads: int, requests: TextIO, out: TextIO) -> None:
+def serve(
+    contender: str, request: dict[str, Any], own_threads: int, requests: TextIO, out: TextIO
+) -> None:
     """The fork's life: opens the case, answers until told to close."""
     torch.set_num_threads(request["threads"] or own_threads)
     dtype = getattr(torch, request["dtype"])

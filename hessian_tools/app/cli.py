@@ -18,7 +18,15 @@ from typing import Any, NoReturn
 import torch
 
 from hessian_tools.app import partition_command, quadratic_command, report
-from hessian_tools.app.options import COUNT, add_network_options, add_run_options, load_problem, positive, say, verify
+from hessian_tools.app.options import (
+    COUNT,
+    add_network_options,
+    add_run_options,
+    load_problem,
+    positive,
+    say,
+    verify,
+)
 from hessian_tools.app.runs import RunFolder
 from hessian_tools.blocks.partition import PRESETS, Partition, partition
 from hessian_tools.curvature.engine.precision import PRECISIONS
@@ -32,7 +40,16 @@ from hessian_tools.spectra.lanczos import REORTHOGONALIZE
 from hessian_tools.spectra.probes import PROBE_KINDS
 from hessian_tools.spectra.quadrature import BlockSpectra, blockwise_slq
 
-_SLQ_KNOBS = ("command", "blocks", "probes", "steps", "probe_kind", "reorthogonalize", "seed", "precision")
+_SLQ_KNOBS = (
+    "command",
+    "blocks",
+    "probes",
+    "steps",
+    "probe_kind",
+    "reorthogonalize",
+    "seed",
+    "precision",
+)
 _LIMITS = {"probes": 10, "steps": 100}  # of --tolerance: the literature's setting
 _EPILOG = """Defaults are this package's own choices, for a first answer in minutes; where a source has others they are
 named: "paper" is Zhang et al., Why Transformers Need Adam, NeurIPS 2024, arXiv 2402.16788. Exit codes: 0 done, 1 a
@@ -41,7 +58,9 @@ HESSIAN_TOOLS_TRACEBACK=1 in the environment shows where in the code an error ca
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, where argparse would print its usage as well
+    def error(
+        self, message: str
+    ) -> NoReturn:  # one line, where argparse would print its usage as well
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
@@ -66,7 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt:
-        kept = f"finished blocks are kept in {out}, the same command goes on" if out else "with --out it could go on"
+        kept = (
+            f"finished blocks are kept in {out}, the same command goes on"
+            if out
+            else "with --out it could go on"
+        )
         say(f"hessian-tools: interrupted; {kept}")
         return 130
     except BrokenPipeError:  # `hessian-tools ... | head`: nobody reads on
@@ -84,8 +107,13 @@ def _explained(error: Exception) -> tuple[int, str] | None:
     """Exit code and words; None for what is neither the input's fault nor the numbers', but a bug."""
     if isinstance(error, NumericalError):
         return 3, f"numerical failure: {error}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return 2, f"out of memory ({type(error).__name__}); give a smaller --memory, --batch-size or --probes"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(
+        error
+    ):
+        return (
+            2,
+            f"out of memory ({type(error).__name__}); give a smaller --memory, --batch-size or --probes",
+        )
     if isinstance(error, ValueError | OSError | ImportError):
         return 2, str(error) or type(error).__name__
     return None
@@ -96,8 +124,12 @@ def _models(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return
-    cells = [[r["name"], r["family"], f"{r['parameters']:,}", r["data"], r["description"]] for r in rows]
-    print(report.table(("name", "family", "parameters", "default data", "description"), cells, left=2))
+    cells = [
+        [r["name"], r["family"], f"{r['parameters']:,}", r["data"], r["description"]] for r in rows
+    ]
+    print(
+        report.table(("name", "family", "parameters", "default data", "description"), cells, left=2)
+    )
 
 
 def _spectra(arguments: argparse.Namespace) -> None:
@@ -123,30 +155,56 @@ def _spectra(arguments: argparse.Namespace) -> None:
             print(f"{run.described}\n{report.spectra_table(spectra)}\n{notes}", flush=True)
     found = {label: js for label, (_, js) in computed.items() if js is not None}
     if arguments.json:
-        print(json.dumps({label: report.summary(*pair) for label, pair in computed.items()}, indent=1))
+        print(
+            json.dumps({label: report.summary(*pair) for label, pair in computed.items()}, indent=1)
+        )
     elif found:
-        print("\n\n".join([report.readings_table(found), *map(report.verdict_text, found, found.values())]))
+        print(
+            "\n\n".join(
+                [report.readings_table(found), *map(report.verdict_text, found, found.values())]
+            )
+        )
 
 
 def _run(arguments: argparse.Namespace, reference: str) -> _Run:
     problem, settings = load_problem(arguments, reference)
     given, folder = arguments.blocks, None
     try:
-        blocks = partition(problem.model, given[0] if len(given) == 1 and given[0] in PRESETS else given)
+        blocks = partition(
+            problem.model, given[0] if len(given) == 1 and given[0] in PRESETS else given
+        )
     except ValueError as error:
-        raise ValueError(f"--blocks {' '.join(given)}: {error}; presets are {', '.join(PRESETS)}") from error
+        raise ValueError(
+            f"--blocks {' '.join(given)}: {error}; presets are {', '.join(PRESETS)}"
+        ) from error
     if arguments.command == "js0" and len(blocks) < 2:
-        raise ValueError(f"--blocks {' '.join(given)} is one block of {reference}; js0 compares two or more")
+        raise ValueError(
+            f"--blocks {' '.join(given)} is one block of {reference}; js0 compares two or more"
+        )
     if arguments.out:
-        path = arguments.out / re.sub(r"[/\\:]", "_", reference) if len(arguments.model) > 1 else arguments.out
-        adapting = {"tolerance": arguments.tolerance, "reading": arguments.reading} if arguments.tolerance else {}
-        folder = RunFolder(path, {knob: getattr(arguments, knob) for knob in _SLQ_KNOBS} | adapting | settings)
+        path = (
+            arguments.out / re.sub(r"[/\\:]", "_", reference)
+            if len(arguments.model) > 1
+            else arguments.out
+        )
+        adapting = (
+            {"tolerance": arguments.tolerance, "reading": arguments.reading}
+            if arguments.tolerance
+            else {}
+        )
+        folder = RunFolder(
+            path, {knob: getattr(arguments, knob) for knob in _SLQ_KNOBS} | adapting | settings
+        )
     data = settings.get("data", "data of its own")
-    described = f"{reference} ({problem.num_parameters:,} parameters, {data}, loss {problem.loss:.4g})"
+    described = (
+        f"{reference} ({problem.num_parameters:,} parameters, {data}, loss {problem.loss:.4g})"
+    )
     return _Run(reference, described, problem, blocks, folder)
 
 
-def _computed(arguments: argparse.Namespace, run: _Run) -> tuple[BlockSpectra, JSHeterogeneity | None]:
+def _computed(
+    arguments: argparse.Namespace, run: _Run
+) -> tuple[BlockSpectra, JSHeterogeneity | None]:
     """The spectra and, for js0, their heterogeneity: the folder's finished ones or computed now; saved and drawn."""
     folder = run.folder
     if folder and folder.result:
@@ -172,12 +230,24 @@ def _block_spectra(arguments: argparse.Namespace, run: _Run) -> BlockSpectra:
     finished = run.folder.journal.finished if run.folder else {}
     left = [name for name in run.blocks.names if name not in finished]
     started = time.monotonic()
-    hessian = HessianOperator(run.problem, memory=arguments.memory, precision=arguments.precision or PRECISIONS[0])
+    hessian = HessianOperator(
+        run.problem, memory=arguments.memory, precision=arguments.precision or PRECISIONS[0]
+    )
     if left:
         say(f"plan: {run.described}: {len(left)} of {len(run.blocks)} blocks to compute")
-        most, steps, sizes = arguments.probes * arguments.steps, arguments.steps, {b.name: b.numel for b in run.blocks}
-        counted = [n if n <= most else arguments.probes * min(steps, n) for n in map(sizes.__getitem__, left)]
-        say(hessian.announcement(sum(counted), len(left)) + (", at most" if arguments.tolerance else ""))
+        most, steps, sizes = (
+            arguments.probes * arguments.steps,
+            arguments.steps,
+            {b.name: b.numel for b in run.blocks},
+        )
+        counted = [
+            n if n <= most else arguments.probes * min(steps, n)
+            for n in map(sizes.__getitem__, left)
+        ]
+        say(
+            hessian.announcement(sum(counted), len(left))
+            + (", at most" if arguments.tolerance else "")
+        )
     if arguments.verify and left:
         verify(hessian)
     for note in run.blocks.notes:
@@ -188,21 +258,29 @@ def _block_spectra(arguments: argparse.Namespace, run: _Run) -> BlockSpectra:
         "finished": finished, "on_block": run.folder.journal.append if run.folder else None,
     }  # fmt: skip
     if arguments.tolerance is None:
-        spectra = blockwise_slq(hessian, run.blocks, num_probes=arguments.probes, num_steps=arguments.steps, **slq)
+        spectra = blockwise_slq(
+            hessian, run.blocks, num_probes=arguments.probes, num_steps=arguments.steps, **slq
+        )
     else:
         most = {"max_matvecs": arguments.probes * arguments.steps, "max_steps": arguments.steps}
         reading = arguments.reading or ["unnormalised"]
-        found = adaptive_js0(hessian, run.blocks, tolerance=arguments.tolerance, reading=reading, **most, **slq)
+        found = adaptive_js0(
+            hessian, run.blocks, tolerance=arguments.tolerance, reading=reading, **most, **slq
+        )
         spectra = found.spectra
         say(str(found))
     hessian.release()
     say(f"route: {hessian.route}")
     products = spectra.num_matvecs - sum(before.get(name, 0) for name in spectra)
     kept = f" ({len(spectra) - len(left)} were finished before)" if len(left) < len(spectra) else ""
-    if arguments.tolerance is not None:  # blocks that an earlier run had begun may have grown further
+    if (
+        arguments.tolerance is not None
+    ):  # blocks that an earlier run had begun may have grown further
         left, kept = list(spectra), f" (after {sum(before.values())} before)" if before else ""
     seconds = time.monotonic() - started
-    say(f"{run.label}: {products} Hessian-vector products for {len(left)} blocks{kept}, {seconds:.0f} s")
+    say(
+        f"{run.label}: {products} Hessian-vector products for {len(left)} blocks{kept}, {seconds:.0f} s"
+    )
     return spectra
 
 
@@ -220,11 +298,15 @@ def _parser() -> argparse.ArgumentParser:
     for name, (short, blocks, long) in described.items():
         command = commands.add_parser(name, help=short, description=long, epilog=_EPILOG)
         _add_options(command, blocks)
-        command.set_defaults(run=_spectra, **({} if name == "js0" else {"tolerance": None, "reading": None}))
+        command.set_defaults(
+            run=_spectra, **({} if name == "js0" else {"tolerance": None, "reading": None})
+        )
     partition_command.add(commands, _EPILOG)
     quadratic_command.add(commands, _EPILOG)
     models = commands.add_parser("models", help="the networks that --model knows")
-    models.add_argument("--json", action="store_true", help="print JSON on stdout instead of a table")
+    models.add_argument(
+        "--json", action="store_true", help="print JSON on stdout instead of a table"
+    )
     models.set_defaults(run=_models, out=None)
     return parser
 

@@ -43,16 +43,28 @@ def load_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem
         for knob, value in knobs.items():
             if value is not None:
                 flag = f"--{knob.replace('_', '-')}"
-                raise ValueError(f"{flag} does not apply to {reference}, which brings its own data; leave it out")
+                raise ValueError(
+                    f"{flag} does not apply to {reference}, which brings its own data; leave it out"
+                )
         asked = {"batch_stats": stats, "device": arguments.device, "dtype": dtype}
         problem, identity = own_problem(reference, seed=arguments.seed, **asked)
-        settings = {**identity, "device": str(problem.device), "dtype": str(problem.dtype).removeprefix("torch.")}
+        settings = {
+            **identity,
+            "device": str(problem.device),
+            "dtype": str(problem.dtype).removeprefix("torch."),
+        }
     else:
         knobs |= {"device": arguments.device or "cpu", "dtype": dtype or torch.float32}
         made = zoo.load(reference, seed=arguments.seed, **knobs)
         stats = made.batch_stats if stats is None else stats
-        problem, settings = Problem(made.model, made.loss_fn, made.batches, batch_stats=stats), made.settings
-    return problem, settings | {"batch_stats": problem.batch_stats, "network_and_data": fingerprint(problem)}
+        problem, settings = (
+            Problem(made.model, made.loss_fn, made.batches, batch_stats=stats),
+            made.settings,
+        )
+    return problem, settings | {
+        "batch_stats": problem.batch_stats,
+        "network_and_data": fingerprint(problem),
+    }
 
 
 def verify(hessian: HessianOperator) -> None:
@@ -64,7 +76,9 @@ def verify(hessian: HessianOperator) -> None:
             "gradient may not be that of its loss (a padding_idx that is read, a detach, a custom backward); "
             "--no-verify goes on all the same"
         )
-    say(f"verified (relative errors): {', '.join(f'{c.name} {c.error:.0e}' for c in verification.checks)}")
+    say(
+        f"verified (relative errors): {', '.join(f'{c.name} {c.error:.0e}' for c in verification.checks)}"
+    )
     for skipped in verification.skipped:
         say(f"not verified: {skipped}")
 
@@ -133,5 +147,7 @@ def device(text: str) -> str:
         vector.item()  # which the device "meta" cannot
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine: {reason}") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no device of this machine: {reason}"
+        ) from error
     return str(vector.device)

@@ -92,18 +92,26 @@ def add(commands: Any, epilog: str) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The command; returns its exit code."""
     if not arguments.contrast > 1:
-        raise ValueError(f"--contrast is {arguments.contrast:g}; it must exceed 1, which is no structure at all")
+        raise ValueError(
+            f"--contrast is {arguments.contrast:g}; it must exceed 1, which is no structure at all"
+        )
     with contextlib.redirect_stdout(sys.stderr):  # what a model of the user's prints is no result
         problem, settings = load_problem(arguments, arguments.model)
         claimed = _claimed(arguments, problem)
         folder = None
         if arguments.out:
-            folder = RunFolder(arguments.out, {knob: getattr(arguments, knob) for knob in _KNOBS} | settings)
+            folder = RunFolder(
+                arguments.out, {knob: getattr(arguments, knob) for knob in _KNOBS} | settings
+            )
         data = settings.get("data", "data of its own")
         described = f"{arguments.model} ({problem.num_parameters:,} parameters, {data}, loss {problem.loss:.4g})"
-        hessian = HessianOperator(problem, memory=arguments.memory, precision=arguments.precision or PRECISIONS[0])
+        hessian = HessianOperator(
+            problem, memory=arguments.memory, precision=arguments.precision or PRECISIONS[0]
+        )
         report = _report(arguments, hessian, claimed, folder, described)
-        measured = _conditioning(arguments, hessian, claimed, folder) if arguments.conditioning else None
+        measured = (
+            _conditioning(arguments, hessian, claimed, folder) if arguments.conditioning else None
+        )
     if arguments.json:
         print(json.dumps(summary(report) | conditioning_summary(measured), indent=1))
     else:
@@ -130,10 +138,14 @@ def _claimed(arguments: argparse.Namespace, problem: Problem) -> Partition:
         if arguments.only:
             raise ValueError("--only chooses of a preset; leave it out with a file")
         if not Path(preset).is_file():
-            raise ValueError(f"--preset {preset}: there is no such file; name one that Partition.to_json wrote")
+            raise ValueError(
+                f"--preset {preset}: there is no such file; name one that Partition.to_json wrote"
+            )
         return Partition.from_json(preset, problem.model)
     if preset not in PRESETS:
-        raise ValueError(f"--preset {preset}: presets are {', '.join(PRESETS)}; a file's name ends in .json")
+        raise ValueError(
+            f"--preset {preset}: presets are {', '.join(PRESETS)}; a file's name ends in .json"
+        )
     try:
         return partition(problem.model, preset, only=arguments.only)
     except ValueError as error:
@@ -143,7 +155,9 @@ def _claimed(arguments: argparse.Namespace, problem: Problem) -> Partition:
 def _claim(text: str) -> tuple[str, str | int]:
     name, equals, axis = text.rpartition("=")
     if not equals or not name or not axis:
-        raise ValueError(f"--check {text}: NAME=AXIS is needed, such as 'fc.weight=row' or 'fc.weight=0'")
+        raise ValueError(
+            f"--check {text}: NAME=AXIS is needed, such as 'fc.weight=row' or 'fc.weight=0'"
+        )
     if axis.lstrip("-").isdigit():
         return name, int(axis)
     if axis.removesuffix("s") not in AXES:
@@ -162,7 +176,9 @@ def _report(
     settings: dict[str, Any] = {"num_probes": arguments.probes, "num_blocks": arguments.blocks}
     settings["exact"] = arguments.exact or None
     products = planned_products(hessian.problem, claimed, **settings, finished=finished)
-    say(f"plan: {described}: {len(claimed):,} blocks in {len(claimed.cuts)} cuts, {len(finished)} tensors done before")
+    say(
+        f"plan: {described}: {len(claimed):,} blocks in {len(claimed.cuts)} cuts, {len(finished)} tensors done before"
+    )
     if products:
         say(hessian.announcement(products, len(hessian.problem.parameters)))
         if arguments.verify:
@@ -183,7 +199,10 @@ def _report(
 
 
 def _conditioning(
-    arguments: argparse.Namespace, hessian: HessianOperator, claimed: Partition, folder: RunFolder | None
+    arguments: argparse.Namespace,
+    hessian: HessianOperator,
+    claimed: Partition,
+    folder: RunFolder | None,
 ) -> Conditions:
     if folder and folder.result:
         return folder.result["conditioning"]
@@ -204,11 +223,18 @@ def _save(
         drawn = folder.result["drawn"]
     else:
         with contextlib.redirect_stdout(sys.stderr):
-            if sum(part.num_blocks * part.block_size for cut in claimed.cuts for part in cut.parts) <= MOST_DENSE:
+            if (
+                sum(part.num_blocks * part.block_size for cut in claimed.cuts for part in cut.parts)
+                <= MOST_DENSE
+            ):
                 drawn = dense_block(hessian, claimed)
             elif arguments.coupling:
-                tensors = partition(hessian.problem.model, list(dict.fromkeys(t.parameter for t in report.tensors)))
-                drawn = coupling(hessian, tensors, num_probes=arguments.coupling, seed=arguments.seed)
+                tensors = partition(
+                    hessian.problem.model, list(dict.fromkeys(t.parameter for t in report.tensors))
+                )
+                drawn = coupling(
+                    hessian, tensors, num_probes=arguments.coupling, seed=arguments.seed
+                )
         folder.finish({"report": report, "drawn": drawn, "conditioning": measured})
     report.suggestion.to_json(folder.path / "suggestion.json")
     text = suggestion_text(hessian.problem, report, full=True)

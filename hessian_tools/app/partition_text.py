@@ -22,8 +22,13 @@ def suggestion_text(problem: Problem, report: PartitionReport, full: bool = Fals
     cannot = {name: why for name, why in arguments.inexpressible.items() if name in cut}
     if not full:
         told = f"can express {len(cut) - len(cannot)} of these {len(cut)} tensors' cuts"
-        return "\n".join([*lines, f"the published Adam-mini 1.1.1 {told}; --out writes its arguments"])
-    lines += ["for the published Adam-mini 1.1.1:", *(f"  {line}" for line in arguments.code.splitlines())]
+        return "\n".join(
+            [*lines, f"the published Adam-mini 1.1.1 {told}; --out writes its arguments"]
+        )
+    lines += [
+        "for the published Adam-mini 1.1.1:",
+        *(f"  {line}" for line in arguments.code.splitlines()),
+    ]
     if cannot:
         lines.append(f"which cannot express {len(cannot)} tensors:")
         lines += [f"  {name}: {why}" for name, why in cannot.items()]
@@ -45,7 +50,11 @@ def conditioning_table(small: BlockConditioning | None, extremes: BlockExtremes)
     ends = []
     for name in dict.fromkeys(name.partition("[")[0] for name in extremes.names):
         own = [i for i, other in enumerate(extremes.names) if other.partition("[")[0] == name]
-        numbers = (extremes.largest[own].max(), extremes.largest[own].min(), extremes.smallest[own].min())
+        numbers = (
+            extremes.largest[own].max(),
+            extremes.largest[own].min(),
+            extremes.smallest[own].min(),
+        )
         ends.append([name, str(len(own)), *(f"{number:.3g}" for number in numbers)])
     titles = ("tensor", "blocks", "highest lambda_max", "lowest lambda_max", "lowest lambda_min")
     return "\n".join([*found, table(titles, ends)])
@@ -77,12 +86,18 @@ def conditioning_summary(measured: Conditions | None) -> dict[str, Any]:
     small, extremes = measured
     found = {
         "extremes": {
-            key: value.tolist() if hasattr(value, "tolist") else value for key, value in vars(extremes).items()
+            key: value.tolist() if hasattr(value, "tolist") else value
+            for key, value in vars(extremes).items()
         }
     }
     if small is not None:
         values = {key: value.tolist() for key, value in vars(small.values).items()}
-        found["conditioning"] = {"names": small.names, "sizes": small.sizes.tolist(), **values, "notes": small.notes}
+        found["conditioning"] = {
+            "names": small.names,
+            "sizes": small.sizes.tolist(),
+            **values,
+            "notes": small.notes,
+        }
     return _plain(found)
 
 

@@ -84,9 +84,13 @@ def add(commands: Any, epilog: str) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """The command."""
     if not arguments.tolerance < 1:
-        raise ValueError(f"--tolerance is {arguments.tolerance:g}; a relative loss below 1 is needed")
+        raise ValueError(
+            f"--tolerance is {arguments.tolerance:g}; a relative loss below 1 is needed"
+        )
     problem = _problem(arguments)
-    config = {knob: getattr(arguments, knob) for knob in _KNOBS} | {"measured": str(arguments.measured or "")}
+    config = {knob: getattr(arguments, knob) for knob in _KNOBS} | {
+        "measured": str(arguments.measured or "")
+    }
     config["eigenvalues"] = {name: e[0].tolist() for name, e in _by_block(problem)}
     folder = RunFolder(arguments.out, config) if arguments.out else None
     result = folder.result if folder and folder.result else _computed(arguments, problem)
@@ -97,7 +101,9 @@ def run(arguments: argparse.Namespace) -> None:
             quadratic as quadratic_plotting,  # matplotlib takes longer to import than many runs to compute
         )
 
-        picture = quadratic_plotting.draw(folder.path, problem, result["runs"], result["constants"], str(problem))
+        picture = quadratic_plotting.draw(
+            folder.path, problem, result["runs"], result["constants"], str(problem)
+        )
         say(f"saved: {folder.path / 'result.json'}, {picture}")
     places = standings(result["runs"], arguments.tolerance)
     if arguments.json:
@@ -115,7 +121,11 @@ def _problem(arguments: argparse.Namespace) -> Quadratic:
     if arguments.measured is not None:
         spectra = _spectra(arguments.measured)
         chosen = arguments.blocks or ["*"]
-        kept = {n: q for n, q in spectra.items() if any(n == glob or fnmatchcase(n, glob) for glob in chosen)}
+        kept = {
+            n: q
+            for n, q in spectra.items()
+            if any(n == glob or fnmatchcase(n, glob) for glob in chosen)
+        }
         if not kept:
             raise ValueError(f"--blocks {' '.join(chosen)} matches none of {', '.join(spectra)}")
         made = from_spectra(kept, per_block=arguments.per_block, kappa=arguments.kappa or 5000, draw=arguments.draw,
@@ -124,8 +134,12 @@ def _problem(arguments: argparse.Namespace) -> Quadratic:
         raise ValueError("--blocks chooses among the blocks of --from; leave it out")
     elif arguments.source.isdigit():
         if int(arguments.source) not in CASES:
-            raise ValueError(f"CASE is {arguments.source}; the cases are 1, 2, 3 and 4, anything else is a file")
-        made = case(int(arguments.source), kappa=arguments.kappa, seed=arguments.seed, shift=arguments.shift)
+            raise ValueError(
+                f"CASE is {arguments.source}; the cases are 1, 2, 3 and 4, anything else is a file"
+            )
+        made = case(
+            int(arguments.source), kappa=arguments.kappa, seed=arguments.seed, shift=arguments.shift
+        )
     else:
         made = _from_file(Path(arguments.source), arguments)
     return made.to(arguments.device)
@@ -133,16 +147,24 @@ def _problem(arguments: argparse.Namespace) -> Quadratic:
 
 def _from_file(path: Path, arguments: argparse.Namespace) -> Quadratic:
     if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}; give 1, 2, 3, 4 or a JSON file of eigenvalues by block")
+        raise ValueError(
+            f"there is no file {str(path)!r}; give 1, 2, 3, 4 or a JSON file of eigenvalues by block"
+        )
     if arguments.kappa is not None:
-        raise ValueError("--kappa does not apply to a file, whose eigenvalues are taken as they are; leave it out")
+        raise ValueError(
+            "--kappa does not apply to a file, whose eigenvalues are taken as they are; leave it out"
+        )
     try:
         given = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    names, blocks = (list(given), list(given.values())) if isinstance(given, dict) else (None, given)
+    names, blocks = (
+        (list(given), list(given.values())) if isinstance(given, dict) else (None, given)
+    )
     if not isinstance(blocks, list) or not all(isinstance(block, list) for block in blocks):
-        raise ValueError(f"{path} holds no lists of eigenvalues; write [[1, 2, 3], [99, 100, 101]] or the same by name")
+        raise ValueError(
+            f"{path} holds no lists of eigenvalues; write [[1, 2, 3], [99, 100, 101]] or the same by name"
+        )
     return from_blocks(blocks, names=names, name=path.stem, seed=arguments.seed)
 
 
@@ -156,13 +178,19 @@ def _spectra(path: Path) -> BlockSpectra:
         ) from error
     found = found.get("spectra") if isinstance(found, dict) else found
     if not isinstance(found, BlockSpectra):
-        raise ValueError(f"--from {path} holds no block spectra; give what `hessian-tools js0 --out` wrote")
+        raise ValueError(
+            f"--from {path} holds no block spectra; give what `hessian-tools js0 --out` wrote"
+        )
     return found
 
 
 def _computed(arguments: argparse.Namespace, problem: Quadratic) -> dict[str, Any]:
     """All that is saved."""
-    settings = {"num_starts": arguments.starts, "num_steps": arguments.steps, "tolerance": arguments.tolerance}
+    settings = {
+        "num_starts": arguments.starts,
+        "num_steps": arguments.steps,
+        "tolerance": arguments.tolerance,
+    }
     runs: dict[str, Runs] = {}
     for name in arguments.methods:
         say(f"{name}: {arguments.starts} starts, {arguments.steps:,} steps")
@@ -180,9 +208,16 @@ def _computed(arguments: argparse.Namespace, problem: Quadratic) -> dict[str, An
     }  # fmt: skip
 
 
-def _texts(problem: Quadratic, result: dict[str, Any], places: list[Standing], tolerance: float) -> list[str]:
+def _texts(
+    problem: Quadratic, result: dict[str, Any], places: list[Standing], tolerance: float
+) -> list[str]:
     """The command's tables."""
-    texts = [str(problem), methods_table(places, tolerance), winner(places), theory_table(result["constants"])]
+    texts = [
+        str(problem),
+        methods_table(places, tolerance),
+        winner(places),
+        theory_table(result["constants"]),
+    ]
     texts.append(checks_table(result["checks"]))
     js: JSHeterogeneity | None = result["heterogeneity"]
     if js is not None:
@@ -203,9 +238,19 @@ def methods_table(places: list[Standing], tolerance: float) -> str:
     )
     rows = []
     for p in places:
-        low, middle, high = (f"{q:,.0f}" if math.isfinite(q) else "not reached" for q in p.quartiles)
+        low, middle, high = (
+            f"{q:,.0f}" if math.isfinite(q) else "not reached" for q in p.quartiles
+        )
         rows.append(
-            [p.name, p.step, f"{p.eta:.3g}", middle, f"{low} - {high}", f"{p.diverged:.0%}", f"{p.speedup:.3g}"]
+            [
+                p.name,
+                p.step,
+                f"{p.eta:.3g}",
+                middle,
+                f"{low} - {high}",
+                f"{p.diverged:.0%}",
+                f"{p.speedup:.3g}",
+            ]
         )
     return report.table(header, rows, left=2)
 
@@ -216,16 +261,26 @@ def winner(places: list[Standing]) -> str:
     for kind, ours, theirs in _DUELS:
         left, right = ({n: medians[n] for n in names if n in medians} for names in (ours, theirs))
         if left and right:
-            told.append(f"{kind}: {_duel(*min(left.items(), key=_value), *min(right.items(), key=_value))}.")
+            told.append(
+                f"{kind}: {_duel(*min(left.items(), key=_value), *min(right.items(), key=_value))}."
+            )
     return "\n".join(told) or f"Fastest: {places[0].name}."
 
 
 def _duel(one: str, first: float, other: str, second: float) -> str:
     if first == second:
-        both = "are even" if math.isfinite(first) else "both do not come to the tolerance; allow more --steps"
+        both = (
+            "are even"
+            if math.isfinite(first)
+            else "both do not come to the tolerance; allow more --steps"
+        )
         return f"{one} and {other} {both}"
     (ahead, fast), (behind, slow) = sorted(((one, first), (other, second)), key=_value)
-    by = f"{slow / fast:.3g} times fewer iterations" if math.isfinite(slow) else "which does not come to the tolerance"
+    by = (
+        f"{slow / fast:.3g} times fewer iterations"
+        if math.isfinite(slow)
+        else "which does not come to the tolerance"
+    )
     return f"{ahead} beats {behind}, {by}"
 
 
@@ -236,7 +291,8 @@ def _value(pair: tuple[str, float]) -> float:
 def theory_table(found: Constants) -> str:
     """The theorems' constants; those of Adam are medians over starts."""
     middle = {
-        name: float(np.median(getattr(found, name))) for name in ("r", "tight_r", "adam_upper", "adam_upper_tight")
+        name: float(np.median(getattr(found, name)))
+        for name in ("r", "tight_r", "adam_upper", "adam_upper_tight")
     }
     worst = float(found.block_kappas.max())
     rows = [
@@ -245,8 +301,14 @@ def theory_table(found: Constants) -> str:
         ["r = max C2^2 / min C1^2 (median)", f"{middle['r']:.4g}"],
         ["r' = max C2 / min C1 (median)", f"{middle['tight_r']:.4g}"],
         ["r max kappa_l (median)", f"{middle['r'] * worst:.4g}"],
-        ["starts with r max kappa_l <= kappa, where theory has Adam win", f"{np.mean(found.adam_wins):.0%}"],
-        ["GD, factor of f a step, worst start at any step size, at least", f"{found.gd_lower[0]:.8g}"],
+        [
+            "starts with r max kappa_l <= kappa, where theory has Adam win",
+            f"{np.mean(found.adam_wins):.0%}",
+        ],
+        [
+            "GD, factor of f a step, worst start at any step size, at least",
+            f"{found.gd_lower[0]:.8g}",
+        ],
         ["Adam, factor of f a step, at most (median)", f"{middle['adam_upper']:.8g}"],
         ["the same by r', squared", f"{middle['adam_upper_tight']:.8g}"],
     ]
@@ -267,7 +329,9 @@ def summary(problem: Quadratic, result: dict[str, Any], places: list[Standing]) 
     found: Constants = result["constants"]
     js: JSHeterogeneity | None = result["heterogeneity"]
     readings = (
-        {} if js is None else {n: r.mean for n, r in js.readings.items()} | {"scale_spread": js.scale_spread.value}
+        {}
+        if js is None
+        else {n: r.mean for n, r in js.readings.items()} | {"scale_spread": js.scale_spread.value}
     )
     return {
         "problem": {"name": problem.name, "size": problem.size, "kappa": float(found.kappa[0]),

@@ -25,9 +25,14 @@ def readings_table(found: Mapping[str, JSHeterogeneity]) -> str:
     """A row a reading, a column a model: mean over pairs of blocks, with its standard error."""
     first, rows = next(iter(found.values())), []
     for name, reading in first.readings.items():
-        values = (plus_minus(r.mean, r.standard_error) for r in (js.readings[name] for js in found.values()))
+        values = (
+            plus_minus(r.mean, r.standard_error)
+            for r in (js.readings[name] for js in found.values())
+        )
         rows.append([f"{_LABELS[name]} [{reading.unit}]", *values])
-    spreads = (plus_minus(js.scale_spread.value, js.scale_spread.standard_error) for js in found.values())
+    spreads = (
+        plus_minus(js.scale_spread.value, js.scale_spread.standard_error) for js in found.values()
+    )
     rows.append([f"spread of block scales [{first.scale_spread.unit}]", *spreads])
     rows.append(["verdict", *(js.verdict.decision for js in found.values())])
     return table(("reading (mean over pairs ± standard error)", *found), rows)
@@ -36,7 +41,10 @@ def readings_table(found: Mapping[str, JSHeterogeneity]) -> str:
 def verdict_text(label: str, js: JSHeterogeneity) -> str:
     """The verdict and what to know about its numbers, in lines of 100 characters."""
     paragraphs = [f"{label}: {js.verdict}", *(f"note: {note}" for note in js.notes)]
-    wrapped = (textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) for text in paragraphs)
+    wrapped = (
+        textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+        for text in paragraphs
+    )
     return "\n".join(wrapped)
 
 
@@ -48,11 +56,19 @@ def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]
          "trace_standard_error": _number(q.trace.standard_error), "matvecs": q.num_matvecs, "status": q.status}
         for name, q in spectra.items()
     ]  # fmt: skip
-    found: dict[str, Any] = {"blocks": blocks, "matvecs": spectra.num_matvecs, "route": spectra.route}
+    found: dict[str, Any] = {
+        "blocks": blocks,
+        "matvecs": spectra.num_matvecs,
+        "route": spectra.route,
+    }
     if js is not None:
         readings: dict[str, Any] = {**js.readings, "scale_spread": js.scale_spread}
         found["readings"] = {
-            name: {"mean": _number(r.mean), "standard_error": _number(r.standard_error), "unit": r.unit}
+            name: {
+                "mean": _number(r.mean),
+                "standard_error": _number(r.standard_error),
+                "unit": r.unit,
+            }
             for name, r in readings.items()
         }
         found["verdict"] = {"decision": js.verdict.decision, "words": str(js.verdict)}

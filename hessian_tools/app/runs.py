@@ -42,7 +42,9 @@ class RunFolder:
                 self._refuse_other(kept)
             write_atomically(path / "config.json", json.dumps(self.config, indent=1).encode())
         except OSError as error:
-            raise ValueError(f"--out {path} cannot be written ({error}); name a folder you may write to") from error
+            raise ValueError(
+                f"--out {path} cannot be written ({error}); name a folder you may write to"
+            ) from error
 
     def finish(self, result: Mapping[str, Any]) -> Path:
         """Writes result.json and result.npz and drops the journal."""
@@ -52,10 +54,14 @@ class RunFolder:
 
     def _kept(self) -> dict[str, Any]:
         file = self.path / "config.json"
-        started = any((self.path / name).exists() for name in ("blocks.jsonl", "result.json", "result.npz"))
+        started = any(
+            (self.path / name).exists() for name in ("blocks.jsonl", "result.json", "result.npz")
+        )
         kept = load_json(file) if file.exists() else {} if started else self.config
         if "command" not in kept:
-            raise ValueError(f"--out {self.path} holds files that are no run of this package; name another folder")
+            raise ValueError(
+                f"--out {self.path} holds files that are no run of this package; name another folder"
+            )
         return kept
 
     def _loaded(self) -> dict[str, Any] | None:
@@ -79,7 +85,11 @@ class RunFolder:
 def fingerprint(problem: Problem) -> str:
     """Checksum of parameters, buffers and batches: blocks of another initialisation must not complete a run."""
     digest = hashlib.blake2b(digest_size=12)
-    for tensor in (*problem.model.parameters(), *problem.model.buffers(), *tensors_of(problem.batches)):
+    for tensor in (
+        *problem.model.parameters(),
+        *problem.model.buffers(),
+        *tensors_of(problem.batches),
+    ):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -101,12 +111,21 @@ def own_problem(
     path, _, function = reference.rpartition(":")
     file = Path(path)
     if not path or not function.isidentifier() or not file.is_file():
-        missing = f"there is no file {path!r}" if path and function.isidentifier() else "the function's name is missing"
-        raise ValueError(f"--model {reference}: {missing}; use FILE.py:FUNCTION or a name of `hessian-tools models`")
+        missing = (
+            f"there is no file {path!r}"
+            if path and function.isidentifier()
+            else "the function's name is missing"
+        )
+        raise ValueError(
+            f"--model {reference}: {missing}; use FILE.py:FUNCTION or a name of `hessian-tools models`"
+        )
     try:
         try:
             made = _made(file, function, seed)
-        except (ImportError, RuntimeError):  # torchvision and transformers fail beside a CPU-only torch until repaired
+        except (
+            ImportError,
+            RuntimeError,
+        ):  # torchvision and transformers fail beside a CPU-only torch until repaired
             if not repair():
                 raise
             made = _made(file, function, seed)
@@ -115,23 +134,38 @@ def own_problem(
         raise
     except (Exception, SystemExit) as error:
         frames = [
-            frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file.resolve()
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename) == file.resolve()
         ]
         where = f"line {frames[-1].lineno}: " if frames else ""
         raise ValueError(f"--model {reference}: {where}{type(error).__name__}: {error}") from error
-    return problem, {"file": file.name, "function": function, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    return problem, {
+        "file": file.name,
+        "function": function,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
 
 
-def _adapted(made: Any, batch_stats: bool | None, device: str | None, dtype: torch.dtype | None) -> Problem:
+def _adapted(
+    made: Any, batch_stats: bool | None, device: str | None, dtype: torch.dtype | None
+) -> Problem:
     if not isinstance(made, Problem) and not (isinstance(made, tuple) and len(made) == 3):
-        raise TypeError(f"it returned a {type(made).__name__}, not ht.Problem(...) or (model, loss_fn, batches)")
+        raise TypeError(
+            f"it returned a {type(made).__name__}, not ht.Problem(...) or (model, loss_fn, batches)"
+        )
     problem = made if isinstance(made, Problem) else Problem(*made, batch_stats=batch_stats)
     if (batch_stats, device, dtype) == (None, None, None):
         return problem
-    to, stats = torch.device(device or problem.device), problem.batch_stats if batch_stats is None else batch_stats
+    to, stats = (
+        torch.device(device or problem.device),
+        problem.batch_stats if batch_stats is None else batch_stats,
+    )
     batches = [to_device(batch, to, dtype) for batch in problem.batches]
     model = problem.model.to(to, dtype)
-    return Problem(model, problem.loss_fn, batches, batch_stats=stats, num_examples=problem.num_examples)
+    return Problem(
+        model, problem.loss_fn, batches, batch_stats=stats, num_examples=problem.num_examples
+    )
 
 
 def _made(file: Path, function: str, seed: int) -> Any:

@@ -37,7 +37,10 @@ class Keywords:
 
     def rule(self, name: str) -> str:
         """The first field with a substring of ``name``, in the order in which the package asks; "" if none."""
-        return next((field for field, words in vars(self).items() if any(w in name.lower() for w in words)), "")
+        return next(
+            (field for field, words in vars(self).items() if any(w in name.lower() for w in words)),
+            "",
+        )
 
 
 ATTRIBUTES = {
@@ -47,7 +50,11 @@ ATTRIBUTES = {
 
 
 def adam_mini_names(
-    model: nn.Module, *, dim: int | None = None, n_heads: int | None = None, keywords: Keywords | None = None
+    model: nn.Module,
+    *,
+    dim: int | None = None,
+    n_heads: int | None = None,
+    keywords: Keywords | None = None,
 ) -> Partition:
     """The blocks that share one second moment when the published Adam-mini trains ``model``.
 
@@ -68,7 +75,11 @@ def adam_mini_names(
 
 
 def published_cuts(
-    survey: Survey, *, dim: int | None = None, n_heads: int | None = None, keywords: Keywords | None = None
+    survey: Survey,
+    *,
+    dim: int | None = None,
+    n_heads: int | None = None,
+    keywords: Keywords | None = None,
 ) -> Iterable[Cut]:
     """The same for a Survey, which gets the notes."""
     config = getattr(survey.model, "config", None)
@@ -81,12 +92,18 @@ def published_cuts(
         if given is not None and given < 1:
             raise ValueError(f"{name} is {given}; at least 1 is needed")
         if not isinstance(found, int):
-            survey.notes.append(f"the model's config does not tell {name}, so Adam-mini's default {default} is taken")
+            survey.notes.append(
+                f"the model's config does not tell {name}, so Adam-mini's default {default} is taken"
+            )
             found = default
         numbers.append(found)
     words = keywords or Keywords()
-    if numbers[0] ** 2 % numbers[1] and any(words.rule(site.name) == "query_key" for site in survey.sites):
-        survey.notes.append(f"the first step crashes: dim^2 = {numbers[0]}^2 does not divide by n_heads = {numbers[1]}")
+    if numbers[0] ** 2 % numbers[1] and any(
+        words.rule(site.name) == "query_key" for site in survey.sites
+    ):
+        survey.notes.append(
+            f"the first step crashes: dim^2 = {numbers[0]}^2 does not divide by n_heads = {numbers[1]}"
+        )
     run = numbers[0] ** 2 // numbers[1]
     for site in survey.sites:
         cut, note = _cut(site, words.rule(site.name), run)
@@ -102,7 +119,10 @@ def _cut(site: Site, rule: str, run: int) -> tuple[Cut | None, str]:
         return site.along(tuple(range(len(shape))), "element"), ""
     if rule == "query_key":
         if run < 1 or size % run:
-            return None, f"{site.name}: crashes, its {size} entries do not divide into heads of dim^2 / n_heads = {run}"
+            return (
+                None,
+                f"{site.name}: crashes, its {size} entries do not divide into heads of dim^2 / n_heads = {run}",
+            )
         return runs(site, run), _astray(site, run)
     if not rule:
         return site.uncut(), ""
@@ -112,14 +132,25 @@ def _cut(site: Site, rule: str, run: int) -> tuple[Cut | None, str]:
             f"{site.name}: crashes, one of the {rule} substrings is in its name but it has {len(shape)} axes, not 2",
         )
     if math.prod(shape[2:]) > 1 or (len(shape) > 2 and shape[0] not in (1, shape[1])):
-        return None, f"{site.name}: crashes, one of the {rule} substrings is in its name but its shape is {shape}"
-    astray = "" if len(shape) == 2 or shape[0] == 1 else f"{site.name}: row i's rate is applied to column i, not row i"
+        return (
+            None,
+            f"{site.name}: crashes, one of the {rule} substrings is in its name but its shape is {shape}",
+        )
+    astray = (
+        ""
+        if len(shape) == 2 or shape[0] == 1
+        else f"{site.name}: row i's rate is applied to column i, not row i"
+    )
     return site.along((0,), "slice"), astray
 
 
 def _astray(site: Site, run: int) -> str:
     row = math.prod(site.shape[1:])
-    return "" if run % row == 0 else f"{site.name}: its blocks of {run} entries are no whole rows of {row}"
+    return (
+        ""
+        if run % row == 0
+        else f"{site.name}: its blocks of {run} entries are no whole rows of {row}"
+    )
 
 
 def runs(site: Site, run: int) -> Cut:

@@ -56,17 +56,25 @@ class Projection:
         Neighbouring roles are cut together if all roles are of equal size.
         """
         unit = self.head_size if by == "head" or self.groups > 1 else 1
-        counts = [size // (self.groups * unit) for size in self.sizes]  # units of each role in a group
+        counts = [
+            size // (self.groups * unit) for size in self.sizes
+        ]  # units of each role in a group
         positions = [self.roles.index(role) for role in chosen]
         if len(set(counts)) == 1:
             view = (self.groups, len(counts), counts[0], unit)
             together = [first == last + 1 for last, first in pairwise(positions)]
             ends = [0, *(i for i, joined in enumerate(together, 1) if not joined), len(positions)]
             runs = [positions[first:last] for first, last in pairwise(ends)]
-            spans = [(slice(run[0], run[-1] + 1), slice(0, counts[0]), [self.roles[i] for i in run]) for run in runs]
+            spans = [
+                (slice(run[0], run[-1] + 1), slice(0, counts[0]), [self.roles[i] for i in run])
+                for run in runs
+            ]
         else:
             view, stops = (self.groups, 1, sum(counts), unit), list(accumulate(counts))
-            spans = [(slice(0, 1), slice(stops[i] - counts[i], stops[i]), [self.roles[i]]) for i in positions]
+            spans = [
+                (slice(0, 1), slice(stops[i] - counts[i], stops[i]), [self.roles[i]])
+                for i in positions
+            ]
         kept = [size > 1 for size in view]
         axes = {"": (1,), "head": (1, 0, 2), "row": (1, 0, 2, 3)}[by]
         axes = tuple(sum(kept[:axis]) for axis in axes if kept[axis])
@@ -81,7 +89,9 @@ class Projection:
         For those whose ``head_size`` is known.
         """
         view = (sum(self.sizes) // self.head_size, self.head_size)
-        counts = [size // (self.groups * self.head_size) for size in self.sizes]  # heads of each role in a group
+        counts = [
+            size // (self.groups * self.head_size) for size in self.sizes
+        ]  # heads of each role in a group
         labels = tuple(
             f"{role},head={group * count + head}"
             for group in range(self.groups)
@@ -102,7 +112,9 @@ class Attention:
 
     projections: dict[str, Projection]  # by parameter name
     layers: tuple[str, ...]  # paths of the transformer layers
-    unread: tuple[str, ...]  # paths of modules that look like attention, but whose layout nothing tells
+    unread: tuple[
+        str, ...
+    ]  # paths of modules that look like attention, but whose layout nothing tells
     notes: tuple[str, ...]  # on these
 
 
@@ -136,18 +148,38 @@ def find_attention(model: nn.Module) -> Attention:
         if isinstance(module, nn.MultiheadAttention):
             layout = _of_torch(module)
         else:
-            linears = {name: inner for name, inner in module.named_modules() if name and _features(inner)[1]}
+            linears = {
+                name: inner
+                for name, inner in module.named_modules()
+                if name and _features(inner)[1]
+            }
             told = all(join(path, f"{name}.weight") in projections for name in linears)
-            layout = {} if told or not _may_be_attention(module, linears) else _by_behaviour(module, linears)
+            layout = (
+                {}
+                if told or not _may_be_attention(module, linears)
+                else _by_behaviour(module, linears)
+            )
         if layout:
             found.append(path)
             # Outermost modules come first and know most: BERT's output projection lies beside its attention module.
-            projections = {join(path, name): projection for name, projection in layout.items()} | projections
-    marked = (path for path, module in model.named_modules() if any(name in vars(module) for name in ATTENTION_MARKS))
-    unknown = [path for path in marked if not any(is_inside(path, other) or is_inside(other, path) for other in found)]
+            projections = {
+                join(path, name): projection for name, projection in layout.items()
+            } | projections
+    marked = (
+        path
+        for path, module in model.named_modules()
+        if any(name in vars(module) for name in ATTENTION_MARKS)
+    )
+    unknown = [
+        path
+        for path in marked
+        if not any(is_inside(path, other) or is_inside(other, path) for other in found)
+    ]
     problem = "its query/key/value layout is not recognised, so its tensors are not split"
     notes = tuple(f"{path or '(root)'}: {problem}" for path in unknown)
-    return Attention(projections, _transformer_layers(model, found + unknown), tuple(unknown), notes)
+    return Attention(
+        projections, _transformer_layers(model, found + unknown), tuple(unknown), notes
+    )
 
 
 def _transformer_layers(model: nn.Module, attention: list[str]) -> tuple[str, ...]:
@@ -155,11 +187,17 @@ def _transformer_layers(model: nn.Module, attention: list[str]) -> tuple[str, ..
     stacks: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         members = [join(path, name) for name, _ in module.named_children()]
-        holding = [member for member in members if any(is_inside(inner, member) for inner in attention)]
+        holding = [
+            member for member in members if any(is_inside(inner, member) for inner in attention)
+        ]
         if isinstance(module, nn.Sequential | nn.ModuleList) and members and holding == members:
             stacks[path] = members
     stacks = {path: members for path, members in stacks.items() if len(members) > 1} or stacks
-    innermost = (path for path in stacks if not any(other != path and is_inside(other, path) for other in stacks))
+    innermost = (
+        path
+        for path in stacks
+        if not any(other != path and is_inside(other, path) for other in stacks)
+    )
     return tuple(member for path in innermost for member in stacks[path])
 
 
@@ -173,26 +211,39 @@ def _of_torch(module: nn.MultiheadAttention) -> dict[str, Projection]:
 
 def _may_be_attention(module: nn.Module, linears: dict[str, nn.Module]) -> bool:
     inside = sum(p.numel() for linear in linears.values() for p in linear.parameters())
-    return 1 < len(linears) <= MOST_LINEARS and 2 * inside > sum(p.numel() for p in module.parameters())
+    return 1 < len(linears) <= MOST_LINEARS and 2 * inside > sum(
+        p.numel() for p in module.parameters()
+    )
 
 
 class _Leaf(nn.Module):
     """Stands in for a linear layer: keeps its input and gives a random leaf (1, ..., out), constant if ``alike``."""
 
     def __init__(
-        self, features: tuple[int, int], calls: list["_Leaf"], generator: torch.Generator, alike: bool
+        self,
+        features: tuple[int, int],
+        calls: list["_Leaf"],
+        generator: torch.Generator,
+        alike: bool,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = features
         self.calls, self.generator, self.alike = calls, generator, alike
         # What a forward that takes the tensors themselves finds; only their identity counts.
-        self.weight, self.bias = torch.zeros(()).expand(self.out_features, self.in_features), torch.zeros(features[1])
+        self.weight, self.bias = (
+            torch.zeros(()).expand(self.out_features, self.in_features),
+            torch.zeros(features[1]),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.append(self)
         self.input = x
         # Small, so that the softmax is far from saturated even where scores are not scaled (T5).
-        shape = (*(1 for _ in x.shape[:-1]), self.out_features) if self.alike else (*x.shape[:-1], self.out_features)
+        shape = (
+            (*(1 for _ in x.shape[:-1]), self.out_features)
+            if self.alike
+            else (*x.shape[:-1], self.out_features)
+        )
         leaf = 0.3 * torch.randn(shape, generator=self.generator, dtype=x.dtype)
         self.output = leaf.expand(*x.shape[:-1], -1).clone().requires_grad_()
         return self.output.clone()  # which the module may overwrite
@@ -214,13 +265,20 @@ class _Functional(TorchFunctionMode):
 class _Trial:
     """A run of a copy of ``module`` on random tokens: the leaves, and the result that depends on them."""
 
-    def __init__(self, module: nn.Module, linears: dict[str, nn.Module], shape: tuple[int, ...], alike: bool) -> None:
+    def __init__(
+        self, module: nn.Module, linears: dict[str, nn.Module], shape: tuple[int, ...], alike: bool
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         calls: list[_Leaf] = []
-        stand_ins = {name: _Leaf(_features(linear), calls, generator, alike) for name, linear in linears.items()}
+        stand_ins = {
+            name: _Leaf(_features(linear), calls, generator, alike)
+            for name, linear in linears.items()
+        }
         twin = copy.deepcopy(module, {id(linears[name]): leaf for name, leaf in stand_ins.items()})
         twin = twin.to("cpu", torch.float64).eval().requires_grad_(False)
-        for parameter in twin.parameters():  # a gain that starts at zero would hide what it multiplies
+        for (
+            parameter
+        ) in twin.parameters():  # a gain that starts at zero would hide what it multiplies
             parameter.uniform_(0.5, 1.5, generator=generator)
         width = _features(next(iter(linears.values())))[0]
         x = torch.randn(1, *shape, width, generator=generator, dtype=torch.float64)
@@ -228,17 +286,27 @@ class _Trial:
             result = _forward(twin, x)
         # The output projection is the linear layer called last, if what it takes depends on the others.
         last = calls[-1] if calls[-1].input.requires_grad else None
-        self.output = next((name for name, leaf in stand_ins.items() if leaf is last), "")  # its name, if there is one
+        self.output = next(
+            (name for name, leaf in stand_ins.items() if leaf is last), ""
+        )  # its name, if there is one
         self.result = (last.input if last else result).flatten(1, -2)  # (1, T, d)
-        leaves = {name: leaf.output for name, leaf in stand_ins.items() if leaf in calls and leaf is not last}
+        leaves = {
+            name: leaf.output
+            for name, leaf in stand_ins.items()
+            if leaf in calls and leaf is not last
+        }
         # Others see no tokens (Swin V2 computes its position bias by linear layers).
-        self.leaves = {name: y for name, y in leaves.items() if y.shape[:-1].numel() == self.result.shape[1]}
+        self.leaves = {
+            name: y for name, y in leaves.items() if y.shape[:-1].numel() == self.result.shape[1]
+        }
 
     def reach(self, weights: Tensor) -> Tensor:
         """|d (last token's result @ weights) / d leaf|, (T, F) with the F features of all leaves side by side."""
         leaves = list(self.leaves.values())
         scalar = self.result[0, -1] @ weights
-        gradients = torch.autograd.grad(scalar, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            scalar, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         return torch.cat([gradient.flatten(1, -2) for gradient in gradients], dim=-1)[0].abs()
 
 
@@ -247,10 +315,17 @@ def _by_behaviour(module: nn.Module, linears: dict[str, nn.Module]) -> dict[str,
     for shape in TOKENS:
         try:
             # The caller's autograd mode, default device, warning filter and random state neither matter nor change.
-            with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), torch.random.fork_rng([]):
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.device("cpu"),
+                torch.random.fork_rng([]),
+            ):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    several, alike = (_Trial(module, linears, shape, alike) for alike in (False, True))
+                    several, alike = (
+                        _Trial(module, linears, shape, alike) for alike in (False, True)
+                    )
                 roles = _feature_roles(several, alike)
                 size = _head_size(several, roles)
             break
@@ -259,7 +334,9 @@ def _by_behaviour(module: nn.Module, linears: dict[str, nn.Module]) -> dict[str,
     else:
         return {}
     features = iter(roles)
-    by_name = {name: list(islice(features, leaf.shape[-1])) for name, leaf in several.leaves.items()}
+    by_name = {
+        name: list(islice(features, leaf.shape[-1])) for name, leaf in several.leaves.items()
+    }
     layout = {name: p for name, inside in by_name.items() if (p := _from_roles(inside, size))}
     if not {"q", "k", "v"} <= {role for projection in layout.values() for role in projection.roles}:
         return {}
@@ -271,10 +348,15 @@ def _by_behaviour(module: nn.Module, linears: dict[str, nn.Module]) -> dict[str,
 def _forward(module: nn.Module, x: Tensor) -> Tensor:
     """First output of ``module.forward`` (past any compiled call) on tokens x, with neutral other arguments."""
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
-    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
     ones, zeros = torch.ones(1, x.shape[1], 1, dtype=x.dtype), torch.zeros(1, 1, 1, dtype=x.dtype)
     # What the transformers library calls its arguments: no rotation (cos, sin), positions, and tokens to attend to.
-    known = {"position_embeddings": (ones, 0 * ones), "position_ids": torch.arange(x.shape[1])[None]}
+    known = {
+        "position_embeddings": (ones, 0 * ones),
+        "position_ids": torch.arange(x.shape[1])[None],
+    }
     usual = {p.name: known[p.name] for p in parameters if p.name in known}
     for extra in ({}, {p.name: x for p in parameters if p.name == "encoder_hidden_states"}):
         for value in (None, x, zeros):
@@ -289,11 +371,15 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
 def _feature_roles(several: _Trial, alike: _Trial) -> list[str]:
     """The role of every feature of every leaf: "q", "k", "v", or "" for anything else."""
     # Four random combinations of result features, so that no derivative vanishes by accident.
-    weights = torch.randn(4, several.result.shape[-1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = torch.randn(
+        4, several.result.shape[-1], generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     among = torch.stack([several.reach(w) for w in weights]).amax(0)
     alone = torch.stack([alike.reach(w) for w in weights]).amax(0)
     tolerance = TOLERANCE * among.max()
-    codes = 4 * (among[-1] > tolerance) + 2 * (among[:-1].amax(0) > tolerance) + (alone[-1] > tolerance)
+    codes = (
+        4 * (among[-1] > tolerance) + 2 * (among[:-1].amax(0) > tolerance) + (alone[-1] > tolerance)
+    )
     return [{4: "q", 6: "k", 7: "v"}.get(code, "") for code in codes.tolist()]
 
 
@@ -309,8 +395,17 @@ def _head_size(trial: _Trial, roles: list[str]) -> int:
     size = len(queries_behind(0))
     if not size or width % size or int(is_query.sum()) != width:
         return 0
-    corners = (0, size - 1, width - size, width - 1)  # first and last feature of the first and the last head
-    return size if all(queries_behind(f) == list(range(f - f % size, f - f % size + size)) for f in corners) else 0
+    corners = (
+        0,
+        size - 1,
+        width - size,
+        width - 1,
+    )  # first and last feature of the first and the last head
+    return (
+        size
+        if all(queries_behind(f) == list(range(f - f % size, f - f % size + size)) for f in corners)
+        else 0
+    )
 
 
 def _from_roles(roles: list[str], head_size: int) -> Projection | None:
@@ -322,4 +417,6 @@ def _from_roles(roles: list[str], head_size: int) -> Projection | None:
     grouped = divides and names[:3] == ("q", "k", "v") and sizes[1] == sizes[2] == head_size
     if "" in names or runs != runs[:count] * groups or (groups > 1 and not grouped):
         return None
-    return Projection(names[:count], tuple(n * groups for n in sizes[:count]), head_size if divides else 0, groups)
+    return Projection(
+        names[:count], tuple(n * groups for n in sizes[:count]), head_size if divides else 0, groups
+    )

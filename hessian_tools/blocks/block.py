@@ -33,7 +33,9 @@ class Part:
     parameter: str  # name in model.named_parameters()
     shape: tuple[int, ...]  # of the tensor
     view: tuple[int, ...]  # the shape to view it as: axes of ``shape``, some split or merged
-    index: tuple[slice, ...] = field(hash=False)  # the region inside the view, one slice an axis, step 1
+    index: tuple[slice, ...] = field(
+        hash=False
+    )  # the region inside the view, one slice an axis, step 1
     axes: tuple[int, ...] = ()  # axes of the view that enumerate pieces, row-major; () is one piece
     window: tuple[int, int] | None = None  # the run of these pieces that is meant, if not all
 
@@ -56,7 +58,9 @@ class Part:
     def rows(self, tensor: Tensor) -> Tensor:
         """The pieces of ``tensor``, (..., *shape) -> (..., B, n); a view where torch allows it."""
         pieces, picked = self._pieces(tensor, Tensor.reshape)
-        return pieces[picked].reshape(*tensor.shape[: tensor.ndim - len(self.shape)], self.num_blocks, self.block_size)
+        return pieces[picked].reshape(
+            *tensor.shape[: tensor.ndim - len(self.shape)], self.num_blocks, self.block_size
+        )
 
     def place(self, rows: Tensor, out: Tensor) -> None:
         """Writes ``rows``, (..., B, n), to their places in ``out``, (..., *shape); the rest of ``out`` stays."""
@@ -71,14 +75,20 @@ class Part:
         start = self.window[0] if self.window else 0
         return replace(self, window=(start + first, start + last))
 
-    def _pieces(self, tensor: Tensor, viewed: Callable[..., Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+    def _pieces(
+        self, tensor: Tensor, viewed: Callable[..., Tensor]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """(..., *grid, *block_shape) of the tensor as ``viewed``, and the index that picks the window from it."""
         rank = tensor.ndim - len(self.shape)
         if rank < 0 or tuple(tensor.shape[rank:]) != self.shape:
-            raise ValueError(f"tensor has shape {tuple(tensor.shape)}; {self.parameter} has shape {self.shape}")
+            raise ValueError(
+                f"tensor has shape {tuple(tensor.shape)}; {self.parameter} has shape {self.shape}"
+            )
         every = (slice(None),) * rank
         region = viewed(tensor, (*tensor.shape[:rank], *self.view))[(*every, *self.index)]
-        pieces = region.movedim([rank + axis for axis in self.axes], list(range(rank, rank + len(self.axes))))
+        pieces = region.movedim(
+            [rank + axis for axis in self.axes], list(range(rank, rank + len(self.axes)))
+        )
         if self.window is None:
             return pieces, (...,)
         if len(self.axes) == 1:
@@ -119,19 +129,29 @@ class Cut:
 
     def block_name(self, position: int) -> str:
         label, number = divmod(self.first + position, self.per_label)
-        inside = ",".join(filter(None, (self.labels[label], f"{self.counter}={number}" if self.counter else "")))
+        inside = ",".join(
+            filter(None, (self.labels[label], f"{self.counter}={number}" if self.counter else ""))
+        )
         return f"{self.name}[{inside}]" if inside else self.name
 
     def __getitem__(self, position: int) -> "Block":
         if not -self.num_blocks <= position < self.num_blocks:
-            raise IndexError(f"position is {position}; {self.name} is cut into {self.num_blocks} blocks")
+            raise IndexError(
+                f"position is {position}; {self.name} is cut into {self.num_blocks} blocks"
+            )
         return Block(self, position % self.num_blocks)
 
     def chunk(self, first: int, last: int) -> "Cut":
         """Blocks ``first`` to ``last - 1`` as a cut of their own, with their names."""
         if not 0 <= first < last <= self.num_blocks:
-            raise ValueError(f"first, last are {first}, {last}; 0 <= first < last <= {self.num_blocks} is needed")
-        return replace(self, parts=tuple(part.chunk(first, last) for part in self.parts), first=self.first + first)
+            raise ValueError(
+                f"first, last are {first}, {last}; 0 <= first < last <= {self.num_blocks} is needed"
+            )
+        return replace(
+            self,
+            parts=tuple(part.chunk(first, last) for part in self.parts),
+            first=self.first + first,
+        )
 
     def rows(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(B, n) from tensors by parameter name, each (*shape)."""
@@ -158,7 +178,9 @@ class Block:
     def parameter(self) -> str:
         """Name of its tensor. Raises ValueError for a block over several tensors."""
         if len(self.parameters) > 1:
-            raise ValueError(f"block {self.name!r} lies in several tensors; take .parameters and .as_cut().rows")
+            raise ValueError(
+                f"block {self.name!r} lies in several tensors; take .parameters and .as_cut().rows"
+            )
         return self.parameters[0]
 
     @property
@@ -218,7 +240,12 @@ class Partition:
 
     def to_json(self, path: str | os.PathLike) -> Path:
         """Writes the cuts (no values of parameters) to ``path``, a readable JSON file; returns the path."""
-        document = {"format": FORMAT, "preset": self.preset, "notes": self.notes, "cuts": list(map(_plain, self.cuts))}
+        document = {
+            "format": FORMAT,
+            "preset": self.preset,
+            "notes": self.notes,
+            "cuts": list(map(_plain, self.cuts)),
+        }
         path, temporary = Path(path), Path(f"{path}.tmp")
         temporary.write_text(json.dumps(document, indent=1) + "\n")
         os.replace(temporary, path)
@@ -238,22 +265,34 @@ class Partition:
             if document["format"] != FORMAT:
                 raise ValueError(f"format is {document['format']!r}, not {FORMAT}")
             cuts = [_cut(plain) for plain in document["cuts"]]
-            partition = cls(tuple(cuts), str(document["preset"]), tuple(map(str, document["notes"])))
+            partition = cls(
+                tuple(cuts), str(document["preset"]), tuple(map(str, document["notes"]))
+            )
             repeated = _repeated_name(cuts)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} is no partition written by Partition.to_json: {error!r}") from error
+            raise ValueError(
+                f"{path} is no partition written by Partition.to_json: {error!r}"
+            ) from error
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         for part in (part for cut in cuts for part in cut.parts):
             if shapes.get(part.parameter) != part.shape:
-                has = f"has it in shape {shapes[part.parameter]}" if part.parameter in shapes else "has no such tensor"
-                raise ValueError(f"{path} cuts {part.parameter!r} of shape {part.shape}, but the model {has} to train")
+                has = (
+                    f"has it in shape {shapes[part.parameter]}"
+                    if part.parameter in shapes
+                    else "has no such tensor"
+                )
+                raise ValueError(
+                    f"{path} cuts {part.parameter!r} of shape {part.shape}, but the model {has} to train"
+                )
         if repeated:
             raise ValueError(f"{path} has several blocks named {repeated!r}; names must differ")
         check_disjoint(cuts, str(path))
         return partition
 
     def __repr__(self) -> str:
-        return f"Partition({self.preset or 'own blocks'}: {len(self)} blocks in {len(self.cuts)} cuts)"
+        return (
+            f"Partition({self.preset or 'own blocks'}: {len(self)} blocks in {len(self.cuts)} cuts)"
+        )
 
 
 def check_disjoint(cuts: Sequence[Cut], source: str = "spec") -> None:
@@ -263,7 +302,9 @@ def check_disjoint(cuts: Sequence[Cut], source: str = "spec") -> None:
         for part in cut.parts:
             by_tensor.setdefault(part.parameter, []).append((cut, part))
     for found in by_tensor.values():
-        if len(found) > MOST_PAIRED or any(_may_overlap(a, b) for (_, a), (_, b) in combinations(found, 2)):
+        if len(found) > MOST_PAIRED or any(
+            _may_overlap(a, b) for (_, a), (_, b) in combinations(found, 2)
+        ):
             _check_entries(found, source)
 
 
@@ -271,24 +312,28 @@ def _may_overlap(a: Part, b: Part) -> bool:
     """Whether two parts of a tensor may share an entry; exact for parts with the same view, True for others."""
     if a.view != b.view:
         return True
-    if any(max(s.start, t.start) >= min(s.stop, t.stop) for s, t in zip(a.index, b.index, strict=True)):
+    if any(
+        max(s.start, t.start) >= min(s.stop, t.stop) for s, t in zip(a.index, b.index, strict=True)
+    ):
         return False
     alike = a.index == b.index and a.axes == b.axes and a.window and b.window
     return not alike or max(a.window[0], b.window[0]) < min(a.window[1], b.window[1])  # type: ignore[index]
 
 
 def _check_entries(found: Sequence[tuple[Cut, Part]], source: str) -> None:
-    owner = torch.zeros(found[0][1].shape, dtype=torch.int32)  # the number of the block that has an entry; 0 is none
+    owner = torch.zeros(
+        found[0][1].shape, dtype=torch.int32
+    )  # the number of the block that has an entry; 0 is none
     starts = [1, *accumulate((part.num_blocks for _, part in found), initial=1)][1:]
     for (cut, part), start in zip(found, starts[:-1], strict=True):
         earlier, position = part.rows(owner).amax(dim=1).max(dim=0)
         if earlier:
             number = bisect_right(starts, int(earlier)) - 1
-            both = (
-                f"{found[number][0].block_name(int(earlier) - starts[number])!r} and {cut.block_name(int(position))!r}"
-            )
+            both = f"{found[number][0].block_name(int(earlier) - starts[number])!r} and {cut.block_name(int(position))!r}"
             raise ValueError(f"{source} has blocks {both}, which overlap; blocks must be disjoint")
-        part.place(torch.arange(start, start + part.num_blocks)[:, None].expand(-1, part.block_size), owner)
+        part.place(
+            torch.arange(start, start + part.num_blocks)[:, None].expand(-1, part.block_size), owner
+        )
 
 
 def _repeated_name(cuts: Sequence[Cut]) -> str:
@@ -296,7 +341,12 @@ def _repeated_name(cuts: Sequence[Cut]) -> str:
     by_stem: dict[str, list[Cut]] = {}
     for cut in cuts:
         by_stem.setdefault(cut.name.partition("[")[0], []).append(cut)
-    counted = [c for found in by_stem.values() for c in found if len(found) > 1 or len(c.labels) > 1 or not c.counter]
+    counted = [
+        c
+        for found in by_stem.values()
+        for c in found
+        if len(found) > 1 or len(c.labels) > 1 or not c.counter
+    ]
     names = Counter(name for cut in counted for name in cut.names)
     return next((name for name, count in names.items() if count > 1), "")
 
@@ -313,7 +363,11 @@ def _cut(plain: Mapping[str, Any]) -> Cut:
               plain["first"])  # fmt: skip
     if not parts or len({part.num_blocks for part in parts}) > 1:
         raise ValueError(f"the parts of {cut.name!r} have different numbers of blocks")
-    if cut.first < 0 or cut.per_label < 1 or cut.first + cut.num_blocks > len(cut.labels) * cut.per_label:
+    if (
+        cut.first < 0
+        or cut.per_label < 1
+        or cut.first + cut.num_blocks > len(cut.labels) * cut.per_label
+    ):
         raise ValueError(f"{cut.name!r} has fewer labels than blocks")
     return cut
 
@@ -323,9 +377,13 @@ def _part(plain: Mapping[str, Any]) -> Part:
     shape, view, axes = (tuple(map(int, plain[key])) for key in ("shape", "view", "axes"))
     window = plain["window"] and (int(plain["window"][0]), int(plain["window"][1]))
     part = Part(str(plain["parameter"]), shape, view, index, axes, window)
-    inside = len(index) == len(view) and all(0 <= s.start < s.stop <= n for s, n in zip(index, view, strict=True))
+    inside = len(index) == len(view) and all(
+        0 <= s.start < s.stop <= n for s, n in zip(index, view, strict=True)
+    )
     if not inside or math.prod(view) != math.prod(shape) or len(set(axes)) < len(axes):
-        raise ValueError(f"the view {view} and index of {part.parameter!r} do not fit its shape {shape}")
+        raise ValueError(
+            f"the view {view} and index of {part.parameter!r} do not fit its shape {shape}"
+        )
     if any(not 0 <= axis < len(view) for axis in axes):
         raise ValueError(f"the axes {axes} of {part.parameter!r} are none of its view {view}")
     if window and not 0 <= window[0] < window[1] <= replace(part, window=None).num_blocks:
@@ -336,7 +394,11 @@ def _part(plain: Mapping[str, Any]) -> Part:
 def examples(cuts: Iterable[Cut]) -> Iterator[str]:
     """Names of tensors and of some of their blocks, to find close ones among."""
     # Comparing thousands of names takes seconds.
-    return (name for cut in cuts for name in (*cut.parameters, *cut.chunk(0, min(cut.num_blocks, 32)).names))
+    return (
+        name
+        for cut in cuts
+        for name in (*cut.parameters, *cut.chunk(0, min(cut.num_blocks, 32)).names)
+    )
 
 
 def close_names(name: str, known: Iterable[str]) -> str:

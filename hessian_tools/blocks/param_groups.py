@@ -44,7 +44,9 @@ def param_groups(model: nn.Module, partition: Partition) -> list[dict[str, Any]]
             by_tensor[cut.parameters[0]].append(cut.parts[0])
         else:
             by_tensor[cut.parameters[0]] = [cut.parts[0]]
-            groups.append(_group(cut.parameters[0], cut.parameters, parameters, by_tensor[cut.parameters[0]]))
+            groups.append(
+                _group(cut.parameters[0], cut.parameters, parameters, by_tensor[cut.parameters[0]])
+            )
     for group in groups:
         group["cuts"] = [_plain(part) for part in group["cuts"]]
     left = [name for name in parameters if not any(name in group["names"] for group in groups)]
@@ -54,13 +56,23 @@ def param_groups(model: nn.Module, partition: Partition) -> list[dict[str, Any]]
 def _group(
     block: str, names: Iterable[str], parameters: Mapping[str, nn.Parameter], cuts: list[Part]
 ) -> dict[str, Any]:
-    return {"params": [parameters[name] for name in names], "names": list(names), "block": block, "cuts": cuts}
+    return {
+        "params": [parameters[name] for name in names],
+        "names": list(names),
+        "block": block,
+        "cuts": cuts,
+    }
 
 
 def _plain(part: Part) -> dict[str, Any]:
     index = [(s.start, s.stop) for s in part.index]
     window = {"window": part.window} if part.window else {}
-    return {"view": part.view, "index": index, "axes": part.axes, "num_blocks": part.num_blocks} | window
+    return {
+        "view": part.view,
+        "index": index,
+        "axes": part.axes,
+        "num_blocks": part.num_blocks,
+    } | window
 
 
 def _is_whole(part: Part) -> bool:
@@ -69,7 +81,10 @@ def _is_whole(part: Part) -> bool:
 
 def _check(partition: Partition, parameters: Mapping[str, nn.Parameter]) -> None:
     for part in (part for cut in partition.cuts for part in cut.parts):
-        if part.parameter not in parameters or tuple(parameters[part.parameter].shape) != part.shape:
+        if (
+            part.parameter not in parameters
+            or tuple(parameters[part.parameter].shape) != part.shape
+        ):
             raise ValueError(
                 f"partition has blocks in {part.parameter!r} of shape {part.shape}, which the model does not train; "
                 "make the partition of this model"
@@ -81,7 +96,9 @@ class StateSavings:
     """Optimizer state with one second moment a block, against Adam's two numbers a parameter."""
 
     num_parameters: int  # P, trainable
-    num_blocks: int  # B learning rates: blocks, and the entries that are in none (they keep Adam's own)
+    num_blocks: (
+        int  # B learning rates: blocks, and the entries that are in none (they keep Adam's own)
+    )
     adam_bytes: int  # first and second moments, 2 P
     state_bytes: int  # first moments and a number a block, P + B
 
@@ -131,10 +148,16 @@ class AdamMiniArguments:
     @property
     def code(self) -> str:
         """Python that makes the optimizer so."""
-        lines = [f"optimizer = Adam_mini(model.named_parameters(), lr=lr, dim={self.dim}, n_heads={self.n_heads})"]
+        lines = [
+            f"optimizer = Adam_mini(model.named_parameters(), lr=lr, dim={self.dim}, n_heads={self.n_heads})"
+        ]
         for field, attribute in ATTRIBUTES.items():
             words = ", ".join(f'"{word}"' for word in getattr(self.keywords, field))
-            lines.append(f"optimizer.{attribute} = {{{words}}}" if words else f"optimizer.{attribute} = set()")
+            lines.append(
+                f"optimizer.{attribute} = {{{words}}}"
+                if words
+                else f"optimizer.{attribute} = set()"
+            )
         return "\n".join(lines)
 
 
@@ -160,14 +183,25 @@ def adam_mini_arguments(model: nn.Module, partition: Partition) -> AdamMiniArgum
     runs = {name: _run_lengths(shape, by_tensor[name]) for name, shape in parameters.items()}
     # Heads for query and key, rows for value: the longer runs keep the former exact.
     lengths = {name: max(found, default=0) for name, found in runs.items()}
-    rules = {name: _rule(shape, lengths[name]) if by_tensor[name] else "adam" for name, shape in parameters.items()}
+    rules = {
+        name: _rule(shape, lengths[name]) if by_tensor[name] else "adam"
+        for name, shape in parameters.items()
+    }
     wanted = Counter[int]()
     for name, rule in rules.items():
         wanted[lengths[name] if rule == "query_key" else 0] += math.prod(parameters[name])
     run = max((length for length in wanted if length), key=wanted.__getitem__, default=1)
-    rules = {name: "" if rule == "query_key" and lengths[name] != run else rule for name, rule in rules.items()}
-    words = {rule: _keywords([n for n in rules if rules[n] == rule], rules) for rule in ("adam", "query_key", "mlp")}
-    keywords = Keywords(**{field.name: tuple(words.get(field.name, ())) for field in fields(Keywords)})
+    rules = {
+        name: "" if rule == "query_key" and lengths[name] != run else rule
+        for name, rule in rules.items()
+    }
+    words = {
+        rule: _keywords([n for n in rules if rules[n] == rule], rules)
+        for rule in ("adam", "query_key", "mlp")
+    }
+    keywords = Keywords(
+        **{field.name: tuple(words.get(field.name, ())) for field in fields(Keywords)}
+    )
     done = adam_mini_names(model, dim=run, n_heads=run, keywords=keywords)
     made: dict[str, list[Cut]] = {name: [] for name in parameters}
     for cut in done.cuts:
@@ -185,13 +219,19 @@ def _run_lengths(shape: tuple[int, ...], cuts: list[Cut]) -> set[int]:
     parts = [part for cut in cuts for part in cut.parts]
     covered = sum(cut.num_blocks * cut.block_size for cut in cuts) == math.prod(shape)
     joined = any(len(cut.parts) > 1 for cut in cuts)
-    return {part.block_size for part in parts} if covered and not joined and all(map(_is_runs, parts)) else set()
+    return (
+        {part.block_size for part in parts}
+        if covered and not joined and all(map(_is_runs, parts))
+        else set()
+    )
 
 
 def _is_runs(part: Part) -> bool:
     """Whether every piece is neighbouring entries that start at a multiple of their number."""
     outer = [axis for axis in part.axes if part.view[axis] > 1]
-    inner = [axis for axis in range(len(part.view)) if axis not in part.axes and part.view[axis] > 1]
+    inner = [
+        axis for axis in range(len(part.view)) if axis not in part.axes and part.view[axis] > 1
+    ]
     if not inner or min(inner) < max(outer, default=-1):
         return not inner
     first, rest = inner[0], math.prod(part.view[inner[0] + 1 :])
@@ -212,13 +252,19 @@ def _rule(shape: tuple[int, ...], length: int) -> str:
 def _keywords(names: list[str], rules: Mapping[str, str]) -> list[str]:
     """Short endings of ``names`` that are part of no name with another rule; the full name where there is none."""
     chosen: list[str] = []
-    others = [name.lower() for name, rule in rules.items() if rules.get(names[0] if names else "") != rule]
+    others = [
+        name.lower() for name, rule in rules.items() if rules.get(names[0] if names else "") != rule
+    ]
     for name in map(str.lower, names):
         if any(word in name for word in chosen):
             continue
         pieces = name.split(".")
-        endings = (".".join(pieces[-count:]) for count in range(min(2, len(pieces)), len(pieces) + 1))
-        chosen.append(next((word for word in endings if not any(word in other for other in others)), name))
+        endings = (
+            ".".join(pieces[-count:]) for count in range(min(2, len(pieces)), len(pieces) + 1)
+        )
+        chosen.append(
+            next((word for word in endings if not any(word in other for other in others)), name)
+        )
     return chosen
 
 
@@ -249,7 +295,10 @@ def patterns(partition: Partition) -> dict[str, str]:
     for name, way in by_name.items():
         general.setdefault(_expression(name), set()).add(way)
     alone = {expression for expression, found in general.items() if len(found) == 1}
-    return {(_expression(n) if _expression(n) in alone else f"^{re.escape(n)}$"): way for n, way in by_name.items()}
+    return {
+        (_expression(n) if _expression(n) in alone else f"^{re.escape(n)}$"): way
+        for n, way in by_name.items()
+    }
 
 
 def _expression(name: str) -> str:

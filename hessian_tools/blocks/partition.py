@@ -50,7 +50,9 @@ class Preset:
             return list(self.cuts(survey))
         rules = self.rules
         if self.otherwise is not None and not survey.is_transformer:
-            survey.notes.append("no attention found: the model is no Transformer, so other rules hold (see the preset)")
+            survey.notes.append(
+                "no attention found: the model is no Transformer, so other rules hold (see the preset)"
+            )
             rules = self.otherwise
         return [cut for site in survey.sites for cut in survey.cuts(site, rules)]
 
@@ -63,22 +65,36 @@ def _layer(survey: Survey) -> Iterable[Cut]:
 def _official(survey: Survey) -> Iterable[Cut]:
     count = len(survey.attention.layers)
     if not count:
-        survey.notes.append("no stack of transformer layers found: every tensor of two or more dimensions is a block")
+        survey.notes.append(
+            "no stack of transformer layers found: every tensor of two or more dimensions is a block"
+        )
         return PRESETS["weights"](survey)
     tokens = [site for site in survey.sites if survey.kinds[site.name] in ("embedding", "tied")][:1]
-    used = {None, 0, count // 4, 7 * count // 12, count - 1} if tokens else {None, 0, count // 2, count - 1}
+    used = (
+        {None, 0, count // 4, 7 * count // 12, count - 1}
+        if tokens
+        else {None, 0, count // 2, count - 1}
+    )
 
     def is_used(site: Site) -> bool:
-        matrix = len(site.shape) > 1 and (isinstance(site.module, MATRICES) or is_transposed(site.module))
+        matrix = len(site.shape) > 1 and (
+            isinstance(site.module, MATRICES) or is_transposed(site.module)
+        )
         return site in tokens or (matrix and survey.layer_of(site.name) in used)
 
     used_sites = filter(is_used, survey.sites)
-    return [cut for site in used_sites for cut in (survey.cuts(site, SEMANTIC) if tokens else [site.uncut()])]
+    return [
+        cut
+        for site in used_sites
+        for cut in (survey.cuts(site, SEMANTIC) if tokens else [site.uncut()])
+    ]
 
 
 OURS = "ours"
 ZHANG = "Zhang et al., Adam-mini: Use Fewer Learning Rates To Gain More, arXiv 2406.16793"
-ZHAO = "Zhao et al., Deconstructing What Makes a Good Optimizer for Language Models, arXiv 2407.07972"
+ZHAO = (
+    "Zhao et al., Deconstructing What Makes a Good Optimizer for Language Models, arXiv 2407.07972"
+)
 TABLES = {"embedding": "rows", "tied": "rows", "output": "rows"}
 
 PRESETS: dict[str, Preset] = {
@@ -126,7 +142,9 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 
-def partition(model: nn.Module, spec: str | Spec = "semantic", *, only: str | Sequence[str] | None = None) -> Partition:
+def partition(
+    model: nn.Module, spec: str | Spec = "semantic", *, only: str | Sequence[str] | None = None
+) -> Partition:
     """Cuts the trainable parameters of ``model`` into named, disjoint blocks.
 
     Args:
@@ -162,10 +180,14 @@ def partition(model: nn.Module, spec: str | Spec = "semantic", *, only: str | Se
         raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     survey = Survey(model)
     if not survey.sites:
-        raise ValueError("model has no parameter that requires grad; call requires_grad_() on those to be studied")
+        raise ValueError(
+            "model has no parameter that requires grad; call requires_grad_() on those to be studied"
+        )
     if isinstance(spec, str):
         if spec not in PRESETS:
-            raise ValueError(f"spec is {spec!r}; presets are {', '.join(PRESETS)}, and own names or globs go in a list")
+            raise ValueError(
+                f"spec is {spec!r}; presets are {', '.join(PRESETS)}, and own names or globs go in a list"
+            )
         cuts, preset = list(PRESETS[spec](survey)), spec
     else:
         cuts, preset = own_cuts(survey, spec), ""
@@ -190,11 +212,15 @@ def alternatives(model: nn.Module | Survey, parameter: str) -> dict[str, Cut]:
     survey = model if isinstance(model, Survey) else Survey(model)
     sites = {site.name: site for site in survey.sites}
     if parameter not in sites:
-        raise ValueError(f"parameter is {parameter!r}, no trainable parameter{close_names(parameter, sites)}")
+        raise ValueError(
+            f"parameter is {parameter!r}, no trainable parameter{close_names(parameter, sites)}"
+        )
     site = sites[parameter]
     found: dict[str, Cut] = {}
     for name, cut in survey.equal_cuts(site):
-        if not found or (cut.num_blocks > 1 and all(_pieces(cut) != _pieces(other) for other in found.values())):
+        if not found or (
+            cut.num_blocks > 1 and all(_pieces(cut) != _pieces(other) for other in found.values())
+        ):
             found[name] = cut
     return found
 
@@ -203,4 +229,6 @@ def _pieces(cut: Cut) -> tuple[Any, ...]:
     """What tells one cut of a whole tensor from another, whatever its blocks are called."""
     part = cut.parts[0]
     kept = [axis for axis, size in enumerate(part.view) if size > 1]
-    return tuple(part.view[axis] for axis in kept), tuple(i for i, axis in enumerate(kept) if axis in part.axes)
+    return tuple(part.view[axis] for axis in kept), tuple(
+        i for i, axis in enumerate(kept) if axis in part.axes
+    )

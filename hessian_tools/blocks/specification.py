@@ -31,7 +31,12 @@ from hessian_tools.blocks.block import Block, Cut, Part, check_disjoint, close_n
 from hessian_tools.blocks.survey import Site, Survey, together
 
 Axis = str | int | tuple[int, ...] | None
-Spec = Mapping[str, Any] | Iterable[str | Block] | Callable[[str, nn.Parameter, nn.Module], Axis | Cut] | Optimizer
+Spec = (
+    Mapping[str, Any]
+    | Iterable[str | Block]
+    | Callable[[str, nn.Parameter, nn.Module], Axis | Cut]
+    | Optimizer
+)
 SEMANTIC = {"else": "roles"}
 AXES = ("whole", "role", "head", "row", "column", "expert", "element")
 
@@ -48,7 +53,11 @@ def own_cuts(survey: Survey, spec: Spec) -> list[Cut]:
             raise ValueError(
                 f"spec has axes for globs ({next(iter(axes))!r}) and a named block ({mixed!r}); put them into two dicts"
             )
-        cuts = _by_globs(survey, axes) if axes else [_sliced(sites, name, value) for name, value in spec.items()]
+        cuts = (
+            _by_globs(survey, axes)
+            if axes
+            else [_sliced(sites, name, value) for name, value in spec.items()]
+        )
     elif isinstance(spec, Iterable):
         items = list(spec)
         globs = [item for item in items if isinstance(item, str) and item not in sites]
@@ -79,7 +88,9 @@ def along(survey: Survey, site: Site, axis: Any) -> list[Cut]:
     if isinstance(axis, str):
         word = axis.removesuffix("s")
         if word not in AXES:
-            raise ValueError(f"spec cuts {site.name} by {axis!r}; axes are {', '.join(AXES)}, numbers and None")
+            raise ValueError(
+                f"spec cuts {site.name} by {axis!r}; axes are {', '.join(AXES)}, numbers and None"
+            )
         if word in ("column", "expert"):
             found = dict(survey.equal_cuts(site)).get(f"{word}s")
             if found is None:
@@ -90,10 +101,14 @@ def along(survey: Survey, site: Site, axis: Any) -> list[Cut]:
         return survey.cuts(site, {"else": word if word == "whole" else f"{word}s"})
     axes = axis if isinstance(axis, tuple) else (axis,)
     if not axes or not all(isinstance(a, int) and not isinstance(a, bool) for a in axes):
-        raise TypeError(f"spec cuts {site.name} by {axis!r}; axes are {', '.join(AXES)}, numbers and None")
+        raise TypeError(
+            f"spec cuts {site.name} by {axis!r}; axes are {', '.join(AXES)}, numbers and None"
+        )
     rank = len(site.shape)
     if not all(-rank <= a < rank for a in axes) or len({a % rank for a in axes}) < len(axes):
-        raise ValueError(f"spec cuts {site.name} by axis {axis}; its shape {site.shape} has axes 0 to {rank - 1}")
+        raise ValueError(
+            f"spec cuts {site.name} by axis {axis}; its shape {site.shape} has axes 0 to {rank - 1}"
+        )
     axes = tuple(a % rank for a in axes)
     return [site.along(axes, "axis" + "x".join(map(str, axes)))]
 
@@ -101,21 +116,29 @@ def along(survey: Survey, site: Site, axis: Any) -> list[Cut]:
 def _is_axis(value: Any, sites: Mapping[str, Site]) -> bool:
     if isinstance(value, str):
         return value.removesuffix("s") in AXES and value not in sites
-    return value is None or isinstance(value, int) or (isinstance(value, tuple) and {*map(type, value)} == {int})
+    return (
+        value is None
+        or isinstance(value, int)
+        or (isinstance(value, tuple) and {*map(type, value)} == {int})
+    )
 
 
 def _by_globs(survey: Survey, axes: Mapping[str, Any]) -> list[Cut]:
     names = [site.name for site in survey.sites]
     for glob in axes:
         if not any(fnmatchcase(name, glob) for name in names):
-            raise ValueError(f"spec's {glob!r} matches no trainable parameter{close_names(glob, names)}")
+            raise ValueError(
+                f"spec's {glob!r} matches no trainable parameter{close_names(glob, names)}"
+            )
     cuts, missed = [], []
     for site in survey.sites:
         decisive = [axis for glob, axis in axes.items() if fnmatchcase(site.name, glob)][:1]
         missed += [] if decisive else [site.name]
         cuts += along(survey, site, decisive[0]) if decisive else []
     if missed:
-        survey.notes.append(f"{len(missed)} tensors match no glob and are in no block: {_first(missed)}")
+        survey.notes.append(
+            f"{len(missed)} tensors match no glob and are in no block: {_first(missed)}"
+        )
     return cuts
 
 
@@ -123,7 +146,9 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join([*names[:5], *["..."] * (len(names) > 5)])
 
 
-def _by_function(survey: Survey, choose: Callable[[str, nn.Parameter, nn.Module], Axis | Cut]) -> list[Cut]:
+def _by_function(
+    survey: Survey, choose: Callable[[str, nn.Parameter, nn.Module], Axis | Cut]
+) -> list[Cut]:
     parameters, cuts = dict(survey.model.named_parameters()), []
     for site in survey.sites:
         answer = choose(site.name, parameters[site.name], site.module)
@@ -153,7 +178,9 @@ def _of_groups(survey: Survey, optimizer: Optimizer) -> list[Cut]:
             cuts.append(together(members, str(group.get("name", f"group {number}"))))
     missed = [name for name in sites if name not in seen]
     if missed:
-        survey.notes.append(f"{len(missed)} tensors are in no group and in no block: {_first(missed)}")
+        survey.notes.append(
+            f"{len(missed)} tensors are in no group and in no block: {_first(missed)}"
+        )
     return cuts
 
 
@@ -161,9 +188,16 @@ def _named(sites: Mapping[str, Site], item: str | Block) -> Cut:
     if isinstance(item, str):
         return sites[item].uncut()
     if not isinstance(item, Block):
-        raise TypeError(f"spec holds a {type(item).__name__}; a list of names, globs or Blocks is needed")
-    if any(part.parameter not in sites or sites[part.parameter].shape != part.shape for part in item.cut.parts):
-        raise ValueError(f"spec holds {item}, which is no block of this model's trainable parameters")
+        raise TypeError(
+            f"spec holds a {type(item).__name__}; a list of names, globs or Blocks is needed"
+        )
+    if any(
+        part.parameter not in sites or sites[part.parameter].shape != part.shape
+        for part in item.cut.parts
+    ):
+        raise ValueError(
+            f"spec holds {item}, which is no block of this model's trainable parameters"
+        )
     return item.as_cut()
 
 
@@ -171,15 +205,26 @@ def _sliced(sites: Mapping[str, Site], name: str, chosen: Any) -> Cut:
     parameter, index = chosen if isinstance(chosen, tuple) and len(chosen) == 2 else (chosen, ())
     index = index if isinstance(index, tuple) else (index,)
     if not isinstance(parameter, str) or not all(isinstance(i, slice) for i in index):
-        raise TypeError(f"spec[{name!r}] is {chosen!r}; give a parameter name or (parameter name, tuple of slices)")
+        raise TypeError(
+            f"spec[{name!r}] is {chosen!r}; give a parameter name or (parameter name, tuple of slices)"
+        )
     if parameter not in sites:
-        raise ValueError(f"spec[{name!r}] names {parameter!r}, no trainable parameter{close_names(parameter, sites)}")
+        raise ValueError(
+            f"spec[{name!r}] names {parameter!r}, no trainable parameter{close_names(parameter, sites)}"
+        )
     site = sites[parameter]
     bounds = [s.indices(size) for s, size in zip(index, site.shape, strict=False)]
-    if len(index) > len(site.shape) or any(step != 1 or start >= stop for start, stop, step in bounds):
-        raise ValueError(f"spec[{name!r}] is {index}; non-empty slices of step 1 into shape {site.shape} are needed")
+    if len(index) > len(site.shape) or any(
+        step != 1 or start >= stop for start, stop, step in bounds
+    ):
+        raise ValueError(
+            f"spec[{name!r}] is {index}; non-empty slices of step 1 into shape {site.shape} are needed"
+        )
     picked = tuple(slice(start, stop) for start, stop, _ in bounds)
-    return Cut((Part(parameter, site.shape, site.shape, (*picked, *whole(site.shape[len(picked) :]))),), name)
+    return Cut(
+        (Part(parameter, site.shape, site.shape, (*picked, *whole(site.shape[len(picked) :]))),),
+        name,
+    )
 
 
 def chosen(cuts: Iterable[Cut], patterns: Sequence[str]) -> list[Cut]:
@@ -187,8 +232,13 @@ def chosen(cuts: Iterable[Cut], patterns: Sequence[str]) -> list[Cut]:
     cuts = list(cuts)
     wanted: list[set[int]] = [set() for _ in cuts]  # positions in each cut
     for pattern in patterns:
-        glob = partial(fnmatchcase, pat=pattern.replace("[", "[[]"))  # names have brackets, so they are no wildcards
-        hits = [{i for i, name in enumerate(cut.names) if any(map(glob, (name, *cut.parameters)))} for cut in cuts]
+        glob = partial(
+            fnmatchcase, pat=pattern.replace("[", "[[]")
+        )  # names have brackets, so they are no wildcards
+        hits = [
+            {i for i, name in enumerate(cut.names) if any(map(glob, (name, *cut.parameters)))}
+            for cut in cuts
+        ]
         if not any(hits):
             raise ValueError(
                 f"{pattern!r} matches no block or trainable parameter{close_names(pattern, examples(cuts))}"

@@ -10,7 +10,14 @@ from functools import cached_property
 
 from torch import nn
 
-from hessian_tools.blocks.attention import Attention, Region, find_attention, is_inside, is_transposed, whole
+from hessian_tools.blocks.attention import (
+    Attention,
+    Region,
+    find_attention,
+    is_inside,
+    is_transposed,
+    whole,
+)
 from hessian_tools.blocks.block import Cut, Part
 from hessian_tools.blocks.token_tables import token_tables
 from hessian_tools.blocks.weight_axes import output_axes
@@ -19,7 +26,16 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 # Modules whose tensors of two or more dimensions have one row an output neuron.
-WITH_ROWS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+WITH_ROWS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 MATRICES = (*WITH_ROWS, *TRANSPOSED)  # those and others that map features
 
 KINDS: dict[str, str] = {
@@ -65,9 +81,13 @@ class Site:
         index = (*whole(before), *region.index, *whole(after))
         axes = tuple(axis + a for a in region.axes)
         part = Part(self.name, self.shape, (*before, *region.view, *after), index, axes)
-        return Cut((part,), self.name, region.labels, counter, part.num_blocks // len(region.labels))
+        return Cut(
+            (part,), self.name, region.labels, counter, part.num_blocks // len(region.labels)
+        )
 
-    def along(self, axes: tuple[int, ...], counter: str, view: tuple[int, ...] | None = None) -> Cut:
+    def along(
+        self, axes: tuple[int, ...], counter: str, view: tuple[int, ...] | None = None
+    ) -> Cut:
         """The whole tensor, a block at each place of ``axes`` (of ``view``)."""
         view = view or self.shape
         part = Part(self.name, self.shape, view, whole(view), axes)
@@ -79,7 +99,9 @@ class Site:
 
 def together(sites: Iterable[Site], name: str) -> Cut:
     """One block of all of ``sites``."""
-    return Cut(tuple(Part(site.name, site.shape, site.shape, whole(site.shape)) for site in sites), name)
+    return Cut(
+        tuple(Part(site.name, site.shape, site.shape, whole(site.shape)) for site in sites), name
+    )
 
 
 class Survey:
@@ -89,7 +111,10 @@ class Survey:
         # named_parameters gives a tied tensor once, under its first name.
         named = [(name, p) for name, p in model.named_parameters() if p.numel()]
         self.model = model
-        self.all = [Site(name, tuple(p.shape), model.get_submodule(name.rpartition(".")[0])) for name, p in named]
+        self.all = [
+            Site(name, tuple(p.shape), model.get_submodule(name.rpartition(".")[0]))
+            for name, p in named
+        ]
         self.sites = [site for site, (_, p) in zip(self.all, named, strict=True) if p.requires_grad]
         self.notes: list[str] = []
 
@@ -105,22 +130,38 @@ class Survey:
 
     def layer_of(self, path: str) -> int | None:
         """The number of the transformer layer that the module or parameter at ``path`` lies in, if in any."""
-        return next((i for i, layer in enumerate(self.attention.layers) if is_inside(path, layer)), None)
+        return next(
+            (i for i, layer in enumerate(self.attention.layers) if is_inside(path, layer)), None
+        )
 
     @cached_property
     def kinds(self) -> dict[str, str]:
         """{parameter name: its kind of KINDS}; a fused tensor's are joined by "/"."""
         kinds = {site.name: self._kind(site) for site in self.all}
-        matrices = [site for site in self.all if kinds[site.name] == "mlp" and self.layer_of(site.name) is None]
+        matrices = [
+            site
+            for site in self.all
+            if kinds[site.name] == "mlp" and self.layer_of(site.name) is None
+        ]
         tokens = {site.shape[0] for site in self.all if kinds[site.name] in ("embedding", "tied")}
         outputs = [site for site in matrices if site.shape[self._row_axes(site)[-1]] in tokens]
         if "tied" in kinds.values():
             outputs = []
-        elif not outputs or not self.attention.layers:  # without known layers, a row count may agree by accident
-            outputs = outputs[-1:] or matrices[-1:] or [site for site in self.all if kinds[site.name] == "conv"][-1:]
+        elif (
+            not outputs or not self.attention.layers
+        ):  # without known layers, a row count may agree by accident
+            outputs = (
+                outputs[-1:]
+                or matrices[-1:]
+                or [site for site in self.all if kinds[site.name] == "conv"][-1:]
+            )
         kinds |= {site.name: "output" for site in outputs}
         owners = {site.module for site in outputs}
-        return kinds | {s.name: "output bias" for s in self.all if kinds[s.name] == "bias" and s.module in owners}
+        return kinds | {
+            s.name: "output bias"
+            for s in self.all
+            if kinds[s.name] == "bias" and s.module in owners
+        }
 
     def _kind(self, site: Site) -> str:
         module, ndim = site.module, len(site.shape)
@@ -154,18 +195,27 @@ class Survey:
     def _tables(self) -> list[str]:
         """Names of the tables looked up by token."""
         tables = {
-            s.name: s.module for s in self.all if isinstance(s.module, EMBEDDINGS) and self.layer_of(s.name) is None
+            s.name: s.module
+            for s in self.all
+            if isinstance(s.module, EMBEDDINGS) and self.layer_of(s.name) is None
         }
-        linears = [(path, module) for path, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        linears = [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
         outputs = {module.out_features for path, module in linears if self.layer_of(path) is None}
-        first = self.model.get_submodule(self.attention.layers[0]) if self.attention.layers else None
+        first = (
+            self.model.get_submodule(self.attention.layers[0]) if self.attention.layers else None
+        )
         return token_tables(self.model, tables, outputs, first)
 
     @cached_property
     def _tied(self) -> set[str]:
         """Names of the tensors that a table shares with a linear layer."""
         owners = [
-            {id(m.weight) for m in self.model.modules() if isinstance(m, kind)} for kind in (EMBEDDINGS, nn.Linear)
+            {id(m.weight) for m in self.model.modules() if isinstance(m, kind)}
+            for kind in (EMBEDDINGS, nn.Linear)
         ]
         return {name for name, p in self.model.named_parameters() if id(p) in owners[0] & owners[1]}
 
@@ -192,17 +242,27 @@ class Survey:
         def way_of(kind: str) -> str:
             return rules.get(kind) or (rules.get("vector") if vector else None) or rules["else"]
 
-        projection = self.attention.projections.get(site.name) if rules != {"else": "whole"} else None
+        projection = (
+            self.attention.projections.get(site.name) if rules != {"else": "whole"} else None
+        )
         roles = projection.roles if projection else ("",)
-        ways = {role: way_of(role if kind and not vector and projection else kind) for role in roles}
+        ways = {
+            role: way_of(role if kind and not vector and projection else kind) for role in roles
+        }
         ways = {role: "roles" if way == "rows" and vector else way for role, way in ways.items()}
         if set(ways.values()) <= {"skip", "whole", "elements"} and len(set(ways.values())) == 1:
             way = next(iter(ways.values()))
-            return [] if way == "skip" else [self.elements(site) if way == "elements" else site.uncut()]
+            return (
+                []
+                if way == "skip"
+                else [self.elements(site) if way == "elements" else site.uncut()]
+            )
         if projection is None or (roles == ("o",) and ways["o"] != "heads"):
             return [self.rows(site) if "rows" in ways.values() else site.uncut()]
         if "heads" in ways.values() and not projection.head_size:
-            self.notes.append(f"{site.name}: its {sum(projection.sizes)} features are not known to divide into heads")
+            self.notes.append(
+                f"{site.name}: its {sum(projection.sizes)} features are not known to divide into heads"
+            )
             ways = {role: "roles" if way == "heads" else way for role, way in ways.items()}
         axis = int((not vector and is_transposed(site.module)) != (roles == ("o",)))
         found = []
@@ -217,7 +277,9 @@ class Survey:
         cut = dict(self._feature_cuts(site)).get("rows")
         if cut is None:
             kind = type(site.module).__name__
-            self.notes.append(f"{site.name}: a {kind} has no known output axis, so it is left whole")
+            self.notes.append(
+                f"{site.name}: a {kind} has no known output axis, so it is left whole"
+            )
         return cut or site.uncut()
 
     def elements(self, site: Site) -> Cut:
@@ -244,7 +306,10 @@ class Survey:
             if len(set(projection.sizes)) == 1 < len(projection.sizes):
                 yield "roles", site.cut(axis, next(projection.regions("", projection.roles)))
             if projection.head_size:
-                yield "heads", site.cut(axis, projection.heads(), "" if len(projection.roles) > 1 else "head")
+                yield (
+                    "heads",
+                    site.cut(axis, projection.heads(), "" if len(projection.roles) > 1 else "head"),
+                )
         yield from self._feature_cuts(site)
         yield "elements", self.elements(site)
 
@@ -267,4 +332,7 @@ class Survey:
             yield "rows", site.along(outputs, "row")
             yield "columns", site.along(inputs, "column")
         else:
-            yield from ((f"axis {axis}", site.along((axis,), f"axis{axis}")) for axis in range(len(site.shape)))
+            yield from (
+                (f"axis {axis}", site.along((axis,), f"axis{axis}"))
+                for axis in range(len(site.shape))
+            )

@@ -37,13 +37,19 @@ def token_tables(
     found = set(tables) if len(tables) == 1 else _receivers(model, tables, first)
     if not found:
         found = {
-            max((name for name in tables if rows[name] in outputs), key=rows.__getitem__, default=next(iter(tables)))
+            max(
+                (name for name in tables if rows[name] in outputs),
+                key=rows.__getitem__,
+                default=next(iter(tables)),
+            )
         }
     sizes = {rows[name] for name in found}
     return [name for name in tables if rows[name] in sizes]
 
 
-def _receivers(model: nn.Module, tables: Mapping[str, nn.Module], first: nn.Module | None) -> set[str]:
+def _receivers(
+    model: nn.Module, tables: Mapping[str, nn.Module], first: nn.Module | None
+) -> set[str]:
     ids, received = torch.tensor(IDS, device=next(model.parameters()).device), set[str]()
 
     def listener(name: str) -> Callable[[nn.Module, Any], None]:
@@ -59,7 +65,10 @@ def _receivers(model: nn.Module, tables: Mapping[str, nn.Module], first: nn.Modu
     hooks = [table.register_forward_pre_hook(listener(name)) for name, table in tables.items()]
     hooks += [first.register_forward_pre_hook(stop)] if first is not None else []
     try:
-        with _quietly(model), suppress(Exception):  # a foreign forward may want other arguments, after the look-up
+        with (
+            _quietly(model),
+            suppress(Exception),
+        ):  # a foreign forward may want other arguments, after the look-up
             model(ids)
     finally:
         for hook in hooks:

@@ -23,22 +23,33 @@ def output_axes(module: nn.Module) -> dict[str, int]:
     The first axis of a tensor of three axes is taken to be that of the experts.
     """
     own = dict(module.named_parameters(recurse=False))
-    weights = {name: p for name, p in own.items() if p.ndim in (2, 3) and min(p.shape[-2:]) > FEATURE + 1}
+    weights = {
+        name: p for name, p in own.items() if p.ndim in (2, 3) and min(p.shape[-2:]) > FEATURE + 1
+    }
     if not weights or len(own) < sum(1 for _ in module.parameters()):
         return {}  # a module with others inside computes more than a product
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng([]), warnings.catch_warnings():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng([]),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         widths = dict.fromkeys(size for p in weights.values() for size in p.shape[-2:])
         for width in widths:
             for arguments in _arguments(module, weights, width):
-                with suppress(Exception):  # a foreign forward may fail in any way on input that it does not expect
+                with suppress(
+                    Exception
+                ):  # a foreign forward may fail in any way on input that it does not expect
                     found = _told(module, weights, *arguments)
                     if found:
                         return found
     return {}
 
 
-def _arguments(module: nn.Module, weights: dict[str, nn.Parameter], width: int) -> Iterator[tuple[Tensor, ...]]:
+def _arguments(
+    module: nn.Module, weights: dict[str, nn.Parameter], width: int
+) -> Iterator[tuple[Tensor, ...]]:
     """Random tokens (T, width), alone and with a routing (index (T, 1), weight (T, 1)) of two tokens an expert."""
     like = next(iter(weights.values()))
     experts = max((p.shape[0] for p in weights.values() if p.ndim == 3), default=1)
@@ -49,10 +60,14 @@ def _arguments(module: nn.Module, weights: dict[str, nn.Parameter], width: int) 
     yield x, index, torch.ones_like(x[:, :1])
 
 
-def _told(module: nn.Module, weights: dict[str, nn.Parameter], x: Tensor, *routing: Any) -> dict[str, int]:
+def _told(
+    module: nn.Module, weights: dict[str, nn.Parameter], x: Tensor, *routing: Any
+) -> dict[str, int]:
     generator = torch.Generator().manual_seed(1)
     trial = {
-        name: (torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1])).to(p).requires_grad_()
+        name: (torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1]))
+        .to(p)
+        .requires_grad_()
         for name, p in module.named_parameters()
     }
 
@@ -62,9 +77,14 @@ def _told(module: nn.Module, weights: dict[str, nn.Parameter], x: Tensor, *routi
         while not isinstance(result, Tensor):
             result = result[0]
         scalar = (result if feature is None else result[..., feature]).square().sum()
-        gradients = torch.autograd.grad(scalar, [trial[name] for name in weights], materialize_grads=True)
+        gradients = torch.autograd.grad(
+            scalar, [trial[name] for name in weights], materialize_grads=True
+        )
         pairs = zip(weights, gradients, strict=True)
-        return {name: [g.movedim(axis, 0).flatten(1).any(1) for axis in range(g.ndim)] for name, g in pairs}
+        return {
+            name: [g.movedim(axis, 0).flatten(1).any(1) for axis in range(g.ndim)]
+            for name, g in pairs
+        }
 
     without = x.clone()
     without[:, FEATURE] = 0

@@ -81,13 +81,17 @@ class HessianOperator(SymmetricOperator):
         route: str = "auto",
     ) -> None:  # fmt: skip
         if not isinstance(problem, Problem):
-            raise TypeError(f"problem is a {type(problem).__name__}; pass ht.Problem(model, loss_fn, batches)")
+            raise TypeError(
+                f"problem is a {type(problem).__name__}; pass ht.Problem(model, loss_fn, batches)"
+            )
         self.arithmetic = arithmetic(problem.model, precision)
         super().__init__(problem.num_parameters, self.arithmetic.vectors, problem.device)
         self.problem = problem
         if route not in ROUTES:
             raise ValueError(f"route is {route!r}; allowed are {', '.join(map(repr, ROUTES))}")
-        self._engine = Engine(problem, self.arithmetic, memory, Wishes(record, microbatch, segments), route)
+        self._engine = Engine(
+            problem, self.arithmetic, memory, Wishes(record, microbatch, segments), route
+        )
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         shapes = [p.shape for p in self.problem.parameters.values()]
@@ -143,7 +147,9 @@ class HessianOperator(SymmetricOperator):
             started = time.perf_counter()
             float(problem.batch_loss(batch))
             seconds = time.perf_counter() - started
-        share = (batch_length(batch) or 1) / sum(batch_length(piece) or 1 for _, piece in self.plan.pieces)
+        share = (batch_length(batch) or 1) / sum(
+            batch_length(piece) or 1 for _, piece in self.plan.pieces
+        )
         return self.plan.announcement(products, blocks, seconds / share)
 
     @property
@@ -165,17 +171,25 @@ class StackedBlocks(SymmetricOperator):
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         if vectors.shape[0] % self.num_blocks:
-            raise ValueError(f"vectors has {vectors.shape[0]} rows; {self.num_blocks} blocks need a multiple of that")
+            raise ValueError(
+                f"vectors has {vectors.shape[0]} rows; {self.num_blocks} blocks need a multiple of that"
+            )
         names = list(self.cut.parameters)
         sizes = [part.block_size for part in self.cut.parts]
         total = _Sum(vectors, sizes)
         # a row is its block's vector in that block's place of the tensor, and zero elsewhere
-        owner = torch.arange(len(vectors), device=self.device) // max(1, len(vectors) // self.num_blocks)
+        owner = torch.arange(len(vectors), device=self.device) // max(
+            1, len(vectors) // self.num_blocks
+        )
 
         def spread(rows: slice) -> list[Tensor]:
             wide: dict[str, Tensor] = {}
             for part, piece in zip(self.cut.parts, vectors[rows].split(sizes, dim=1), strict=True):
-                if self.num_blocks == 1 and not part.axes and piece.shape[1] == math.prod(part.shape):
+                if (
+                    self.num_blocks == 1
+                    and not part.axes
+                    and piece.shape[1] == math.prod(part.shape)
+                ):
                     wide[part.parameter] = piece.reshape(-1, *part.shape)
                     continue
                 placed = piece.new_zeros(len(piece), self.num_blocks, piece.shape[1])
@@ -189,7 +203,11 @@ class StackedBlocks(SymmetricOperator):
             local = torch.arange(rows.stop - rows.start, device=self.device)
             chosen = (products[names.index(part.parameter)] for part in self.cut.parts)
             pairs = zip(self.cut.parts, chosen, strict=True)
-            total.add(rows, [None if p is None else part.rows(p)[local, owner[rows]] for part, p in pairs], weight)
+            total.add(
+                rows,
+                [None if p is None else part.rows(p)[local, owner[rows]] for part, p in pairs],
+                weight,
+            )
 
         self._engine.products(names, len(vectors), spread, collect)
         return total.rows

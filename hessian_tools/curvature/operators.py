@@ -41,7 +41,11 @@ class SymmetricOperator(ABC):
         """
         tensor = self._validated(vectors, ndim=2)
         product = self._matmat(tensor)
-        return product.cpu().numpy().astype(vectors.dtype) if isinstance(vectors, np.ndarray) else product
+        return (
+            product.cpu().numpy().astype(vectors.dtype)
+            if isinstance(vectors, np.ndarray)
+            else product
+        )
 
     def __matmul__(self, vector: Any) -> Any:
         """A v for one ``vector`` of shape (n,)."""
@@ -60,7 +64,9 @@ class SymmetricOperator(ABC):
         def single(vector: np.ndarray) -> np.ndarray:
             return columns(vector.reshape(-1, 1))[:, 0]
 
-        return LinearOperator(self.shape, matvec=single, rmatvec=single, matmat=columns, rmatmat=columns, dtype=dtype)
+        return LinearOperator(
+            self.shape, matvec=single, rmatvec=single, matmat=columns, rmatmat=columns, dtype=dtype
+        )
 
     def to_dense(self, rows_per_call: int = 64) -> Tensor:
         """The whole matrix, (n, n), from products with ``rows_per_call`` unit vectors at a time."""
@@ -84,7 +90,9 @@ class SymmetricOperator(ABC):
                 if vectors.ndim != ndim
                 else "its last axis is n"
             )
-            raise ValueError(f"vectors has shape {tuple(vectors.shape)}; expected {expected} ({remedy})")
+            raise ValueError(
+                f"vectors has shape {tuple(vectors.shape)}; expected {expected} ({remedy})"
+            )
         tensor = torch.as_tensor(vectors)
         if not tensor.is_floating_point():
             raise TypeError(
@@ -99,8 +107,14 @@ class DenseOperator(SymmetricOperator):
     def __init__(self, matrix: Tensor | np.ndarray) -> None:
         matrix = torch.as_tensor(matrix)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"matrix has shape {tuple(matrix.shape)}; a square (n, n) matrix is needed")
-        tolerance = 100 * torch.finfo(matrix.dtype).eps * float(matrix.abs().max()) if matrix.numel() else 0.0
+            raise ValueError(
+                f"matrix has shape {tuple(matrix.shape)}; a square (n, n) matrix is needed"
+            )
+        tolerance = (
+            100 * torch.finfo(matrix.dtype).eps * float(matrix.abs().max())
+            if matrix.numel()
+            else 0.0
+        )
         asymmetry = float((matrix - matrix.T).abs().max()) if matrix.numel() else 0.0
         if not asymmetry <= tolerance:
             raise ValueError(
@@ -119,7 +133,9 @@ class DiagonalOperator(SymmetricOperator):
     def __init__(self, diagonal: Tensor | np.ndarray) -> None:
         diagonal = torch.as_tensor(diagonal)
         if diagonal.ndim != 1:
-            raise ValueError(f"diagonal has shape {tuple(diagonal.shape)}; a vector of shape (n,) is needed")
+            raise ValueError(
+                f"diagonal has shape {tuple(diagonal.shape)}; a vector of shape (n,) is needed"
+            )
         super().__init__(diagonal.shape[0], diagonal.dtype, diagonal.device)
         self.diagonal = diagonal
 

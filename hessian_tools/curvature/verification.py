@@ -48,7 +48,10 @@ class Check:
         return self.error <= self.tolerance  # NaN fails
 
     def __str__(self) -> str:
-        verdict, remark = "ok    " if self.passed else "FAILED", f"; {self.remark}" if self.remark else ""
+        verdict, remark = (
+            "ok    " if self.passed else "FAILED",
+            f"; {self.remark}" if self.remark else "",
+        )
         return f"{verdict} {self.name}: relative error {self.error:.1e} (allowed {self.tolerance:.1e}){remark}"
 
 
@@ -71,7 +74,9 @@ class Verification:
         return "\n".join([*map(str, self.checks), *(f"skip   {reason}" for reason in self.skipped)])
 
 
-def verify(hessian: "HessianOperator", blocks: Sequence[Block] = (), *, seed: int = 0) -> Verification:
+def verify(
+    hessian: "HessianOperator", blocks: Sequence[Block] = (), *, seed: int = 0
+) -> Verification:
     """Holds ``hessian`` against a finite difference of the gradient, symmetry, linearity, its blocks, and cut batches.
 
     Args:
@@ -110,10 +115,15 @@ def verify(hessian: "HessianOperator", blocks: Sequence[Block] = (), *, seed: in
     else:
         try:
             cut = type(hessian)(
-                problem, microbatch=(length + 1) // 2, record=False, precision=hessian.arithmetic.precision
+                problem,
+                microbatch=(length + 1) // 2,
+                record=False,
+                precision=hessian.arithmetic.precision,
             )
             checks.append(Check("cut batches", _relative([cut @ v], [hv]), tolerance))
-        except ValueError as error:  # a loss that is no mean over its examples, say: fine as long as nothing is cut
+        except (
+            ValueError
+        ) as error:  # a loss that is no mean over its examples, say: fine as long as nothing is cut
             skipped.append(f"cut batches: {_first_line(error)}")
     hessian.release()
     try:
@@ -121,19 +131,32 @@ def verify(hessian: "HessianOperator", blocks: Sequence[Block] = (), *, seed: in
         difference, uncertainty, remark = _finite_difference(referee, _per_parameter(problem, v))
         coarse = copied and hessian.arithmetic.name in ("tf32", "bfloat16")
         doubled = type(hessian)(referee) @ v.double() if coarse else hv
-    except (RuntimeError, ValueError, TypeError) as error:  # a referee that cannot stand up is no verdict
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ) as error:  # a referee that cannot stand up is no verdict
         return Verification(
-            tuple(checks), (*skipped, f"finite difference: {type(error).__name__}: {_first_line(error)}")
+            tuple(checks),
+            (*skipped, f"finite difference: {type(error).__name__}: {_first_line(error)}"),
         )
     where = "float64 copy" if copied else f"in {problem.dtype}: no float64 copy could be made"
     if uncertainty < CONCLUSIVE:
         allowed = max(TOLERANCE["float64"] if coarse else tolerance, 5 * uncertainty)
         distance = _relative(_per_parameter(problem, doubled), difference)
-        checks.append(Check("finite difference of the gradient", distance, allowed, f"{where}, {remark}"))
+        checks.append(
+            Check("finite difference of the gradient", distance, allowed, f"{where}, {remark}")
+        )
     else:
-        skipped.append(f"finite difference: inconclusive, its own uncertainty is {uncertainty:.0e} (kinks?)")
+        skipped.append(
+            f"finite difference: inconclusive, its own uncertainty is {uncertainty:.0e} (kinks?)"
+        )
     if coarse:
-        checks.append(Check(f"rounding of {hessian.arithmetic.name}", _relative([hv], [doubled]), ROUNDED, where))
+        checks.append(
+            Check(
+                f"rounding of {hessian.arithmetic.name}", _relative([hv], [doubled]), ROUNDED, where
+            )
+        )
     return Verification(tuple(checks), tuple(skipped))
 
 
@@ -144,7 +167,9 @@ def _block_check(hessian: "HessianOperator", block: Block, v: Tensor, tolerance:
     for part, piece in zip(cut.parts, vector.split([p.block_size for p in cut.parts]), strict=True):
         part.place(piece[None], full[part.parameter])
     sliced = cut.rows(_by_name(hessian.problem, hessian @ embedded)).flatten()
-    return Check(f"block {block.name}", _relative([hessian.block(block) @ vector], [sliced]), tolerance)
+    return Check(
+        f"block {block.name}", _relative([hessian.block(block) @ vector], [sliced]), tolerance
+    )
 
 
 def float64_copy(problem: Problem) -> tuple[Problem, bool]:
@@ -153,14 +178,20 @@ def float64_copy(problem: Problem) -> tuple[Problem, bool]:
         doubled = copy.deepcopy(problem.model).to(torch.float64)
         batches = [to_device(batch, problem.device, torch.float64) for batch in problem.batches]
         referee = Problem(
-            doubled, problem.loss_fn, batches, batch_stats=problem.batch_stats, num_examples=problem.num_examples
+            doubled,
+            problem.loss_fn,
+            batches,
+            batch_stats=problem.batch_stats,
+            num_examples=problem.num_examples,
         )
     except (RuntimeError, ValueError, TypeError):  # not every model can be copied or take float64
         return problem, False
     return referee, True
 
 
-def _finite_difference(referee: Problem, direction: list[Tensor]) -> tuple[list[Tensor], float, str]:
+def _finite_difference(
+    referee: Problem, direction: list[Tensor]
+) -> tuple[list[Tensor], float, str]:
     """H v by parameter, its relative uncertainty, and a remark: central differences of the gradient."""
     norm = _size([p.detach() for p in referee.parameters.values()]) or 1.0
     best: tuple[float, float, list[Tensor]] = (float("inf"), 0.0, [])
@@ -187,7 +218,9 @@ def _shifted_gradient(problem: Problem, direction: list[Tensor], step: float) ->
                 p.add_(d.to(p.dtype), alpha=step)
         for weight, batch in zip(problem.weights, problem.batches, strict=True):
             with problem.evaluating(), torch.enable_grad():
-                gradients = torch.autograd.grad(problem.batch_loss(batch), parameters, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    problem.batch_loss(batch), parameters, allow_unused=True
+                )
             for sum_, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
                     sum_.add_(gradient, alpha=weight)
@@ -200,7 +233,9 @@ def _shifted_gradient(problem: Problem, direction: list[Tensor], step: float) ->
 
 def _per_parameter(problem: Problem, flat: Tensor) -> list[Tensor]:
     sizes = [p.numel() for p in problem.parameters.values()]
-    return [t.view(p.shape) for t, p in zip(flat.split(sizes), problem.parameters.values(), strict=True)]
+    return [
+        t.view(p.shape) for t, p in zip(flat.split(sizes), problem.parameters.values(), strict=True)
+    ]
 
 
 def _by_name(problem: Problem, flat: Tensor) -> dict[str, Tensor]:
@@ -213,7 +248,9 @@ def _three(blocks: list[Block]) -> list[Block]:
 
 def _size(pieces: Sequence[Tensor]) -> float:
     """Euclidean norm of all pieces together, summed in float64: over 1e8 entries float32 loses two digits."""
-    return math.hypot(*(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) for piece in pieces))
+    return math.hypot(
+        *(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) for piece in pieces)
+    )
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -37,10 +37,20 @@ from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.heterogeneity.comparison import DEFAULTS, READINGS, Comparison, jackknife
 from hessian_tools.heterogeneity.growing import GrowingSpectra
 from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
-from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature, Settings, names_and_cuts, notes_on, solved
+from hessian_tools.spectra.quadrature import (
+    BlockSpectra,
+    Quadrature,
+    Settings,
+    names_and_cuts,
+    notes_on,
+    solved,
+)
 
 TOLERANCES = (*READINGS, "scale")  # what can be asked to meet the tolerance
-FIRST_PROBES, FIRST_STEPS = 4, 16  # with fewer probes the errors are unknown, with fewer steps nothing is resolved
+FIRST_PROBES, FIRST_STEPS = (
+    4,
+    16,
+)  # with fewer probes the errors are unknown, with fewer steps nothing is resolved
 _CHANCE = 0.1  # that the true standard error is above what is counted
 _SHARE = 0.25  # of the tolerance, above which steps or bias are worked on
 _REST = 0.125  # of the tolerance, what the blocks that are left alone may add
@@ -86,7 +96,10 @@ class AdaptiveJS0:
     def estimates(self) -> dict[str, float]:
         """The means less their bias, by reading: what the tolerance is about."""
         last = self.history[-1]
-        return {name: mean - last.uncertainties[name].bias * abs(mean) for name, mean in last.means.items()}
+        return {
+            name: mean - last.uncertainties[name].bias * abs(mean)
+            for name, mean in last.means.items()
+        }
 
     @property
     def uncertainties(self) -> dict[str, Uncertainty]:
@@ -96,9 +109,7 @@ class AdaptiveJS0:
     def __str__(self) -> str:
         told = []
         for name, u in self.uncertainties.items():
-            parts = (
-                f"standard error {u.standard_error:.2g} times {u.doubt:.2g}, bias {u.bias:+.2g}, steps {u.steps:.2g}"
-            )
+            parts = f"standard error {u.standard_error:.2g} times {u.doubt:.2g}, bias {u.bias:+.2g}, steps {u.steps:.2g}"
             told.append(f"{name} {self.estimates[name]:.4g}, uncertain by {u.total:.2g} ({parts})")
         reached = "met" if self.met else "not met within the limits"
         return f"tolerance {self.tolerance:g} {reached} after {self.spectra.num_matvecs} products: {'; '.join(told)}"
@@ -137,7 +148,11 @@ def adaptive_js0(
     asked = (reading,) if isinstance(reading, str) else tuple(reading)
     _check(tolerance, asked, max_matvecs, max_steps, exact)
     settings = Settings(max_matvecs, max_steps, seed, probes, reorthogonalize, exact)
-    hessian = problem_or_hessian if hasattr(problem_or_hessian, "stacked") else HessianOperator(problem_or_hessian)
+    hessian = (
+        problem_or_hessian
+        if hasattr(problem_or_hessian, "stacked")
+        else HessianOperator(problem_or_hessian)
+    )
     names, cuts = names_and_cuts(partition)
     if len(names) < 2:
         raise ValueError(f"partition holds {len(names)} block; heterogeneity compares at least two")
@@ -146,10 +161,18 @@ def adaptive_js0(
     history: list[Round] = []
     with tqdm(unit="HVP", disable=None if progress else True, dynamic_ncols=True) as bar:
         growing = GrowingSpectra(hessian, partition, settings, finished or {}, on_block, bar)
-        tiny = [cut for cut in cuts if first.is_exact(cut.block_size)]  # stacked, as many as there may be of them
-        for name, quadrature in solved(hessian, tiny, growing.quadratures, replace(first, exact=True), bar):
+        tiny = [
+            cut for cut in cuts if first.is_exact(cut.block_size)
+        ]  # stacked, as many as there may be of them
+        for name, quadrature in solved(
+            hessian, tiny, growing.quadratures, replace(first, exact=True), bar
+        ):
             growing.store(name, quadrature)
-        wishes = {name: (first.num_probes, first.num_steps) for name in names if name not in growing.quadratures}
+        wishes = {
+            name: (first.num_probes, first.num_steps)
+            for name in names
+            if name not in growing.quadratures
+        }
         while True:
             for name, wish in wishes.items():
                 growing.grow(name, *wish)
@@ -157,16 +180,29 @@ def adaptive_js0(
             shares, means = _shares(blocks, asked)
             uncertainties = {name: share.uncertainty for name, share in shares.items()}
             met = all(uncertainty.total <= tolerance for uncertainty in uncertainties.values())
-            wishes = {} if met else _wishes(names, blocks, shares, tolerance, max_matvecs, max_steps, exact == "auto")
+            wishes = (
+                {}
+                if met
+                else _wishes(
+                    names, blocks, shares, tolerance, max_matvecs, max_steps, exact == "auto"
+                )
+            )
             spent = sum(block.num_matvecs for block in blocks)
             history.append(Round(spent, means, uncertainties, tuple(wishes)))
-            bar.set_description_str(f"uncertain by {max(u.total for u in uncertainties.values()):.2g} of {tolerance:g}")
+            bar.set_description_str(
+                f"uncertain by {max(u.total for u in uncertainties.values()):.2g} of {tolerance:g}"
+            )
             if not wishes:
                 break
-    notes = (*(note for name in names for note in notes_on(name, growing.quadratures[name], settings)), *growing.notes)
+    notes = (
+        *(note for name in names for note in notes_on(name, growing.quadratures[name], settings)),
+        *growing.notes,
+    )
     most = max(block.num_probes for block in blocks)
     ordered = {name: growing.quadratures[name] for name in names}
-    spectra = BlockSpectra(ordered, most, max_steps, seed, probes, reorthogonalize, hessian.route, notes)
+    spectra = BlockSpectra(
+        ordered, most, max_steps, seed, probes, reorthogonalize, hessian.route, notes
+    )
     return AdaptiveJS0(spectra, js_heterogeneity(spectra), tuple(history), tolerance, asked, met)
 
 
@@ -183,13 +219,20 @@ class _Shares:
     @property
     def uncertainty(self) -> Uncertainty:
         steps = max(abs(self.together), float(np.linalg.norm(self.steps)))
-        total, spread = self.variances.sum(), (self.variances**2 / np.maximum(self.probes - 1, 1)).sum()
+        total, spread = (
+            self.variances.sum(),
+            (self.variances**2 / np.maximum(self.probes - 1, 1)).sum(),
+        )
         freedom = total**2 / spread if spread > 0 else np.inf
-        doubt = float(np.sqrt(freedom / chi2.ppf(_CHANCE, freedom))) if np.isfinite(freedom) else 1.0
+        doubt = (
+            float(np.sqrt(freedom / chi2.ppf(_CHANCE, freedom))) if np.isfinite(freedom) else 1.0
+        )
         return Uncertainty(float(np.sqrt(total)), doubt, float(self.biases.sum()), steps)
 
 
-def _shares(blocks: Sequence[Quadrature], asked: Sequence[str]) -> tuple[dict[str, _Shares], dict[str, float]]:
+def _shares(
+    blocks: Sequence[Quadrature], asked: Sequence[str]
+) -> tuple[dict[str, _Shares], dict[str, float]]:
     """The shares of all blocks in the uncertainty of each reading asked for, and the means."""
     comparison = Comparison(blocks, [name for name in asked if name != "scale"], DEFAULTS)
     fewer = [block.with_steps(-(-2 * block.nodes.shape[1] // 3)) for block in blocks]
@@ -205,7 +248,11 @@ def _shares(blocks: Sequence[Quadrature], asked: Sequence[str]) -> tuple[dict[st
         unit = abs(mean) or 1.0  # blocks that are all alike differ by 0 +- 0
         changes = np.array([changed[name] for changed in alone]) - mean
         shares[name] = _Shares(
-            probes, variances / unit**2, biases / unit, changes / unit, (together[name] - mean) / unit
+            probes,
+            variances / unit**2,
+            biases / unit,
+            changes / unit,
+            (together[name] - mean) / unit,
         )
     return shares, {name: comparison.means[name] for name in asked}
 
@@ -218,7 +265,9 @@ def _wishes(
     probes, done = np.array([block.nodes.shape for block in blocks]).T
     sizes = np.array([block.size for block in blocks])
     open_ = np.array([block.status != "exact" for block in blocks])
-    ended = np.array([block.steps.max() < block.nodes.shape[1] for block in blocks])  # all spaces are invariant
+    ended = np.array(
+        [block.steps.max() < block.nodes.shape[1] for block in blocks]
+    )  # all spaces are invariant
     longest = np.minimum(np.minimum(max_steps, sizes), max_matvecs // probes)
     can_be_exact = open_ & exact & (sizes <= max_matvecs)
     longer = open_ & ~ended & (done < longest)
@@ -236,12 +285,16 @@ def _wishes(
         else:
             steps_left -= found.steps
         if found.bias**2 > _SHARE * tolerance:
-            chosen = _largest(np.abs(share.biases), wider | can_be_exact, np.sqrt(_REST * tolerance))
+            chosen = _largest(
+                np.abs(share.biases), wider | can_be_exact, np.sqrt(_REST * tolerance)
+            )
             wanted[chosen] = np.maximum(wanted[chosen], 2 * probes[chosen])
         room = max(steps_left - found.bias**2, tolerance / 2)
         if found.doubt * found.standard_error > room:
             deviations, costs = np.sqrt(share.variances * probes), np.sqrt(done)
-            wanted = np.maximum(wanted, deviations / costs * (deviations @ costs) * (found.doubt / room) ** 2)
+            wanted = np.maximum(
+                wanted, deviations / costs * (deviations @ costs) * (found.doubt / room) ** 2
+            )
     whole = can_be_exact & (np.minimum(wanted * steps, max_matvecs) - probes * done >= sizes)
     whole |= can_be_exact & (wanted * steps > max_matvecs)
     more = np.minimum(np.minimum(np.ceil(wanted), 2 * probes), max_matvecs // steps).astype(int)
@@ -258,13 +311,21 @@ def _largest(values: np.ndarray, allowed: np.ndarray, rest: float) -> np.ndarray
     return order[np.cumsum(values[order]) > rest]
 
 
-def _check(tolerance: float, asked: Sequence[str], max_matvecs: int, max_steps: int, exact: bool | str) -> None:
+def _check(
+    tolerance: float, asked: Sequence[str], max_matvecs: int, max_steps: int, exact: bool | str
+) -> None:
     if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < np.inf:
-        raise ValueError(f"tolerance is {tolerance!r}; choose a positive number, such as 0.05 for 5 % of the mean")
+        raise ValueError(
+            f"tolerance is {tolerance!r}; choose a positive number, such as 0.05 for 5 % of the mean"
+        )
     if not asked or not set(asked) <= set(TOLERANCES):
         raise ValueError(f"reading is {asked!r}; choose from {', '.join(map(repr, TOLERANCES))}")
     for name, value, least in (("max_matvecs", max_matvecs, 6), ("max_steps", max_steps, 3)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} is {value!r}; an integer of at least {least} (2 probes of 3 steps) is needed")
+            raise ValueError(
+                f"{name} is {value!r}; an integer of at least {least} (2 probes of 3 steps) is needed"
+            )
     if exact not in ("auto", False):
-        raise ValueError(f"exact is {exact!r}; allowed are 'auto' and False, as exact blocks leave nothing to adapt")
+        raise ValueError(
+            f"exact is {exact!r}; allowed are 'auto' and False, as exact blocks leave nothing to adapt"
+        )

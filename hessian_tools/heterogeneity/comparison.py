@@ -44,15 +44,25 @@ class Comparison:
     standard deviation of ``log10_rms``.
     """
 
-    def __init__(self, blocks: Sequence[Quadrature], readings: Sequence[str], settings: Mapping[str, float]) -> None:
+    def __init__(
+        self, blocks: Sequence[Quadrature], readings: Sequence[str], settings: Mapping[str, float]
+    ) -> None:
         self.blocks, self.readings, self.settings = list(blocks), tuple(readings), dict(settings)
-        self.width = {"literature": float(np.sqrt(settings["variance"])), "log": settings["log_width"]}
+        self.width = {
+            "literature": float(np.sqrt(settings["variance"])),
+            "log": settings["log_width"],
+        }
         self.axis = symlog_axis(self.blocks, settings["linear_fraction"])
         self.grids = self._grids(self.blocks, self.axis)
-        self.rows = {kind: probabilities(grid, self.blocks, self.width[kind]) for kind, grid in self.grids.items()}
+        self.rows = {
+            kind: probabilities(grid, self.blocks, self.width[kind])
+            for kind, grid in self.grids.items()
+        }
         self.matrices = self._matrices()
         self.log10_rms = log10_rms(self.blocks)
-        means = {name: float(m[np.triu_indices(len(m), 1)].mean()) for name, m in self.matrices.items()}
+        means = {
+            name: float(m[np.triu_indices(len(m), 1)].mean()) for name, m in self.matrices.items()
+        }
         self.means = means | {"scale": _spread(self.log10_rms)}
 
     def replacing(self, index: int, block: Quadrature) -> dict[str, float]:
@@ -65,12 +75,16 @@ class Comparison:
         distances = {}
         for kind, grid in self.grids.items():
             row = probabilities(grid, [block], self.width[kind])[0]
-            distances["bounded" if kind == "literature" else kind] = js_to(row, self.rows[kind][others])
+            distances["bounded" if kind == "literature" else kind] = js_to(
+                row, self.rows[kind][others]
+            )
         if "unnormalised" in self.readings:
             distances["unnormalised"] = distances["bounded"] / self.grids["literature"].spacing
         if "wasserstein" in self.readings:
             rest = [b for b, other in zip(self.blocks, others, strict=True) if other]
-            distances["wasserstein"] = np.array([_wasserstein(block, other, axis) for other in rest])
+            distances["wasserstein"] = np.array(
+                [_wasserstein(block, other, axis) for other in rest]
+            )
         pairs = len(blocks) * (len(blocks) - 1) / 2
         for name, matrix in self.matrices.items():
             change = distances[name] - matrix[index, others]
@@ -82,11 +96,17 @@ class Comparison:
     def _grids(self, blocks: Sequence[Quadrature], axis: Axis) -> dict[str, SpectralGrid]:
         grids, settings = {}, self.settings
         if "bounded" in self.readings or "unnormalised" in self.readings:
-            grids["literature"] = literature_grid(blocks, int(settings["num_points"]), settings["margin"])
+            grids["literature"] = literature_grid(
+                blocks, int(settings["num_points"]), settings["margin"]
+            )
         if "log" in self.readings:
             width = settings["log_width"]
-            span = spanning_grid(blocks, axis, 2, 8 * width)  # 8 widths: 1e-15 of the mass is lost at most
-            num_points = 2 + int((span.high - span.low) / (width / 16))  # 16 a width: the sum is the integral
+            span = spanning_grid(
+                blocks, axis, 2, 8 * width
+            )  # 8 widths: 1e-15 of the mass is lost at most
+            num_points = 2 + int(
+                (span.high - span.low) / (width / 16)
+            )  # 16 a width: the sum is the integral
             grids["log"] = SpectralGrid(axis, span.low, span.high, num_points)
         return grids
 
@@ -99,7 +119,10 @@ class Comparison:
 
     def _matrices(self) -> Matrices:
         """In the order of ``readings``."""
-        found = {"bounded" if kind == "literature" else kind: js_divergences(rows) for kind, rows in self.rows.items()}
+        found = {
+            "bounded" if kind == "literature" else kind: js_divergences(rows)
+            for kind, rows in self.rows.items()
+        }
         if "unnormalised" in self.readings:
             found["unnormalised"] = found["bounded"] / self.grids["literature"].spacing
         if "wasserstein" in self.readings:
@@ -135,7 +158,9 @@ def _spread(scales: np.ndarray) -> float:
     return float(finite.std()) if len(finite) > 1 else float("nan")
 
 
-def literature_grid(blocks: Sequence[Quadrature], num_points: int = 50_000, margin: float = 1.0) -> SpectralGrid:
+def literature_grid(
+    blocks: Sequence[Quadrature], num_points: int = 50_000, margin: float = 1.0
+) -> SpectralGrid:
     """The literature's grid, one for all ``blocks`` (see the module's docstring)."""
     low = min(float(block.nodes.min(axis=1).mean()) for block in blocks) - margin
     high = max(float(block.nodes.max(axis=1).mean()) for block in blocks) + margin
@@ -159,7 +184,9 @@ def probabilities(grid: SpectralGrid, blocks: Sequence[Quadrature], width: float
 
 def js_divergences(rows: np.ndarray) -> np.ndarray:
     """JS divergence in nats of all pairs of the (B, G) probability ``rows``, (B, B)."""
-    order = np.argsort((rows > _NEGLIGIBLE).sum(axis=1), kind="stable")  # the narrower of a pair is the one visited
+    order = np.argsort(
+        (rows > _NEGLIGIBLE).sum(axis=1), kind="stable"
+    )  # the narrower of a pair is the one visited
     matrix = np.zeros((len(rows), len(rows)))
     for rank, i in enumerate(order[:-1]):
         matrix[i, order[rank + 1 :]] = js_to(rows[i], rows[order[rank + 1 :]])
@@ -176,7 +203,9 @@ def js_to(row: np.ndarray, rows: np.ndarray) -> np.ndarray:
     p = row[support]
     p_entropy = p * np.log(p)
     found = np.log(2) / 2 * (rows @ (~held).astype(rows.dtype))
-    for others in np.array_split(np.arange(len(rows)), max(1, -(-len(rows) * len(support) // _SLAB))):
+    for others in np.array_split(
+        np.arange(len(rows)), max(1, -(-len(rows) * len(support) // _SLAB))
+    ):
         q = rows[np.ix_(others, support)]
         total = p + q
         terms = p_entropy + q * np.log(np.where(q > 0, q, 1.0)) - total * np.log(total / 2)

@@ -50,13 +50,23 @@ class GrowingSpectra:
         self.bar.set_postfix_str(name)
         if not num_probes:
             self.states.pop(name, None)
-            ((_, found),) = solved(self.hessian, [cut], (), replace(self.settings, exact=True), self.bar)
-            self.store(name, replace(found, num_matvecs=found.num_matvecs + (old.num_matvecs if old else 0)))
+            ((_, found),) = solved(
+                self.hessian, [cut], (), replace(self.settings, exact=True), self.bar
+            )
+            self.store(
+                name,
+                replace(found, num_matvecs=found.num_matvecs + (old.num_matvecs if old else 0)),
+            )
             return
-        operator, steps = watched(self.hessian.stacked(cut), self.bar), min(num_steps, cut.block_size)
+        operator, steps = (
+            watched(self.hessian.stacked(cut), self.bar),
+            min(num_steps, cut.block_size),
+        )
         mode = self._mode(name, cut.block_size, steps, old)
         if old is None:
-            self.store(name, self._drawn(operator, name, cut.block_size, 0, num_probes, steps, mode))
+            self.store(
+                name, self._drawn(operator, name, cut.block_size, 0, num_probes, steps, mode)
+            )
             return
         if steps > old.nodes.shape[1]:
             old = self._longer(operator, name, old, steps, mode)
@@ -68,7 +78,11 @@ class GrowingSpectra:
     def _mode(self, name: str, size: int, steps: int, old: Quadrature | None) -> str:
         """How the block is re-orthogonalised: as asked, or "local" where one basis exceeds the whole budget."""
         asked, before = self.settings.reorthogonalize, old.reorthogonalize if old else None
-        if asked != "full" or before == "local" or self._row(size, steps, asked) <= self.hessian.krylov_bytes:
+        if (
+            asked != "full"
+            or before == "local"
+            or self._row(size, steps, asked) <= self.hessian.krylov_bytes
+        ):
             return before or asked
         told = local_note(size, replace(self.settings, num_steps=steps))
         warnings.warn(f"{name}: {told}", RuntimeWarning, stacklevel=4)
@@ -78,11 +92,19 @@ class GrowingSpectra:
         """Bytes of a probe's run."""
         return size * self.hessian.dtype.itemsize * (WORK_VECTORS + steps * (mode == "full"))
 
-    def _drawn(self, operator: Any, name: str, size: int, first: int, last: int, steps: int, mode: str) -> Quadrature:
+    def _drawn(
+        self, operator: Any, name: str, size: int, first: int, last: int, steps: int, mode: str
+    ) -> Quadrature:
         """The block's probes from ``first`` to before ``last``, as many at a time as the budget allows."""
         settings = self.settings
         start = draw_probes(
-            settings.probes, settings.seed, name, last, size, dtype=operator.dtype, device=operator.device
+            settings.probes,
+            settings.seed,
+            name,
+            last,
+            size,
+            dtype=operator.dtype,
+            device=operator.device,
         )[first:]
         goes_on, runs = steps < min(settings.num_steps, size), []
         while len(start):
@@ -94,15 +116,25 @@ class GrowingSpectra:
             start = start[rows:]
         return self._quadrature(name, runs, size, mode)
 
-    def _longer(self, operator: Any, name: str, old: Quadrature, steps: int, mode: str) -> Quadrature:
+    def _longer(
+        self, operator: Any, name: str, old: Quadrature, steps: int, mode: str
+    ) -> Quadrature:
         """The block's probes taken to ``steps``: from the vectors that are kept, or else from the beginning."""
         k, done = old.nodes.shape
         extra = self._row(old.size, steps - done, mode) * k
-        while mode == old.reorthogonalize and self._kept + extra > self.hessian.krylov_bytes and self._drop(but=name):
+        while (
+            mode == old.reorthogonalize
+            and self._kept + extra > self.hessian.krylov_bytes
+            and self._drop(but=name)
+        ):
             pass
         states = self.states.pop(name, [])
         whole = sum(len(state.current) for state in states) == k and mode == old.reorthogonalize
-        if not whole or sum(state.nbytes for state in states) + self._kept + extra > self.hessian.krylov_bytes:
+        if (
+            not whole
+            or sum(state.nbytes for state in states) + self._kept + extra
+            > self.hessian.krylov_bytes
+        ):
             del states
             self.notes.append(
                 f"{name}: {k * done} products were made again for more steps, as its Lanczos vectors were gone (they "
@@ -118,9 +150,14 @@ class GrowingSpectra:
             runs.append(replace(run, state=None))
         if goes_on:
             self.states[name] = states
-        return replace(self._quadrature(name, runs, old.size, mode), num_matvecs=old.num_matvecs + k * (steps - done))
+        return replace(
+            self._quadrature(name, runs, old.size, mode),
+            num_matvecs=old.num_matvecs + k * (steps - done),
+        )
 
-    def _quadrature(self, name: str, runs: Sequence[LanczosResult], size: int, mode: str) -> Quadrature:
+    def _quadrature(
+        self, name: str, runs: Sequence[LanczosResult], size: int, mode: str
+    ) -> Quadrature:
         (found,) = quadratures_of(runs, 1, size, replace(self.settings, reorthogonalize=mode))
         if not isinstance(found, Quadrature):
             raise nonfinite(name, found)
@@ -134,7 +171,11 @@ class GrowingSpectra:
 
     def _drop(self, but: str = "") -> bool:
         """Forgets the largest block's Lanczos vectors; False when there are none."""
-        sizes = {name: sum(s.nbytes for s in states) for name, states in self.states.items() if name != but}
+        sizes = {
+            name: sum(s.nbytes for s in states)
+            for name, states in self.states.items()
+            if name != but
+        }
         if sizes:
             del self.states[max(sizes, key=sizes.__getitem__)]
         return bool(sizes)

@@ -41,8 +41,14 @@ from hessian_tools.spectra.quadrature import Quadrature
 _UNITS_AND_WORDS = {
     "bounded": ("nats", "JS divergence of densities with an absolute kernel width, at most ln 2"),
     "unnormalised": ("nats / dx", "the literature's JS0: bounded divided by the grid's spacing dx"),
-    "log": ("nats", "JS divergence of densities over a symmetric-log eigenvalue axis, at most ln 2"),
-    "wasserstein": ("decades", "1-Wasserstein distance of the spectra over a symmetric-log eigenvalue axis"),
+    "log": (
+        "nats",
+        "JS divergence of densities over a symmetric-log eigenvalue axis, at most ln 2",
+    ),
+    "wasserstein": (
+        "decades",
+        "1-Wasserstein distance of the spectra over a symmetric-log eigenvalue axis",
+    ),
 }
 
 
@@ -55,7 +61,9 @@ class Reading:
     matrix: np.ndarray  # (B, B) symmetric, zero diagonal
     unit: str
     description: str
-    bias: float = float("nan")  # of ``mean`` from finitely many probes, the jackknife's estimate; not subtracted
+    bias: float = float(
+        "nan"
+    )  # of ``mean`` from finitely many probes, the jackknife's estimate; not subtracted
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +79,9 @@ class ScaleSpread:
     log10_rms: np.ndarray  # (B,)
     unit: str = "decades"
     description: str = "standard deviation over blocks of log10 of the root mean square eigenvalue"
-    bias: float = float("nan")  # of ``value`` from finitely many probes, the jackknife's estimate; not subtracted
+    bias: float = float(
+        "nan"
+    )  # of ``value`` from finitely many probes, the jackknife's estimate; not subtracted
 
     @property
     def mean(self) -> float:
@@ -124,7 +134,12 @@ def js_heterogeneity(
     Raises:
         ValueError: for fewer than two blocks, an unknown reading, or a setting out of range.
     """
-    settings = {"num_points": num_points, "variance": variance, "margin": margin, "log_width": log_width}
+    settings = {
+        "num_points": num_points,
+        "variance": variance,
+        "margin": margin,
+        "log_width": log_width,
+    }
     settings["linear_fraction"] = linear_fraction
     _check(spectra, readings, settings)
     names, blocks = tuple(spectra), list(spectra.values())
@@ -136,7 +151,9 @@ def js_heterogeneity(
     biases = {name: float(shares.sum()) for name, (_, shares) in parts.items()}
     found = {}
     for name, matrix in matrices.items():
-        found[name] = Reading(means[name], errors[name], matrix, *_UNITS_AND_WORDS[name], biases[name])
+        found[name] = Reading(
+            means[name], errors[name], matrix, *_UNITS_AND_WORDS[name], biases[name]
+        )
     spread = ScaleSpread(means["scale"], errors["scale"], log10_rms, bias=biases["scale"])
     error, bias = errors.get("unnormalised", np.nan), biases.get("unnormalised", np.nan)
     pair = _contrast(names, blocks, matrices, log10_rms, linear_fraction)
@@ -146,43 +163,69 @@ def js_heterogeneity(
     spacing = literature_grid(blocks, num_points, margin).spacing
     linthresh = symlog_axis(blocks, linear_fraction).linthresh
     notes = tuple(_notes(names, log10_rms, num_probes, spacing, float(np.sqrt(variance))))
-    return JSHeterogeneity(names, found, spread, verdict, num_matvecs, num_probes, spacing, linthresh, settings, notes)
+    return JSHeterogeneity(
+        names, found, spread, verdict, num_matvecs, num_probes, spacing, linthresh, settings, notes
+    )
 
 
-def _check(spectra: Mapping[str, Quadrature], readings: Sequence[str], settings: Mapping[str, float]) -> None:
+def _check(
+    spectra: Mapping[str, Quadrature], readings: Sequence[str], settings: Mapping[str, float]
+) -> None:
     if len(spectra) < 2:
-        raise ValueError(f"spectra holds {len(spectra)} block(s); heterogeneity compares at least two")
+        raise ValueError(
+            f"spectra holds {len(spectra)} block(s); heterogeneity compares at least two"
+        )
     if not readings or not set(readings) <= set(READINGS):
-        raise ValueError(f"readings is {tuple(readings)!r}; choose at least one of {', '.join(map(repr, READINGS))}")
+        raise ValueError(
+            f"readings is {tuple(readings)!r}; choose at least one of {', '.join(map(repr, READINGS))}"
+        )
     for name, value in settings.items():
         if not value > 0 or not np.isfinite(value):
             raise ValueError(f"{name} is {value}; a positive finite number is needed")
 
 
 def _contrast(
-    names: Sequence[str], blocks: Sequence[Quadrature], matrices: Matrices, log10_rms: np.ndarray, fraction: float
+    names: Sequence[str],
+    blocks: Sequence[Quadrature],
+    matrices: Matrices,
+    log10_rms: np.ndarray,
+    fraction: float,
 ) -> Contrast:
     """The most distant pair by the most telling reading there is ("wasserstein" does not saturate, JS does)."""
-    matrix = next(matrices[name] for name in ("wasserstein", "log", "unnormalised", "bounded") if name in matrices)
+    matrix = next(
+        matrices[name]
+        for name in ("wasserstein", "log", "unnormalised", "bounded")
+        if name in matrices
+    )
     above = np.triu_indices(len(matrix), 1)
     farthest = np.transpose(above)[np.argmax(matrix[above])].tolist()
     large, small = sorted(farthest, key=lambda i: -log10_rms[i])
     if not np.isfinite(log10_rms[small]):
         factor = float("inf") if np.isfinite(log10_rms[large]) else 1.0
         return Contrast(names[large], names[small], factor, float("nan"))
-    shapes = [replace(blocks[i], nodes=blocks[i].nodes / 10.0 ** log10_rms[i]) for i in (large, small)]
+    shapes = [
+        replace(blocks[i], nodes=blocks[i].nodes / 10.0 ** log10_rms[i]) for i in (large, small)
+    ]
     shape = float(wasserstein_distances(shapes, symlog_axis(shapes, fraction))[0, 1])
-    return Contrast(names[large], names[small], float(10.0 ** (log10_rms[large] - log10_rms[small])), shape)
+    return Contrast(
+        names[large], names[small], float(10.0 ** (log10_rms[large] - log10_rms[small])), shape
+    )
 
 
-def _notes(names: Sequence[str], log10_rms: np.ndarray, num_probes: int, spacing: float, width: float) -> Iterator[str]:
+def _notes(
+    names: Sequence[str], log10_rms: np.ndarray, num_probes: int, spacing: float, width: float
+) -> Iterator[str]:
     zero = [name for name, scale in zip(names, log10_rms, strict=True) if not np.isfinite(scale)]
     if zero:
         yield f"{len(zero)} block(s) with an exactly zero Hessian are left out of the scale spread: {', '.join(zero)}"
     if num_probes == 1:
         yield "one probe: standard errors are unknown (nan); take at least two"
     if spacing > width:
-        underflow = " (densities may underflow there; computed in log space)" if spacing > 2 * 38 * width else ""
+        underflow = (
+            " (densities may underflow there; computed in log space)"
+            if spacing > 2 * 38 * width
+            else ""
+        )
         yield (
             f"the literature's grid spacing {spacing:.3g} exceeds its kernel width {width:.3g}: bounded and "
             f"unnormalised JS depend on which nodes happen to lie near a grid point{underflow}"

@@ -48,8 +48,12 @@ class Contrast:
 
     first: str  # the block of the larger scale
     second: str
-    scale_factor: float  # ratio of root mean square eigenvalues, inf when the second block's Hessian is zero
-    shape_decades: float  # 1-Wasserstein distance after each is divided by its own rms, nan when one is zero
+    scale_factor: (
+        float  # ratio of root mean square eigenvalues, inf when the second block's Hessian is zero
+    )
+    shape_decades: (
+        float  # 1-Wasserstein distance after each is divided by its own rms, nan when one is zero
+    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,12 @@ def published_boundaries() -> tuple[float, float]:
 
 
 def decide(
-    js0: float, standard_error: float, contrast: Contrast, scale_free: Mapping[str, float], *, bias: float = 0.0
+    js0: float,
+    standard_error: float,
+    contrast: Contrast,
+    scale_free: Mapping[str, float],
+    *,
+    bias: float = 0.0,
 ) -> Verdict:
     """The verdict on JS0 (the unnormalised mean; nan when it was not asked for).
 
@@ -90,13 +99,18 @@ def decide(
     corrected = js0 - bias
     low, high = min(js0, corrected) - 2 * standard_error, max(js0, corrected) + 2 * standard_error
     lower, upper = published_boundaries()
-    decision, place = "undecided", f"not clear of the range {lower:.2f} to {upper:.2f} between CNNs and Transformers"
+    decision, place = (
+        "undecided",
+        f"not clear of the range {lower:.2f} to {upper:.2f} between CNNs and Transformers",
+    )
     if high < lower:
         decision, place = "SGD", f"below {lower:.2f}, with the published CNNs"
     elif low > upper:
         decision, place = "Adam", f"above {upper:.2f}, with the published Transformers"
     leanings = {name: _leaning(name, mean) for name, mean in scale_free.items()}
-    opposed = " and ".join(name for name, leaning in leanings.items() if {decision, leaning} == {"SGD", "Adam"})
+    opposed = " and ".join(
+        name for name, leaning in leanings.items() if {decision, leaning} == {"SGD", "Adam"}
+    )
     uncertainty = "Its uncertainty is unknown."
     if math.isnan(js0):
         reading = "The literature's reading JS0 was not computed, so nothing is decided."
@@ -107,10 +121,18 @@ def decide(
         source = "jackknife over probes" if standard_error else "exact spectra"
         uncertainty = f"Standard error {standard_error:.2g} and bias {bias:+.2g} ({source}): {low:.3g} to {high:.3g}."
     if opposed:
-        reading += f" That alone would say {decision}; contradicted by {opposed}, it decides nothing."
+        reading += (
+            f" That alone would say {decision}; contradicted by {opposed}, it decides nothing."
+        )
         decision = "undecided"
     calibration = _CALIBRATION.format(lower, upper)
-    return Verdict(decision, f"{reading} {_contrast(contrast)}", uncertainty, _scale_free(scale_free), calibration)
+    return Verdict(
+        decision,
+        f"{reading} {_contrast(contrast)}",
+        uncertainty,
+        _scale_free(scale_free),
+        calibration,
+    )
 
 
 def _contrast(pair: Contrast) -> str:

@@ -23,7 +23,9 @@ COUPLING_FLOOR = 1e-2  # of colours
 MARKS = {"rows": "s", "columns": "D", "heads": "^", "roles": "P", "elements": ".", "experts": "X"}
 
 
-def draw(folder: Path, report: PartitionReport, drawn: DenseBlock | Coupling | None, title: str) -> list[Path]:
+def draw(
+    folder: Path, report: PartitionReport, drawn: DenseBlock | Coupling | None, title: str
+) -> list[Path]:
     """Writes evidence.png, and hessian.png (dense entries) or coupling.png (between tensors)."""
     shown = [t for t in report.tensors if len(t.evidence) > 1][:MOST_ROWS]
     paths = []
@@ -40,7 +42,12 @@ def draw(folder: Path, report: PartitionReport, drawn: DenseBlock | Coupling | N
         else:
             tensors(figure.subplots(), drawn)
             titled(figure, f"{title}: coupling between tensors")
-        paths.append(written(figure, folder / ("hessian.png" if isinstance(drawn, DenseBlock) else "coupling.png")))
+        paths.append(
+            written(
+                figure,
+                folder / ("hessian.png" if isinstance(drawn, DenseBlock) else "coupling.png"),
+            )
+        )
     return paths
 
 
@@ -63,8 +70,17 @@ def evidence(axes: Axes, report: PartitionReport) -> None:
                 markersize=7 if is_claim else 4.5, markeredgecolor="black" if is_claim else "none", elinewidth=0.8,
                 linestyle="none", zorder=3 if is_claim else 2,
             )  # fmt: skip
-        told = "" if tensor.claim in (WHOLE, ELEMENTS) else f", contrast {tensor.claimed.contrast:.3g}"
-        axes.text(1.03, row, f"{tensor.claim}: {tensor.verdict}{told}", fontsize=7, color=colour, va="center")
+        told = (
+            "" if tensor.claim in (WHOLE, ELEMENTS) else f", contrast {tensor.claimed.contrast:.3g}"
+        )
+        axes.text(
+            1.03,
+            row,
+            f"{tensor.claim}: {tensor.verdict}{told}",
+            fontsize=7,
+            color=colour,
+            va="center",
+        )
     axes.set_yticks(range(len(shown)), shortened([t.name for t in shown]), fontsize=6.5)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(-0.12, 1.42)
@@ -74,10 +90,20 @@ def evidence(axes: Axes, report: PartitionReport) -> None:
     more = f"; {missing} more tensors not shown" if missing else ""
     axes.set_xlabel(f"excess of mass inside blocks: 0 without structure, 1 block-diagonal (two standard errors){more}",
                     fontsize=8)  # fmt: skip
-    handles = [Line2D([], [], marker=mark, color="#555555", linestyle="none", label=cut) for cut, mark in used.items()]
+    handles = [
+        Line2D([], [], marker=mark, color="#555555", linestyle="none", label=cut)
+        for cut, mark in used.items()
+    ]
     handles.append(Line2D([], [], marker="o", color="#bbbbbb", markeredgecolor="black", linestyle="none", markersize=7,
                           label="claimed (black edge)"))  # fmt: skip
-    axes.legend(handles=handles, ncols=7, fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.45, 1.0))
+    axes.legend(
+        handles=handles,
+        ncols=7,
+        fontsize=7,
+        frameon=False,
+        loc="lower center",
+        bbox_to_anchor=(0.45, 1.0),
+    )
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -85,7 +111,9 @@ def dense(axes: Axes, block: DenseBlock) -> None:
     """Heat map of log10 |H_ij|, with the blocks' borders where these can be told apart, tensors' otherwise."""
     sizes = np.abs(block.matrix)
     top = sizes.max() or 1.0
-    image = axes.imshow(np.log10(np.maximum(sizes, top * 10.0**-DECADES)), cmap="magma", interpolation="nearest")
+    image = axes.imshow(
+        np.log10(np.maximum(sizes, top * 10.0**-DECADES)), cmap="magma", interpolation="nearest"
+    )
     owners = [name.partition("[")[0] for name in block.names]
     starts = [i for i, name in enumerate(owners) if i == 0 or owners[i - 1] != name]
     for edges, width in ((block.offsets[starts], 0.9), (block.offsets, 0.25)):
@@ -106,9 +134,14 @@ def tensors(axes: Axes, found: Coupling) -> None:
     """Heat map of |H_ij|_F / sqrt(|H_ii|_F |H_jj|_F) between tensors, estimated."""
     labels, every = shortened(found.groups), -(-len(found.groups) // MAX_LABELS)
     image = axes.imshow(
-        found.tensor_coupling, cmap="viridis", norm=LogNorm(COUPLING_FLOOR, clip=True), interpolation="nearest"
+        found.tensor_coupling,
+        cmap="viridis",
+        norm=LogNorm(COUPLING_FLOOR, clip=True),
+        interpolation="nearest",
     )
     axes.set_xticks(range(0, len(labels), every), labels[::every], rotation=90, fontsize=6.5)
     axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=6.5)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
-    bar.set_label("normalised coupling of tensors (1: as strong as within; below 0.01 as 0.01)", fontsize=8)
+    bar.set_label(
+        "normalised coupling of tensors (1: as strong as within; below 0.01 as 0.01)", fontsize=8
+    )

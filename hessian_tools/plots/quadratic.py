@@ -20,10 +20,17 @@ STYLES = {
     "adam": ("Adam (0.9, 0.999)", "#d55e00", "--"), "adagrad": ("AdaGrad", "#e69f00", "-"),
     "sign": ("sign descent", "#777777", "-"),
 }  # fmt: skip
-_BAND = ("gd", "adam_frozen", "adam_mini_frozen", "blockwise_gd")  # methods whose quartiles are shaded
+_BAND = (
+    "gd",
+    "adam_frozen",
+    "adam_mini_frozen",
+    "blockwise_gd",
+)  # methods whose quartiles are shaded
 
 
-def draw(folder: Path, problem: Quadratic, runs: Mapping[str, Runs], found: Constants, title: str) -> Path:
+def draw(
+    folder: Path, problem: Quadratic, runs: Mapping[str, Runs], found: Constants, title: str
+) -> Path:
     """Writes quadratic.png: the spectra of the blocks and the loss curves of all methods."""
     figure = Figure((12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.9))
@@ -53,11 +60,15 @@ def block_eigenvalues(axes: Axes, problem: Quadratic, *, most: int = 24) -> None
     axes.set_yticks(list(shown), [labels[row] for row in shown], fontsize=7)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel("eigenvalue", fontsize=9)
-    more = f" (first {most} of {len(problem.block_names)})" if most < len(problem.block_names) else ""
+    more = (
+        f" (first {most} of {len(problem.block_names)})" if most < len(problem.block_names) else ""
+    )
     axes.set_title(f"eigenvalues by block{more}; κ = {short(float(problem.kappa[0]))}", fontsize=9)
 
 
-def loss_curves(axes: Axes, runs: Mapping[str, Runs], found: Constants | None = None, *, lowest: float = 1e-12) -> None:
+def loss_curves(
+    axes: Axes, runs: Mapping[str, Runs], found: Constants | None = None, *, lowest: float = 1e-12
+) -> None:
     """Median over starts of f / f(w_0) against steps, both logarithmic; quartiles shaded for some methods.
 
     With ``found`` also the bounds: GD's worst start at the best step, (1 - 2/(kappa + 1))^(2t), and Adam's median upper
@@ -72,7 +83,14 @@ def loss_curves(axes: Axes, runs: Mapping[str, Runs], found: Constants | None = 
         steps = np.maximum(of.recorded, 0.7)
         kept = np.isfinite(middle)
         below = lowest / 1e3  # out of sight, where a curve comes back from too
-        axes.plot(steps[kept], np.maximum(middle[kept], below), dash, color=colour, linewidth=1.6, label=label)
+        axes.plot(
+            steps[kept],
+            np.maximum(middle[kept], below),
+            dash,
+            color=colour,
+            linewidth=1.6,
+            label=label,
+        )
         if name in _BAND:
             ends = np.clip(low[kept], below, 1e3), np.clip(high[kept], below, 1e3)
             axes.fill_between(steps[kept], *ends, color=colour, alpha=0.13, linewidth=0)
@@ -98,11 +116,15 @@ def iteration_bars(axes: Axes, places: Sequence[Standing], num_steps: int) -> No
     for row, place in enumerate(places):
         colour = STYLES[place.name][1]
         low, middle, high = (min(max(q, 1.0), 2 * num_steps) for q in place.quartiles)
-        axes.plot([low, high], [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="butt")
+        axes.plot(
+            [low, high], [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="butt"
+        )
         beyond = place.quartiles[1] > num_steps
         axes.plot(middle, row, ">" if beyond else "o", color=colour, markersize=6)
         text = f"> {num_steps:,}" if beyond else f"{middle:,.0f}"
-        axes.annotate(text, (high, row), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center")
+        axes.annotate(
+            text, (high, row), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center"
+        )
     axes.set_xscale("log")
     axes.set_xlim(1, 12 * num_steps)
     axes.set_yticks(range(len(places)), [STYLES[place.name][0] for place in places], fontsize=8)

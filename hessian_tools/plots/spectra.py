@@ -35,11 +35,23 @@ def draw(folder: Path, spectra: BlockSpectra, js: JSHeterogeneity | None, title:
         spectrum(figure.subplots(), spectra[name])
         titled(figure, f"{title}: Hessian spectrum of {name}")
         return [written(figure, folder / "spectrum.png")]
-    paths = [written(block_spectra(spectra, title=f"{title}: Hessian spectra by block"), folder / "block_spectra.png")]
+    paths = [
+        written(
+            block_spectra(spectra, title=f"{title}: Hessian spectra by block"),
+            folder / "block_spectra.png",
+        )
+    ]
     if js is not None:
-        side, margin = min(9.0, max(2.5, 0.155 * len(js.names))), LETTER * max(map(len, shortened(js.names)))
-        readings = [reading for reading in ("unnormalised", "wasserstein") if reading in js.readings]
-        figure = Figure((len(readings) * (side + 1.2) + margin, side + margin + 1.2), layout="compressed")
+        side, margin = (
+            min(9.0, max(2.5, 0.155 * len(js.names))),
+            LETTER * max(map(len, shortened(js.names))),
+        )
+        readings = [
+            reading for reading in ("unnormalised", "wasserstein") if reading in js.readings
+        ]
+        figure = Figure(
+            (len(readings) * (side + 1.2) + margin, side + margin + 1.2), layout="compressed"
+        )
         panels = figure.subplots(1, len(readings), sharey=True, squeeze=False)[0]
         for panel, reading in zip(panels, readings, strict=True):
             js_matrix(panel, js, reading)
@@ -59,7 +71,9 @@ def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
     names, labels = [spectra.names[i] for i in shown], shortened(spectra.names)
     width = max(2.1, LETTER * max(len(labels[i]) for i in shown))
     most = max(2, min(6, int(PAGE / width)))
-    columns = len(shown) if len(shown) <= most else most - (-len(shown) % most > -len(shown) % (most - 1))
+    columns = (
+        len(shown) if len(shown) <= most else most - (-len(shown) % most > -len(shown) % (most - 1))
+    )
     rows = -(-len(shown) // columns)
     figure = Figure((max(5.0, width * columns + 0.7), 1.5 * rows + 1.2), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -68,7 +82,9 @@ def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
     for panel, row, name in zip(panels.flat, shown, names, strict=False):
         _filled(panel, density.grid, density.values[row], 10.0**lowest)
         ends = [spectra[name].smallest.value, spectra[name].largest.value]
-        panel.plot(density.axis.position(np.array(ends)), [10.0**lowest] * 2, "|", color=MARK, markersize=9)
+        panel.plot(
+            density.axis.position(np.array(ends)), [10.0**lowest] * 2, "|", color=MARK, markersize=9
+        )
         panel.text(0.5, 0.95, "{:.3g}  to  {:.3g}".format(*ends), transform=panel.transAxes, fontsize=6.5, color=MARK,
                    ha="center", va="top")  # fmt: skip
         panel.set_title(labels[row], fontsize=7.5, pad=3)
@@ -77,14 +93,22 @@ def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
         panel.set_visible(index < len(shown))
         panel.tick_params(labelbottom=index + columns >= len(shown))
     symlog_ticks(panels[0, 0], density.axis, density.grid[0], density.grid[-1])
-    panels[0, 0].set_ylim(10.0**lowest, 2 * 10 ** (-lowest / 4))  # a share is at most 2 a decade; then room for text
-    panels[0, 0].set_yticks([10.0**power for power in range(0, lowest - 1, -max(1, round(-lowest / 3)))])
+    panels[0, 0].set_ylim(
+        10.0**lowest, 2 * 10 ** (-lowest / 4)
+    )  # a share is at most 2 a decade; then room for text
+    panels[0, 0].set_yticks(
+        [10.0**power for power in range(0, lowest - 1, -max(1, round(-lowest / 3)))]
+    )
     panels[0, 0].yaxis.set_minor_locator(NullLocator())
     missing = f" ({len(shown)} of {len(spectra)} shown)" if len(shown) < len(spectra) else ""
     titled(figure, f"{title}{missing}")
     linear = f"logarithmic beyond ±{density.axis.linthresh:.1g}, linear between"
-    figure.supxlabel(f"eigenvalue ({linear})\nsmallest and largest of each block marked", fontsize=8)
-    figure.supylabel(f"share of eigenvalues per decade\n(kernel of {density.width:g} decades)", fontsize=8)
+    figure.supxlabel(
+        f"eigenvalue ({linear})\nsmallest and largest of each block marked", fontsize=8
+    )
+    figure.supylabel(
+        f"share of eigenvalues per decade\n(kernel of {density.width:g} decades)", fontsize=8
+    )
     return figure
 
 
@@ -99,7 +123,9 @@ def js_matrix(axes: Axes, js: JSHeterogeneity, reading: str) -> None:
     bar.set_label(found.unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     error = "" if math.isnan(found.standard_error) else f" ± {found.standard_error:.2g}"
-    axes.set_title(f"{TITLES[reading]}\nmean over pairs {found.mean:.3g}{error} {found.unit}", fontsize=9)
+    axes.set_title(
+        f"{TITLES[reading]}\nmean over pairs {found.mean:.3g}{error} {found.unit}", fontsize=9
+    )
 
 
 def spectrum(axes: Axes, quadrature: Quadrature, *, num_outliers: int = 10) -> None:
@@ -111,17 +137,23 @@ def spectrum(axes: Axes, quadrature: Quadrature, *, num_outliers: int = 10) -> N
     span = float(np.ptp(quadrature.nodes))
     width = span * max(1 / 200, 0.6 / quadrature.nodes.shape[1]) or None
     density = spectral_density(quadrature, num_points=4_000, width=width)
-    floor = 0.1 / quadrature.size / (density.width * math.sqrt(2 * math.pi))  # a tenth of one eigenvalue's peak
+    floor = (
+        0.1 / quadrature.size / (density.width * math.sqrt(2 * math.pi))
+    )  # a tenth of one eigenvalue's peak
     _filled(axes, density.grid, density.values[0], floor)
     marked = outliers(quadrature, num_outliers)
     if len(marked):
         label = f"{len(marked)} outliers, converged to 1 %"
-        axes.plot(marked, np.full(len(marked), 2 * floor), "v", color=MARK, markersize=5, label=label)
+        axes.plot(
+            marked, np.full(len(marked), 2 * floor), "v", color=MARK, markersize=5, label=label
+        )
         axes.legend(fontsize=8, frameon=False)
     ends = f"smallest {quadrature.smallest.value:.4g}, largest {quadrature.largest.value:.4g}"
     axes.set_title(f"n = {quadrature.size:,}, {ends}", fontsize=9)
     axes.set_xlabel("eigenvalue of the mean loss's Hessian", fontsize=9)
-    axes.set_ylabel(f"density per unit of eigenvalue\n(Gaussian kernel of {density.width:.2g})", fontsize=9)
+    axes.set_ylabel(
+        f"density per unit of eigenvalue\n(Gaussian kernel of {density.width:.2g})", fontsize=9
+    )
     axes.set_ylim(floor, None)
 
 
@@ -133,7 +165,9 @@ def outliers(quadrature: Quadrature, count: int) -> np.ndarray:
     up to 20/n by chance); the largest in magnitude, copies that differ by less than 1e-3 once.
     """
     best = int(np.argmax(np.abs(quadrature.nodes).max(axis=1)))
-    nodes, residuals, weights = (a[best] for a in (quadrature.nodes, quadrature.residuals, quadrature.weights))
+    nodes, residuals, weights = (
+        a[best] for a in (quadrature.nodes, quadrature.residuals, quadrature.weights)
+    )
     sizes = np.abs(nodes)
     single = (weights > 0) & (weights < 20 / quadrature.size)
     found = nodes[single & (residuals <= 0.01 * sizes) & (sizes > 4 * quadrature.rms.value)]
@@ -149,10 +183,15 @@ def symlog_ticks(axes: Axes, axis: Axis, low: float, high: float) -> None:
     major = powers[axis.position(powers) >= 0.7 * step]
     both = major[axis.position(major) <= min(high, -low)]  # the same labels left and right
     major = (both if len(both) else major)[::-1][::step]
-    for values, minor in ((np.concatenate([-major, [0.0], major]), False), (np.concatenate([-powers, powers]), True)):
+    for values, minor in (
+        (np.concatenate([-major, [0.0], major]), False),
+        (np.concatenate([-powers, powers]), True),
+    ):
         positions = axis.position(values)
         inside = (positions >= low) & (positions <= high)
-        axes.set_xticks(positions[inside], None if minor else [_power(v) for v in values[inside]], minor=minor)
+        axes.set_xticks(
+            positions[inside], None if minor else [_power(v) for v in values[inside]], minor=minor
+        )
 
 
 def shortened(names: Sequence[str]) -> list[str]:

@@ -30,7 +30,18 @@ class Vocabulary(NamedTuple):
 
 
 TOKENIZERS = {"bpe": Vocabulary(8192, 0), "byte": Vocabulary(257, 256)}
-_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_CLASSES = (
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 
 class ImageSource(NamedTuple):
@@ -57,10 +68,14 @@ def text_tokens(tokenizer: str = "bpe", path: str | Path | None = None) -> Tenso
     try:
         return _encode(Path(path).read_bytes().decode("utf-8"), tokenizer)
     except (OSError, ValueError) as error:
-        raise ValueError(f"data must be a UTF-8 text file for a language model, got '{path}': {error}") from None
+        raise ValueError(
+            f"data must be a UTF-8 text file for a language model, got '{path}': {error}"
+        ) from None
 
 
-def language_batches(tokens: Tensor, *, num_examples: int, batch_size: int, context: int, seed: int = 0) -> list[Batch]:
+def language_batches(
+    tokens: Tensor, *, num_examples: int, batch_size: int, context: int, seed: int = 0
+) -> list[Batch]:
     """Next-token batches (inputs, targets), each (b, t) int64: N windows of ``tokens`` whose inputs do not overlap.
 
     Raises ValueError when a number is not positive or the text has fewer windows.
@@ -70,7 +85,13 @@ def language_batches(tokens: Tensor, *, num_examples: int, batch_size: int, cont
 
 
 def masked_language_batches(
-    tokens: Tensor, vocabulary: Vocabulary, *, num_examples: int, batch_size: int, context: int, seed: int = 0
+    tokens: Tensor,
+    vocabulary: Vocabulary,
+    *,
+    num_examples: int,
+    batch_size: int,
+    context: int,
+    seed: int = 0,
 ) -> list[Batch]:
     """Masked-token batches (inputs, targets), each (b, t) int64, after Devlin et al. 2019 (arXiv 1810.04805, 3.1).
 
@@ -80,7 +101,9 @@ def masked_language_batches(
     """
     targets = _windows(tokens, num_examples, context, 0, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    priority, kind, other = torch.rand(num_examples, 3, context, generator=generator).unbind(1)  # each (N, t)
+    priority, kind, other = torch.rand(num_examples, 3, context, generator=generator).unbind(
+        1
+    )  # each (N, t)
     chosen = priority.argsort(1).argsort(1) < max(1, round(0.15 * context))
     inputs = torch.where(chosen & (kind < 0.8), vocabulary.mask, targets)
     inputs = torch.where(chosen & (kind >= 0.9), (other * vocabulary.size).long(), inputs)
@@ -97,10 +120,18 @@ def image_source(path: str | Path | None = None) -> ImageSource:
     if path is None:
         return _packaged_images()
     path = str(path)
-    name, _, root = path[12:].partition(":") if path.startswith("torchvision:") else ("ImageFolder", "", path)
+    name, _, root = (
+        path[12:].partition(":") if path.startswith("torchvision:") else ("ImageFolder", "", path)
+    )
     try:
-        dataset: Any = getattr(torchvision().datasets, name)(root)  # none downloads anything unless asked to
-        classes = dataset.classes if hasattr(dataset, "classes") else sorted(set(map(int, dataset.labels)))
+        dataset: Any = getattr(torchvision().datasets, name)(
+            root
+        )  # none downloads anything unless asked to
+        classes = (
+            dataset.classes
+            if hasattr(dataset, "classes")
+            else sorted(set(map(int, dataset.labels)))
+        )
         if len(classes) < 2:
             raise ValueError("it has fewer than two classes")
     except Exception as error:  # each dataset has errors of its own
@@ -115,13 +146,21 @@ def image_source(path: str | Path | None = None) -> ImageSource:
             image, label = dataset[number]
             return np.array(image.convert("RGB")), int(label)
         except (OSError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"data {path!r}: item {number} is no image with a class: {error}") from None
+            raise ValueError(
+                f"data {path!r}: item {number} is no image with a class: {error}"
+            ) from None
 
     return ImageSource(path, tuple(map(str, classes)), len(dataset), read)
 
 
 def image_batches(
-    source: ImageSource, *, num_examples: int, batch_size: int, image_size: int, channels: int = 3, seed: int = 0
+    source: ImageSource,
+    *,
+    num_examples: int,
+    batch_size: int,
+    image_size: int,
+    channels: int = 3,
+    seed: int = 0,
 ) -> list[Batch]:
     """Batches (images, labels), (b, c, s, s) float32 and (b,) int64, of N images of ``source``.
 
@@ -132,20 +171,32 @@ def image_batches(
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels!r}")
     if num_examples > source.size:
-        raise ValueError(f"num_examples is {num_examples}, but {source.name} has {source.size} images; ask for fewer")
+        raise ValueError(
+            f"num_examples is {num_examples}, but {source.name} has {source.size} images; ask for fewer"
+        )
     images, labels = [], []
     for number in _order(source.size, seed)[:num_examples].tolist():
         pixels, label = source.read(number)
-        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255  # (1, 3, h, w)
+        image = (
+            torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255
+        )  # (1, 3, h, w)
         image = image.mean(1, keepdim=True) if channels == 1 else image
-        images.append(torch.nn.functional.interpolate(image, (image_size,) * 2, mode="bilinear", antialias=True)[0])
+        images.append(
+            torch.nn.functional.interpolate(
+                image, (image_size,) * 2, mode="bilinear", antialias=True
+            )[0]
+        )
         labels.append(label)
     return _cut((torch.stack(images) - source.mean) / source.std, torch.tensor(labels), batch_size)
 
 
 def _check_whole(least: int, **numbers: int) -> None:
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**63 - 1:
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, int)
+            or not least <= number < 2**63 - 1
+        ):
             raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}")
 
 
@@ -196,4 +247,11 @@ def _packaged_images() -> ImageSource:
         images, labels = arrays["images"], arrays["labels"]
     coloured = np.broadcast_to(images[..., None], (*images.shape, 3))
     pairs = list(zip(coloured, labels.tolist(), strict=True))
-    return ImageSource("the packaged Fashion-MNIST", _CLASSES, len(pairs), pairs.__getitem__, mean=0.2860, std=0.3530)
+    return ImageSource(
+        "the packaged Fashion-MNIST",
+        _CLASSES,
+        len(pairs),
+        pairs.__getitem__,
+        mean=0.2860,
+        std=0.3530,
+    )

@@ -14,10 +14,17 @@ from torch import Tensor, nn
 class MLP(nn.Sequential):
     """Fully connected, (b, ...) -> (b, sizes[-1]): inputs flattened, PyTorch's default initialisation."""
 
-    def __init__(self, sizes: Sequence[int], bias: bool = True, activation: type[nn.Module] = nn.GELU) -> None:
+    def __init__(
+        self, sizes: Sequence[int], bias: bool = True, activation: type[nn.Module] = nn.GELU
+    ) -> None:
         if len(sizes) < 2 or min(sizes) < 1:
-            raise ValueError(f"sizes must be two or more positive widths, input to output, got {list(sizes)}")
-        pairs = ((activation(), nn.Linear(fan_in, fan_out, bias=bias)) for fan_in, fan_out in pairwise(sizes))
+            raise ValueError(
+                f"sizes must be two or more positive widths, input to output, got {list(sizes)}"
+            )
+        pairs = (
+            (activation(), nn.Linear(fan_in, fan_out, bias=bias))
+            for fan_in, fan_out in pairwise(sizes)
+        )
         super().__init__(nn.Flatten(), *[layer for pair in pairs for layer in pair][1:])
 
 
@@ -35,7 +42,9 @@ class SmallVGG(nn.Sequential):
         layers: list[nn.Module] = []
         for before, width in pairwise((3, *widths)):
             layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+        super().__init__(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)
+        )
         _he_convolutions(self)
 
 
@@ -44,11 +53,19 @@ class BasicBlock(nn.Module):
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(before, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.norm1 = (
+            nn.Conv2d(before, width, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.conv2, self.norm2 = (
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         self.shortcut = nn.Sequential()
         if stride != 1 or before != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.relu(self.norm1(self.conv1(x)))
@@ -60,7 +77,10 @@ class SmallResNet(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (16, 32, 64, 128), num_classes: int = 10) -> None:
         super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0])
+        self.stem, self.norm = (
+            nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+        )
         strides = (1, *[2] * (len(widths) - 1))
         self.blocks = nn.Sequential(*map(BasicBlock, (widths[0], *widths[:-1]), widths, strides))
         self.head = nn.Linear(widths[-1], num_classes)
@@ -85,8 +105,12 @@ class MixerBlock(nn.Module):
     def __init__(self, tokens: int, d: int, token_hidden: int, channel_hidden: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.tokens = nn.Sequential(nn.Linear(tokens, token_hidden), nn.GELU(), nn.Linear(token_hidden, tokens))
-        self.channels = nn.Sequential(nn.Linear(d, channel_hidden), nn.GELU(), nn.Linear(channel_hidden, d))
+        self.tokens = nn.Sequential(
+            nn.Linear(tokens, token_hidden), nn.GELU(), nn.Linear(token_hidden, tokens)
+        )
+        self.channels = nn.Sequential(
+            nn.Linear(d, channel_hidden), nn.GELU(), nn.Linear(channel_hidden, d)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
@@ -105,7 +129,9 @@ class MLPMixer(nn.Module):
         super().__init__()
         tokens = (image_size // patch) ** 2
         self.patches = nn.Conv2d(3, d, patch, stride=patch)
-        self.blocks = nn.Sequential(*(MixerBlock(tokens, d, token_hidden, channel_hidden) for _ in range(layers)))
+        self.blocks = nn.Sequential(
+            *(MixerBlock(tokens, d, token_hidden, channel_hidden) for _ in range(layers))
+        )
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, num_classes)
         _normal_weights(self, lambda name, weight: weight[0].numel() ** -0.5)
 
@@ -125,7 +151,9 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.query, self.key, self.value)
         q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in layers)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.proj(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
 
 
 class GPTBlock(nn.Module):
@@ -134,7 +162,11 @@ class GPTBlock(nn.Module):
     def __init__(self, d: int, num_heads: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.attention, self.fc, self.proj = CausalAttention(d, num_heads), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.attention, self.fc, self.proj = (
+            CausalAttention(d, num_heads),
+            nn.Linear(d, 4 * d),
+            nn.Linear(4 * d, d),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -160,5 +192,7 @@ class NanoGPT(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.tokens(tokens) + self.positions(
+            torch.arange(tokens.shape[1], device=tokens.device)
+        )
         return self.head(self.norm(self.blocks(x)))

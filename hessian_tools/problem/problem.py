@@ -45,7 +45,11 @@ class CrossEntropy:
     def num_examples(self, model: nn.Module, batch: Any) -> int:
         """Targets that count towards the mean (all but ``ignore_index``; rows, for class probabilities)."""
         targets = batch[1]
-        return targets[:, 0].numel() if targets.is_floating_point() else int((targets != self.ignore_index).sum())
+        return (
+            targets[:, 0].numel()
+            if targets.is_floating_point()
+            else int((targets != self.ignore_index).sum())
+        )
 
 
 class MeanSquaredError:
@@ -129,22 +133,34 @@ class Problem:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
         if not callable(loss_fn):
-            raise TypeError(f"loss_fn is a {type(loss_fn).__name__}; pass loss_fn(model, batch) -> scalar loss")
+            raise TypeError(
+                f"loss_fn is a {type(loss_fn).__name__}; pass loss_fn(model, batch) -> scalar loss"
+            )
         self.model, self.loss_fn, self.num_examples = model, loss_fn, num_examples
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise ValueError("model has no parameter that requires grad; call model.requires_grad_() or unfreeze some")
+            raise ValueError(
+                "model has no parameter that requires grad; call model.requires_grad_() or unfreeze some"
+            )
         devices = {p.device for p in self.parameters.values()}
         if len(devices) > 1:
-            raise ValueError(f"model lies on {sorted(map(str, devices))}; move it to one device with model.to(device)")
+            raise ValueError(
+                f"model lies on {sorted(map(str, devices))}; move it to one device with model.to(device)"
+            )
         self.device = devices.pop()
-        self.dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.parameters.values()))
+        self.dtype = functools.reduce(
+            torch.promote_types, (p.dtype for p in self.parameters.values())
+        )
         self.num_parameters = sum(p.numel() for p in self.parameters.values())
         self.batch_stats = _stated_batch_stats(model, batch_stats)
         self.batches = [to_device(batch, self.device) for batch in _frozen(batches)]
         with self.evaluating(), torch.no_grad():
-            self.counts = [self._checked_count(batch, index) for index, batch in enumerate(self.batches)]
-            losses = [float(self._checked_loss(batch, index)) for index, batch in enumerate(self.batches)]
+            self.counts = [
+                self._checked_count(batch, index) for index, batch in enumerate(self.batches)
+            ]
+            losses = [
+                float(self._checked_loss(batch, index)) for index, batch in enumerate(self.batches)
+            ]
             again = [float(self.batch_loss(batch)) for batch in self.batches]
         self._refuse_differing(losses, again)
         self.samples = self._samples()
@@ -175,14 +191,22 @@ class Problem:
 
         Everything is put back on leaving, also after an exception.
         """
-        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)] if self.batch_stats is not None else []
+        norms = (
+            [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+            if self.batch_stats is not None
+            else []
+        )
         modes = [(m, m.training, m.track_running_stats) for m in norms]
         buffers = [(b, b._version, b.clone()) for b in self.model.buffers()]
-        configs = {id(c): c for m in self.model.modules() if (c := getattr(m, "config", None)) is not None}
+        configs = {
+            id(c): c for m in self.model.modules() if (c := getattr(m, "config", None)) is not None
+        }
         kernels = [(c, getattr(c, "_attn_implementation", None)) for c in configs.values()]
         fastpath = torch.backends.mha.get_fastpath_enabled()
         try:
-            for norm in norms:  # without tracking, neither the running statistics nor their counter is touched
+            for norm in (
+                norms
+            ):  # without tracking, neither the running statistics nor their counter is touched
                 norm.training = bool(self.batch_stats)
                 if self.batch_stats:
                     norm.track_running_stats = False
@@ -221,13 +245,18 @@ class Problem:
             raise ValueError(
                 f"a batch of {length} exceeds the memory budget and batch statistics forbid cutting it: {advice}"
             )
-        pieces = [cut_batch(batch, first, min(first + size, length), length) for first in range(0, length, size)]
+        pieces = [
+            cut_batch(batch, first, min(first + size, length), length)
+            for first in range(0, length, size)
+        ]
         with self.evaluating(), torch.no_grad():
             whole = float(self.batch_loss(batch))
             counted = [(n, piece) for piece in pieces if (n := self.count(piece))]
             total = sum(n for n, _ in counted)
             mean = sum(n * float(self.batch_loss(piece)) for n, piece in counted) / total
-        if not math.isclose(mean, whole, rel_tol=_tolerance(self.dtype), abs_tol=_tolerance(self.dtype)):
+        if not math.isclose(
+            mean, whole, rel_tol=_tolerance(self.dtype), abs_tol=_tolerance(self.dtype)
+        ):
             raise ValueError(
                 f"a batch of {length} must be cut to fit the memory budget, but its pieces' pooled loss {mean:.7g} is "
                 f"not its loss {whole:.7g}: pass num_examples= (what the loss is a mean over), or {advice}"
@@ -248,16 +277,26 @@ class Problem:
     def _checked_count(self, batch: Any, index: int) -> int:
         count = self._explained(lambda: self.count(batch), index)
         if not isinstance(count, int) or count < 1:
-            raise ValueError(f"batch {index} has {count!r} valid examples; a whole number, at least 1, is needed")
+            raise ValueError(
+                f"batch {index} has {count!r} valid examples; a whole number, at least 1, is needed"
+            )
         return count
 
     def _checked_loss(self, batch: Any, index: int) -> Tensor:
         loss = self._explained(lambda: self.batch_loss(batch), index)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(f"loss_fn returned {found}, not a scalar tensor; return the mean loss (loss.mean())")
+            found = (
+                f"shape {tuple(loss.shape)}"
+                if isinstance(loss, Tensor)
+                else f"a {type(loss).__name__}"
+            )
+            raise ValueError(
+                f"loss_fn returned {found}, not a scalar tensor; return the mean loss (loss.mean())"
+            )
         if not torch.isfinite(loss):
-            raise NumericalError(f"the loss of batch {index} is {float(loss)}, before any derivative")
+            raise NumericalError(
+                f"the loss of batch {index} is {float(loss)}, before any derivative"
+            )
         return loss
 
     def _samples(self) -> list[tuple[int, Any]]:
@@ -277,9 +316,15 @@ class Problem:
                 random = [
                     name or type(module).__name__
                     for name, module in self.model.named_modules()
-                    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+                    if isinstance(module, nn.modules.dropout._DropoutNd)
+                    and module.training
+                    and module.p > 0
                 ]
-                reason = f"dropout is active in {', '.join(random[:3])}" if random else "something in it is random"
+                reason = (
+                    f"dropout is active in {', '.join(random[:3])}"
+                    if random
+                    else "something in it is random"
+                )
                 raise ValueError(
                     f"two evaluations of the loss on batch {index} differ ({a:.7g}, {b:.7g}): {reason}; "
                     "call model.eval() and take randomness out of loss_fn (BatchNorm can still use batch_stats=True)"
@@ -288,7 +333,9 @@ class Problem:
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """``value`` with every tensor in it on ``device``, floating ones cast where ``dtype`` is given."""
-    return _mapped(value, lambda t: t.to(device, dtype if dtype and t.is_floating_point() else t.dtype))
+    return _mapped(
+        value, lambda t: t.to(device, dtype if dtype and t.is_floating_point() else t.dtype)
+    )
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -337,7 +384,9 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def _outputs_and_targets(model: nn.Module, batch: Any, name: str) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ValueError(f"ht.{name} needs batches (inputs, targets); write loss_fn(model, batch) for other batches")
+        raise ValueError(
+            f"ht.{name} needs batches (inputs, targets); write loss_fn(model, batch) for other batches"
+        )
     inputs, targets = batch
     if isinstance(inputs, Mapping):
         outputs = model(**inputs)
@@ -376,10 +425,14 @@ def _frozen(batches: Any) -> list[Any]:
         )
     frozen = list(batches)
     if not frozen:
-        raise ValueError("batches is empty; pass at least one batch (a generator that was read before is empty, too)")
+        raise ValueError(
+            "batches is empty; pass at least one batch (a generator that was read before is empty, too)"
+        )
     if isinstance(batches, tuple | list) or iter(batches) is batches:
         return frozen
-    for index, (one, two) in enumerate(zip(frozen, batches, strict=False)):  # a loader that shuffles shows it here
+    for index, (one, two) in enumerate(
+        zip(frozen, batches, strict=False)
+    ):  # a loader that shuffles shows it here
         first, second = tensors_of(one), tensors_of(two)
         if len(first) != len(second) or not all(
             torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True)
@@ -392,11 +445,15 @@ def _frozen(batches: Any) -> list[Any]:
 
 
 def _described(batch: Any) -> str:
-    shapes = [f"{str(t.dtype).removeprefix('torch.')}{tuple(t.shape)}" for t in tensors_of(batch)[:4]]
+    shapes = [
+        f"{str(t.dtype).removeprefix('torch.')}{tuple(t.shape)}" for t in tensors_of(batch)[:4]
+    ]
     return f"a {type(batch).__name__} with {', '.join(shapes) or 'no tensor'}"
 
 
 def _tolerance(dtype: torch.dtype) -> float:
     # rounding differs between batch shapes and between runs of an atomic-add kernel; randomness differs much more
     eps = torch.finfo(dtype).eps
-    return 100 * eps if eps < 1e-3 else 4 * eps  # a hundred roundings of bfloat16 would let anything pass
+    return (
+        100 * eps if eps < 1e-3 else 4 * eps
+    )  # a hundred roundings of bfloat16 would let anything pass

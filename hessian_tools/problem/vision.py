@@ -13,7 +13,9 @@ from types import ModuleType
 import torch
 
 _SCHEMA = "{}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_declared: list[torch.library.Library] = []  # a Library takes its declarations with it when it is collected
+_declared: list[
+    torch.library.Library
+] = []  # a Library takes its declarations with it when it is collected
 
 
 def torchvision() -> ModuleType:

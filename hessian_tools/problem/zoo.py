@@ -35,10 +35,14 @@ class ModelSpec:
     size: int  # default context or image side
     num_examples: int  # default number of sequences or images
     step: int = 1  # images: the side must be a multiple of it
-    longest: int | None = None  # text: the longest context the positions allow, None: positions are made to fit
+    longest: int | None = (
+        None  # text: the longest context the positions allow, None: positions are made to fit
+    )
     tokenizer: str = "byte"
     channels: int = 3
-    batch_stats: bool | None = None  # True: BatchNorm by batch statistics (running ones mean nothing before training)
+    batch_stats: bool | None = (
+        None  # True: BatchNorm by batch statistics (running ones mean nothing before training)
+    )
 
     @property
     def default_data(self) -> str:
@@ -51,7 +55,9 @@ class ModelSpec:
         """Parameters at the default size (tied ones once), counted on the meta device without building them."""
         classes = 10 if self.data == "images" else real_data.TOKENIZERS[self.tokenizer].size
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in self.build(classes, self.size).parameters())
+            return sum(
+                parameter.numel() for parameter in self.build(classes, self.size).parameters()
+            )
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,9 @@ def _transformers(name: str, classes_key: str, size_key: str, **settings: Any) -
 # no gradient where it is read, so the gradient would not be that of the loss; no text here is padded.
 _gpt2 = partial(_transformers, "GPT2LMHeadModel", "vocab_size", "n_positions", use_cache=False, bos_token_id=None,
                 eos_token_id=None)  # fmt: skip
-_bert = partial(_transformers, "BertForMaskedLM", "vocab_size", "max_position_embeddings", pad_token_id=None)
+_bert = partial(
+    _transformers, "BertForMaskedLM", "vocab_size", "max_position_embeddings", pad_token_id=None
+)
 _vit = partial(_transformers, "ViTForImageClassification", "num_labels", "image_size")
 _FOUR = {"num_hidden_layers": 4, "num_attention_heads": 4}
 SPECS = {spec.name: spec for spec in (
@@ -160,22 +168,47 @@ def load(
         ValueError: an unknown name, a value out of range or for the other kind of model, unusable data or device.
     """
     spec = _find(name)
-    unused = {"context": context, "tokenizer": tokenizer} if spec.data == "images" else {"image_size": image_size}
+    unused = (
+        {"context": context, "tokenizer": tokenizer}
+        if spec.data == "images"
+        else {"image_size": image_size}
+    )
     for knob, value in unused.items():
         if value is not None:
-            raise ValueError(f"{knob} does not apply to {name}, which reads {spec.data}; leave it out")
+            raise ValueError(
+                f"{knob} does not apply to {name}, which reads {spec.data}; leave it out"
+            )
     size = next((value for value in (context, image_size) if value is not None), spec.size)
     count = spec.num_examples if num_examples is None else num_examples
-    knobs = {"num_examples": count, "batch_size": count if batch_size is None else batch_size, "seed": seed}
+    knobs = {
+        "num_examples": count,
+        "batch_size": count if batch_size is None else batch_size,
+        "seed": seed,
+    }
     device = _usable(device, dtype)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         batches, classes, settings = _drawn(spec, size, data, tokenizer or spec.tokenizer, knobs)
         torch.default_generator.manual_seed(seed)
         model = spec.build(classes, size)
-    batches = [(x.to(device, dtype if x.is_floating_point() else None), y.to(device)) for x, y in batches]
-    settings = {"model": name, **knobs, **settings, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    batches = [
+        (x.to(device, dtype if x.is_floating_point() else None), y.to(device)) for x, y in batches
+    ]
+    settings = {
+        "model": name,
+        **knobs,
+        **settings,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     description = f"{spec.description}, at random initialisation, on {settings['data']}"
-    return ZooModel(model.to(device, dtype).eval(), cross_entropy, batches, spec.batch_stats, description, settings)
+    return ZooModel(
+        model.to(device, dtype).eval(),
+        cross_entropy,
+        batches,
+        spec.batch_stats,
+        description,
+        settings,
+    )
 
 
 def _find(name: str) -> ModelSpec:
@@ -194,7 +227,9 @@ def _drawn(
         source = real_data.image_source(data)
         batches = real_data.image_batches(source, image_size=size, channels=spec.channels, **knobs)
         if size % spec.step:
-            raise ValueError(f"image_size must be a multiple of {spec.step} for {spec.name}, got {size}")
+            raise ValueError(
+                f"image_size must be a multiple of {spec.step} for {spec.name}, got {size}"
+            )
         return batches, len(source.classes), {"image_size": size, "data": data or source.name}
     tokens, vocabulary = real_data.text_tokens(tokenizer, data), real_data.TOKENIZERS[tokenizer]
     if spec.data == "text":
@@ -203,14 +238,22 @@ def _drawn(
         batches = real_data.masked_language_batches(tokens, vocabulary, context=size, **knobs)
     if spec.longest is not None and size > spec.longest:
         raise ValueError(f"context must be at most {spec.longest} for {spec.name}, got {size}")
-    return batches, vocabulary.size, {"context": size, "tokenizer": tokenizer, "data": data or "the packaged plays"}
+    return (
+        batches,
+        vocabulary.size,
+        {"context": size, "tokenizer": tokenizer, "data": data or "the packaged plays"},
+    )
 
 
 def _usable(device: torch.device | str, dtype: torch.dtype) -> torch.device:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating torch dtype such as torch.float64, got {dtype!r}")
+        raise ValueError(
+            f"dtype must be a floating torch dtype such as torch.float64, got {dtype!r}"
+        )
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be one this machine has, such as 'cpu', got {str(device)!r}: {reason}") from None
+        raise ValueError(
+            f"device must be one this machine has, such as 'cpu', got {str(device)!r}: {reason}"
+        ) from None

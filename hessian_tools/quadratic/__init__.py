@@ -7,7 +7,14 @@ from hessian_tools.quadratic.cases import CASES, case, from_spectra
 from hessian_tools.quadratic.lineup import LINEUP, Standing, compare, standings
 from hessian_tools.quadratic.methods import METHOD_DEFAULTS, METHODS
 from hessian_tools.quadratic.preconditioning import extremes, linear_iterations
-from hessian_tools.quadratic.problems import Quadratic, dense, draw_starts, from_blocks, from_matrix, rotated
+from hessian_tools.quadratic.problems import (
+    Quadratic,
+    dense,
+    draw_starts,
+    from_blocks,
+    from_matrix,
+    rotated,
+)
 from hessian_tools.quadratic.simulation import Runs
 from hessian_tools.quadratic.sweeps import STEPS, Sweep, best_step, run
 from hessian_tools.quadratic.theory import (

@@ -28,7 +28,12 @@ _MEASURED = "assets/quadratic_cases.json"
 
 
 def case(
-    number: int, *, kappa: float | None = None, seed: int = 0, num_problems: int | None = None, shift: str = "blocks"
+    number: int,
+    *,
+    kappa: float | None = None,
+    seed: int = 0,
+    num_problems: int | None = None,
+    shift: str = "blocks",
 ) -> Quadratic:
     """The four cases of the literature, with random orthogonal bases.
 
@@ -46,14 +51,27 @@ def case(
     if number not in CASES:
         raise ValueError(f"number is {number!r}; the cases are 1, 2, 3 and 4")
     kappa = (2000 if number > 2 else 5000) if kappa is None else kappa
-    settings: dict[str, Any] = {"name": f"case {number}", "seed": seed, "num_problems": num_problems}
+    settings: dict[str, Any] = {
+        "name": f"case {number}",
+        "seed": seed,
+        "num_problems": num_problems,
+    }
     if number < 3:
-        kept = json.loads(files("hessian_tools").joinpath(_MEASURED).read_text())[str(number)]["eigenvalues"]
-        return from_blocks(shifted_and_scaled(list(kept.values()), kappa, shift), names=kept, **settings)
+        kept = json.loads(files("hessian_tools").joinpath(_MEASURED).read_text())[str(number)][
+            "eigenvalues"
+        ]
+        return from_blocks(
+            shifted_and_scaled(list(kept.values()), kappa, shift), names=kept, **settings
+        )
     if not _LOWEST_KAPPA <= kappa < math.inf:
-        raise ValueError(f"kappa is {kappa}; cases 3 and 4 need at least {_LOWEST_KAPPA}: their groups must be apart")
+        raise ValueError(
+            f"kappa is {kappa}; cases 3 and 4 need at least {_LOWEST_KAPPA}: their groups must be apart"
+        )
     groups = [[1, 2, 3], [99, 100, 101], [kappa - 2, kappa - 1, kappa]]
-    return from_blocks(groups if number == 3 else [list(column) for column in zip(*groups, strict=True)], **settings)
+    return from_blocks(
+        groups if number == 3 else [list(column) for column in zip(*groups, strict=True)],
+        **settings,
+    )
 
 
 def from_spectra(
@@ -79,25 +97,36 @@ def from_spectra(
         spectra = {block: exact_quadrature(torch.from_numpy(e)) for block, e in values.items()}
     if not spectra or per_block < 1 or draw not in DRAWS:
         given = f"spectra holds {len(spectra)} blocks, per_block is {per_block}, draw {draw!r}"
-        raise ValueError(f"{given}; one block, one eigenvalue and one of {', '.join(map(repr, DRAWS))} are needed")
-    drawn = [drawn_eigenvalues(quadrature, per_block, draw, seed, block) for block, quadrature in spectra.items()]
+        raise ValueError(
+            f"{given}; one block, one eigenvalue and one of {', '.join(map(repr, DRAWS))} are needed"
+        )
+    drawn = [
+        drawn_eigenvalues(quadrature, per_block, draw, seed, block)
+        for block, quadrature in spectra.items()
+    ]
     blocks = shifted_and_scaled(drawn, kappa, shift)
     return from_blocks(blocks, names=spectra, name=name, seed=seed, num_problems=num_problems)
 
 
-def drawn_eigenvalues(quadrature: Quadrature, count: int, draw: str, seed: int, name: str) -> np.ndarray:
+def drawn_eigenvalues(
+    quadrature: Quadrature, count: int, draw: str, seed: int, name: str
+) -> np.ndarray:
     """(count,) ascending draws from a block's nodes, see :func:`from_spectra`."""
     nodes, weights = quadrature.pooled
     if quadrature.status == "exact" and len(nodes) <= count:
         return np.sort(nodes)
-    normal = draw_probes("gaussian", seed, f"eigenvalues of {name}", 1, count, dtype=torch.float64)[0]
+    normal = draw_probes("gaussian", seed, f"eigenvalues of {name}", 1, count, dtype=torch.float64)[
+        0
+    ]
     order = np.argsort(nodes, kind="stable")
     reached = np.cumsum(weights[order] if draw == "weights" else np.ones(len(nodes)))
     picked = np.searchsorted(reached, torch.special.ndtr(normal).numpy() * reached[-1])
     return np.sort(nodes[order][picked.clip(max=len(nodes) - 1)])
 
 
-def shifted_and_scaled(blocks: Sequence[Any], kappa: float, shift: str = "blocks") -> list[np.ndarray]:
+def shifted_and_scaled(
+    blocks: Sequence[Any], kappa: float, shift: str = "blocks"
+) -> list[np.ndarray]:
     """``blocks`` of eigenvalues made positive, smallest 1 and largest ``kappa``.
 
     "joint": the one increasing affine map that takes the range of all to 1 .. kappa. "blocks": each block is shifted so
@@ -109,7 +138,9 @@ def shifted_and_scaled(blocks: Sequence[Any], kappa: float, shift: str = "blocks
             range or R_max / R_min reaches ``kappa``.
     """
     if not 1 < kappa < math.inf or shift not in SHIFTS:
-        raise ValueError(f"kappa is {kappa} and shift {shift!r}; above 1, and one of {', '.join(map(repr, SHIFTS))}")
+        raise ValueError(
+            f"kappa is {kappa} and shift {shift!r}; above 1, and one of {', '.join(map(repr, SHIFTS))}"
+        )
     values = [np.asarray(block, dtype=np.float64) for block in blocks]
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     ranges = [float(np.ptp(v)) for v in values]

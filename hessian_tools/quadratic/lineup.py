@@ -11,7 +11,12 @@ from hessian_tools.quadratic.problems import Quadratic
 from hessian_tools.quadratic.simulation import TOLERANCES, Runs
 from hessian_tools.quadratic.sweeps import run
 
-TEXTBOOK = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "bias_correction": True}  # Kingma & Ba, arXiv 1412.6980
+TEXTBOOK = {
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "bias_correction": True,
+}  # Kingma & Ba, arXiv 1412.6980
 # name -> method, settings, step size from theory where there is one
 LINEUP: dict[str, tuple[str, dict[str, Any], str]] = {
     "gd": ("gd", {}, "optimal"),
@@ -70,7 +75,13 @@ def standings(runs: dict[str, Runs], tolerance: float = 1e-6) -> list[Standing]:
     found = []
     for name, of in runs.items():
         low, middle, high = (float(q) for q in of.quantiles(tolerance))
-        factor = math.nan if math.isinf(reference) and math.isinf(middle) else reference / max(middle, 1.0)
+        factor = (
+            math.nan
+            if math.isinf(reference) and math.isinf(middle)
+            else reference / max(middle, 1.0)
+        )
         eta = float(np.median(of.steps))
-        found.append(Standing(name, of.step, eta, (low, middle, high), float(of.diverged.mean()), factor))
+        found.append(
+            Standing(name, of.step, eta, (low, middle, high), float(of.diverged.mean()), factor)
+        )
     return sorted(found, key=lambda place: place.quartiles[1])

@@ -22,7 +22,9 @@ from torch import Tensor
 from hessian_tools.quadratic.problems import Quadratic
 
 Update = Callable[[Tensor, Tensor, int], None]  # (w, g, t), t = 1, 2, ...; changes w
-_TINY = 1e-300  # 0 / 0 is 0: added to a square root that it changes only where there is nothing else
+_TINY = (
+    1e-300  # 0 / 0 is 0: added to a square root that it changes only where there is nothing else
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Rule:
     """One method at work."""
 
     update: Update
-    state: tuple[Tensor, ...] = ()  # (N, R, d) each; set to zero in the rows of runs that have ended
+    state: tuple[
+        Tensor, ...
+    ] = ()  # (N, R, d) each; set to zero in the rows of runs that have ended
     # P of methods that are w <- w - eta P g with a fixed P: (N or 1, R or 1, d) its diagonal, or all of it (N, 1, d, d)
     scaling: Tensor | None = None
 
@@ -118,12 +122,18 @@ def adalayer(
 
     ``groups``: sizes of consecutive groups, the tensors; all coordinates are one unless given.
     """
-    return _adam(g0, eta, beta1, beta2, eps, bias_correction, _group_means(groups or (problem.size,), g0))
+    return _adam(
+        g0, eta, beta1, beta2, eps, bias_correction, _group_means(groups or (problem.size,), g0)
+    )
 
 
 def adagrad(problem: Quadratic, g0: Tensor, eta: Tensor, eps: float = 0.0) -> Rule:
     """v <- v + g^2, w <- w - eta g / (sqrt(v) + eps) (Duchi, Hazan & Singer 2011)."""
-    v, direction, floor = torch.zeros_like(g0), torch.empty_like(g0), _not_negative("eps", eps) + _TINY
+    v, direction, floor = (
+        torch.zeros_like(g0),
+        torch.empty_like(g0),
+        _not_negative("eps", eps) + _TINY,
+    )
 
     def update(w: Tensor, g: Tensor, t: int) -> None:
         torch.sqrt(v.addcmul_(g, g), out=direction).add_(floor)
@@ -143,7 +153,9 @@ def jacobi(problem: Quadratic, g0: Tensor, eta: Tensor) -> Rule:
     return _scaled(1 / problem.hessian.diagonal(dim1=1, dim2=2)[:, None], g0, eta)
 
 
-def block_jacobi(problem: Quadratic, g0: Tensor, eta: Tensor, groups: Sequence[int] | None = None) -> Rule:
+def block_jacobi(
+    problem: Quadratic, g0: Tensor, eta: Tensor, groups: Sequence[int] | None = None
+) -> Rule:
     """w_G <- w_G - eta H_GG^-1 g_G for each group of coordinates; over H's own blocks this is Newton's method.
 
     ``groups``: sizes of consecutive groups; the Hessian's blocks unless given.
@@ -158,7 +170,13 @@ def block_jacobi(problem: Quadratic, g0: Tensor, eta: Tensor, groups: Sequence[i
 
 
 def _adam(
-    g0: Tensor, eta: Tensor, beta1: float, beta2: float, eps: float, bias_correction: bool, means: Tensor | None
+    g0: Tensor,
+    eta: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    bias_correction: bool,
+    means: Tensor | None,
 ) -> Rule:
     """``means`` (d, d) replaces g^2 by its means over groups."""
     beta1, eps = _below_one("beta1", beta1), _not_negative("eps", eps)
@@ -184,9 +202,13 @@ def _adam(
         if means is None:
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         else:
-            v.mul_(beta2).add_(torch.matmul(torch.mul(g, g, out=square), means, out=direction), alpha=1 - beta2)
+            v.mul_(beta2).add_(
+                torch.matmul(torch.mul(g, g, out=square), means, out=direction), alpha=1 - beta2
+            )
         correction1, correction2 = (1 - beta1**t, 1 - beta2**t) if bias_correction else (1.0, 1.0)
-        root = math.sqrt(correction2)  # sqrt(v / correction2) + eps is (sqrt(v) + eps root) / root, one pass less
+        root = math.sqrt(
+            correction2
+        )  # sqrt(v / correction2) + eps is (sqrt(v) + eps root) / root, one pass less
         torch.sqrt(v, out=direction).add_(eps * root + _TINY)
         w.addcmul_(torch.div(average, direction, out=direction), eta, value=-root / correction1)
 
@@ -206,8 +228,12 @@ def _group_means(sizes: Sequence[int], like: Tensor) -> Tensor:
     """(d, d) matrix whose product with a row puts each group's mean in all of its places."""
     d = like.shape[-1]
     if sum(sizes) != d or min(sizes) < 1:
-        raise ValueError(f"groups is {tuple(sizes)}; sizes of at least 1 that add up to {d} are needed")
-    return torch.block_diag(*(torch.full((n, n), 1 / n, dtype=like.dtype) for n in sizes)).to(like.device)
+        raise ValueError(
+            f"groups is {tuple(sizes)}; sizes of at least 1 that add up to {d} are needed"
+        )
+    return torch.block_diag(*(torch.full((n, n), 1 / n, dtype=like.dtype) for n in sizes)).to(
+        like.device
+    )
 
 
 def _below_one(name: str, value: float) -> float:

@@ -34,7 +34,9 @@ def preconditioned(
     gradient = starts @ problem.hessian
     rule = METHODS[method](problem, gradient, torch.ones_like(gradient[..., :1]), **settings)
     if rule.scaling is None:
-        raise ValueError(f"{method} with {settings} has no fixed preconditioner; give a number for step, or 'best'")
+        raise ValueError(
+            f"{method} with {settings} has no fixed preconditioner; give a number for step, or 'best'"
+        )
     if rule.scaling.ndim == 4:  # P = R R', and R' H R has the same eigenvalues
         root = torch.linalg.cholesky(rule.scaling[:, 0])
         whole = (root.mT @ problem.hessian @ root)[:, None]
@@ -47,19 +49,27 @@ def preconditioned(
             yield where, starts[..., where] / root, root[..., :, None] * block * root[..., None, :]
             continue
         at_once = max(1, _DENSE_BYTES // (8 * block.numel()))
-        for some, rows in zip(root.split(at_once, dim=1), starts[..., where].split(at_once, dim=1), strict=True):
+        for some, rows in zip(
+            root.split(at_once, dim=1), starts[..., where].split(at_once, dim=1), strict=True
+        ):
             yield where, rows / some, some[..., :, None] * block * some[..., None, :]
 
 
-def extremes(problem: Quadratic, method: str, settings: dict[str, Any], starts: Tensor) -> tuple[Tensor, Tensor]:
+def extremes(
+    problem: Quadratic, method: str, settings: dict[str, Any], starts: Tensor
+) -> tuple[Tensor, Tensor]:
     """Smallest and largest eigenvalue of P^1/2 H P^1/2, (N, S) each; raises as :func:`preconditioned`."""
     low, high = dict[int, list[Tensor]](), dict[int, list[Tensor]]()
     for where, rows, matrices in preconditioned(problem, method, settings, starts):
         values = torch.linalg.eigvalsh(matrices)
-        repeats = rows.shape[1] // values.shape[1]  # not expanded: torch's median errs on such tensors
+        repeats = (
+            rows.shape[1] // values.shape[1]
+        )  # not expanded: torch's median errs on such tensors
         low.setdefault(where.start, []).append(values[..., 0].repeat(1, repeats))
         high.setdefault(where.start, []).append(values[..., -1].repeat(1, repeats))
-    joined = [torch.stack([torch.cat(parts, dim=1) for parts in ends.values()]) for ends in (low, high)]
+    joined = [
+        torch.stack([torch.cat(parts, dim=1) for parts in ends.values()]) for ends in (low, high)
+    ]
     return joined[0].amin(0), joined[1].amax(0)
 
 
@@ -86,7 +96,11 @@ def linear_iterations(
     reached = (logs < 0).all(-1)
     low, high = torch.zeros_like(target), torch.ones_like(target)
     while bool(
-        (open_ := reached & ((energy * (high[..., None] * logs).exp()).sum(-1) > target) & (high < _MOST_STEPS)).any()
+        (
+            open_ := reached
+            & ((energy * (high[..., None] * logs).exp()).sum(-1) > target)
+            & (high < _MOST_STEPS)
+        ).any()
     ):
         low, high = torch.where(open_, high, low), torch.where(open_, 2 * high, high)
     while bool((high - low > 1).any()):
@@ -101,7 +115,9 @@ def first_gradient_ratios(problem: Quadratic, gradient: Tensor) -> tuple[Tensor,
     sizes = [gradient[..., where].abs() for where in problem.slices]
     tops = [e[:, -1:] for e in problem.eigenvalues]
     least = [g.amin(-1) / top for g, top in zip(sizes, tops, strict=True)]
-    return torch.stack(least, -1), torch.stack([g.amax(-1) / top for g, top in zip(sizes, tops, strict=True)], -1)
+    return torch.stack(least, -1), torch.stack(
+        [g.amax(-1) / top for g, top in zip(sizes, tops, strict=True)], -1
+    )
 
 
 def _by_block(parts: list[Tensor], starts: int) -> list[Tensor]:

@@ -83,15 +83,29 @@ class Quadratic:
 
     def to(self, device: torch.device | str) -> "Quadratic":
         """The same problems on another device."""
-        return replace(self, hessian=self.hessian.to(device), eigenvalues=tuple(e.to(device) for e in self.eigenvalues))
+        return replace(
+            self,
+            hessian=self.hessian.to(device),
+            eigenvalues=tuple(e.to(device) for e in self.eigenvalues),
+        )
 
     def part(self, problems: slice) -> "Quadratic":
         """Some of the N problems."""
-        return replace(self, hessian=self.hessian[problems], eigenvalues=tuple(e[problems] for e in self.eigenvalues))
+        return replace(
+            self,
+            hessian=self.hessian[problems],
+            eigenvalues=tuple(e[problems] for e in self.eigenvalues),
+        )
 
     def spectra(self, problem: int = 0) -> BlockSpectra:
         """The eigenvalues of one problem's blocks as exact quadratures, for every function that takes block spectra."""
-        found = dict(zip(self.block_names, (exact_quadrature(e[problem]) for e in self.eigenvalues), strict=True))
+        found = dict(
+            zip(
+                self.block_names,
+                (exact_quadrature(e[problem]) for e in self.eigenvalues),
+                strict=True,
+            )
+        )
         return BlockSpectra(found, 0, 0, 0, "none", "none", "given eigenvalues")
 
     def heterogeneity(self, problem: int = 0) -> JSHeterogeneity:
@@ -100,7 +114,9 @@ class Quadratic:
 
     def __str__(self) -> str:
         sizes = self.block_sizes
-        same = f"{len(sizes)} of {sizes[0]}" if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
+        same = (
+            f"{len(sizes)} of {sizes[0]}" if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
+        )
         many = f"{self.num_problems} problems, " if self.batched else ""
         return f"{self.name}: {many}d = {self.size} in blocks {same}, kappa {float(self.kappa.median()):.6g}"
 
@@ -120,21 +136,32 @@ def from_blocks(
         ValueError: for no block, an eigenvalue that is not positive and finite, counts that disagree.
     """
     given = [_eigenvalues(block, index) for index, block in enumerate(blocks)]
-    rows = {len(e) for e in given if e.shape[0] > 1} | ({num_problems} if num_problems is not None else set())
+    rows = {len(e) for e in given if e.shape[0] > 1} | (
+        {num_problems} if num_problems is not None else set()
+    )
     if not given or len(rows) > 1 or not all(isinstance(n, int) and n >= 1 for n in rows):
-        raise ValueError(f"blocks has {len(given)} blocks for {sorted(rows, key=str)} problems; one or more, and one N")
+        raise ValueError(
+            f"blocks has {len(given)} blocks for {sorted(rows, key=str)} problems; one or more, and one N"
+        )
     if basis not in ("haar", "identity"):
         raise ValueError(f"basis is {basis!r}; allowed are 'haar' and 'identity'")
     count = rows.pop() if rows else 1
-    labels = tuple(names) if names is not None else tuple(f"block {index + 1}" for index in range(len(given)))
+    labels = (
+        tuple(names)
+        if names is not None
+        else tuple(f"block {index + 1}" for index in range(len(given)))
+    )
     if len(set(labels)) != len(given):
-        raise ValueError(f"names is {labels}; one name a block is needed, each once, for {len(given)} blocks")
+        raise ValueError(
+            f"names is {labels}; one name a block is needed, each once, for {len(given)} blocks"
+        )
     eigenvalues = tuple(e.expand(count, -1) for e in given)
     dense = []
     for label, e in zip(labels, eigenvalues, strict=True):
         n = e.shape[-1]
         bases = [
-            haar(seed, f"{label} of problem {i}", n) if basis == "haar" else torch.eye(n).double() for i in range(count)
+            haar(seed, f"{label} of problem {i}", n) if basis == "haar" else torch.eye(n).double()
+            for i in range(count)
         ]
         dense.append(_with_spectrum(torch.stack(bases), e))
     hessian = torch.stack([torch.block_diag(*parts) for parts in zip(*dense, strict=True)])
@@ -142,7 +169,9 @@ def from_blocks(
     return Quadratic(name, hessian, eigenvalues, labels, batched)
 
 
-def from_matrix(matrix: Any, block_sizes: Sequence[int] | None = None, *, name: str = "matrix") -> Quadratic:
+def from_matrix(
+    matrix: Any, block_sizes: Sequence[int] | None = None, *, name: str = "matrix"
+) -> Quadratic:
     """A given H, (d, d) or (N, d, d), block-diagonal with blocks of ``block_sizes`` (one block unless given).
 
     Raises:
@@ -151,11 +180,15 @@ def from_matrix(matrix: Any, block_sizes: Sequence[int] | None = None, *, name: 
     given = torch.as_tensor(matrix).to(torch.float64)
     hessian = given[None] if given.ndim == 2 else given
     if hessian.ndim != 3 or hessian.shape[1] != hessian.shape[2] or not hessian.isfinite().all():
-        raise ValueError(f"matrix has shape {tuple(given.shape)}; finite entries in (d, d) or (N, d, d) are needed")
+        raise ValueError(
+            f"matrix has shape {tuple(given.shape)}; finite entries in (d, d) or (N, d, d) are needed"
+        )
     d, scale = hessian.shape[-1], float(hessian.abs().max())
     sizes = [d] if block_sizes is None else list(block_sizes)
     if sum(sizes) != d or min(sizes) < 1:
-        raise ValueError(f"block_sizes is {sizes}; sizes of at least 1 that add up to {d} are needed")
+        raise ValueError(
+            f"block_sizes is {sizes}; sizes of at least 1 that add up to {d} are needed"
+        )
     blocks = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
     outside = hessian.clone()
     for where in blocks:
@@ -167,12 +200,24 @@ def from_matrix(matrix: Any, block_sizes: Sequence[int] | None = None, *, name: 
     hessian = (hessian - outside + (hessian - outside).mT) / 2
     eigenvalues = tuple(torch.linalg.eigvalsh(hessian[:, where, where]) for where in blocks)
     if min(float(e.min()) for e in eigenvalues) <= 0:
-        raise ValueError("matrix is not positive definite; shift it by more than its smallest eigenvalue")
-    return Quadratic(name, hessian, eigenvalues, tuple(f"block {i + 1}" for i in range(len(sizes))), given.ndim == 3)
+        raise ValueError(
+            "matrix is not positive definite; shift it by more than its smallest eigenvalue"
+        )
+    return Quadratic(
+        name,
+        hessian,
+        eigenvalues,
+        tuple(f"block {i + 1}" for i in range(len(sizes))),
+        given.ndim == 3,
+    )
 
 
 def rotated(
-    problem: Quadratic, angle: float | Sequence[float] | Tensor, *, seed: int = 0, scope: str = "blocks"
+    problem: Quadratic,
+    angle: float | Sequence[float] | Tensor,
+    *,
+    seed: int = 0,
+    scope: str = "blocks",
 ) -> Quadratic:
     """H turned by R = expm(angle S), S random and skew: the eigenvalues stay, the eigenvectors leave their place.
 
@@ -187,16 +232,30 @@ def rotated(
     if scope not in ("blocks", "whole"):
         raise ValueError(f"scope is {scope!r}; allowed are 'blocks' and 'whole'")
     count = problem.num_problems
-    angles = torch.as_tensor(angle, dtype=torch.float64, device=problem.hessian.device).reshape(-1, 1, 1)
+    angles = torch.as_tensor(angle, dtype=torch.float64, device=problem.hessian.device).reshape(
+        -1, 1, 1
+    )
     if len(angles) not in (1, count):
-        raise ValueError(f"angle has {len(angles)} entries; 1 or one for each of {count} problems is needed")
-    sizes, names = (problem.block_sizes, problem.block_names) if scope == "blocks" else ((problem.size,), ("all",))
+        raise ValueError(
+            f"angle has {len(angles)} entries; 1 or one for each of {count} problems is needed"
+        )
+    sizes, names = (
+        (problem.block_sizes, problem.block_names)
+        if scope == "blocks"
+        else ((problem.size,), ("all",))
+    )
     generators = [torch.block_diag(*(_skew(seed, f"{n} of problem {i}", s) for n, s in zip(names, sizes, strict=True)))
                   for i in range(count)]  # fmt: skip
     turn = torch.linalg.matrix_exp(angles * torch.stack(generators).to(angles))
     hessian = turn @ problem.hessian @ turn.mT
-    kept = problem.eigenvalues if scope == "blocks" else (torch.cat(problem.eigenvalues, dim=1).sort(dim=1).values,)
-    return replace(problem, hessian=(hessian + hessian.mT) / 2, eigenvalues=kept, block_names=tuple(names))
+    kept = (
+        problem.eigenvalues
+        if scope == "blocks"
+        else (torch.cat(problem.eigenvalues, dim=1).sort(dim=1).values,)
+    )
+    return replace(
+        problem, hessian=(hessian + hessian.mT) / 2, eigenvalues=kept, block_names=tuple(names)
+    )
 
 
 def dense(
@@ -211,16 +270,23 @@ def dense(
         ValueError: for a size below 2, a kappa below 1, or a tau that no angle up to a Haar-like basis meets.
     """
     if size < 2 or not 1 <= kappa < math.inf:
-        raise ValueError(f"size is {size} and kappa {kappa}; a size of at least 2 and a kappa of at least 1 are needed")
+        raise ValueError(
+            f"size is {size} and kappa {kappa}; a size of at least 2 and a kappa of at least 1 are needed"
+        )
     block, name = [np.linspace(1, kappa, size)], f"dense {size}"
     if tau is None:
         return from_blocks(block, seed=seed, num_problems=num_problems, name=name)
     diagonal = from_blocks(block, num_problems=num_problems, basis="identity", name=name)
-    low, high = torch.zeros(diagonal.num_problems).double(), torch.full((diagonal.num_problems,), 1 / 64).double()
+    low, high = (
+        torch.zeros(diagonal.num_problems).double(),
+        torch.full((diagonal.num_problems,), 1 / 64).double(),
+    )
     while not (met := rotated(diagonal, high, seed=seed).tau <= tau).all():
         if high.max() > 4:
             reached = float(rotated(diagonal, high, seed=seed).tau.max())
-            raise ValueError(f"tau is {tau}; turning by a random rotation reaches {reached:.3g}, choose one above")
+            raise ValueError(
+                f"tau is {tau}; turning by a random rotation reaches {reached:.3g}, choose one above"
+            )
         low, high = torch.where(met, low, high), torch.where(met, high, 1.25 * high)
     while float((high - low).max()) > 1e-7:
         middle = (low + high) / 2
@@ -238,7 +304,9 @@ def draw_starts(problem: Quadratic, num_starts: int, seed: int) -> Tensor:
 
 def haar(seed: int, name: str, size: int) -> Tensor:
     """(n, n) uniformly random orthogonal matrix: Q of a Gaussian's QR with R's diagonal positive (Mezzadri 2007)."""
-    q, r = torch.linalg.qr(draw_probes("gaussian", seed, f"basis of {name}", size, size, dtype=torch.float64))
+    q, r = torch.linalg.qr(
+        draw_probes("gaussian", seed, f"basis of {name}", size, size, dtype=torch.float64)
+    )
     return q * r.diagonal().sign()
 
 
@@ -255,10 +323,20 @@ def _with_spectrum(bases: Tensor, eigenvalues: Tensor) -> Tensor:
 
 def _eigenvalues(block: Any, index: int) -> Tensor:
     """(1 or N, n_l) ascending float64."""
-    if not isinstance(block, Tensor | np.ndarray) and not all(isinstance(e, Real) for e in np.ravel(block).tolist()):
+    if not isinstance(block, Tensor | np.ndarray) and not all(
+        isinstance(e, Real) for e in np.ravel(block).tolist()
+    ):
         raise ValueError(f"block {index + 1} is {block!r:.60}; a sequence of numbers is needed")
-    values = torch.as_tensor(np.asarray(block, dtype=np.float64)) if not isinstance(block, Tensor) else block.double()
-    if values.ndim not in (1, 2) or not values.numel() or not bool(((values > 0) & values.isfinite()).all()):
+    values = (
+        torch.as_tensor(np.asarray(block, dtype=np.float64))
+        if not isinstance(block, Tensor)
+        else block.double()
+    )
+    if (
+        values.ndim not in (1, 2)
+        or not values.numel()
+        or not bool(((values > 0) & values.isfinite()).all())
+    ):
         raise ValueError(
             f"block {index + 1} has eigenvalues {values.flatten()[:4].tolist()}...; positive finite ones needed"
         )
@@ -269,4 +347,14 @@ def exact_quadrature(eigenvalues: Tensor) -> Quadrature:
     """All n eigenvalues of a block as its spectrum, (n,) ascending."""
     values = eigenvalues.cpu().numpy()[None]
     n = values.shape[1]
-    return Quadrature(values, np.full((1, n), 1 / n), np.zeros((1, n)), np.array([n]), n, 0, "exact", "none", "none")
+    return Quadrature(
+        values,
+        np.full((1, n), 1 / n),
+        np.zeros((1, n)),
+        np.array([n]),
+        n,
+        0,
+        "exact",
+        "none",
+        "none",
+    )

@@ -48,10 +48,16 @@ class Runs:
     num_steps: int
     first_losses: np.ndarray = field(repr=False)  # (...) f(w_0)
     recorded: np.ndarray = field(repr=False)  # (T,) steps whose losses are kept, 0 first
-    losses: np.ndarray = field(repr=False)  # (..., T) f / f(w_0); inf once diverged, nan where the run was stopped
+    losses: np.ndarray = field(
+        repr=False
+    )  # (..., T) f / f(w_0); inf once diverged, nan where the run was stopped
     tolerances: np.ndarray = field(repr=False)  # (K,)
-    reached: np.ndarray = field(repr=False)  # (..., K) first step with f / f(w_0) <= tolerance, inf where never
-    diverged_at: np.ndarray = field(repr=False)  # (...) step at which the run was taken out, inf where it was not
+    reached: np.ndarray = field(
+        repr=False
+    )  # (..., K) first step with f / f(w_0) <= tolerance, inf where never
+    diverged_at: np.ndarray = field(
+        repr=False
+    )  # (...) step at which the run was taken out, inf where it was not
     final: np.ndarray = field(repr=False)  # (..., d) the last iterate, zero where the run diverged
     tail: np.ndarray = field(repr=False)  # (P, ..., d) the last P iterates that were asked for
 
@@ -69,12 +75,18 @@ class Runs:
         found = np.flatnonzero(np.isclose(self.tolerances, tolerance, rtol=1e-12, atol=0))
         if not len(found):
             watched = ", ".join(f"{t:g}" for t in self.tolerances)
-            raise ValueError(f"tolerance is {tolerance}; the run watched {watched}; pass tolerances= with yours to it")
+            raise ValueError(
+                f"tolerance is {tolerance}; the run watched {watched}; pass tolerances= with yours to it"
+            )
         return self.reached[..., found[0]]
 
-    def quantiles(self, tolerance: float, probabilities: Sequence[float] = (0.25, 0.5, 0.75)) -> np.ndarray:
+    def quantiles(
+        self, tolerance: float, probabilities: Sequence[float] = (0.25, 0.5, 0.75)
+    ) -> np.ndarray:
         """(len(probabilities), ...) quantiles over starts of ``iterations_to``: runs' own values, inf with the rest."""
-        return np.quantile(self.iterations_to(tolerance), probabilities, axis=-1, method="inverted_cdf")
+        return np.quantile(
+            self.iterations_to(tolerance), probabilities, axis=-1, method="inverted_cdf"
+        )
 
     def median_iterations(self, tolerance: float) -> np.ndarray:
         """(...) median over starts of ``iterations_to``."""
@@ -113,21 +125,34 @@ def simulate(
     eta = steps.reshape(n, e * s, 1).to(w0)
     watched = torch.tensor(sorted(tolerances, reverse=True), dtype=torch.float64, device=w0.device)
     recorded = np.unique(np.geomspace(1, num_steps + 1, num_recorded).round().astype(int) - 1)
-    plan = Plan(method, settings, num_steps, watched, recorded, min(tail, num_steps), stop_at, observe)
+    plan = Plan(
+        method, settings, num_steps, watched, recorded, min(tail, num_steps), stop_at, observe
+    )
     pieces = list(_pieces(n, e * s, problem.size, w0.device.type))
     rows = sum((p.stop - p.start) * (r.stop - r.start) for p, r in pieces)
     parts: list[dict[str, Tensor]] = []
-    with tqdm(total=rows * num_steps, unit="step", unit_scale=True, disable=None if progress else True) as bar:
+    with tqdm(
+        total=rows * num_steps, unit="step", unit_scale=True, disable=None if progress else True
+    ) as bar:
 
         def one(piece: tuple[slice, slice]) -> dict[str, Tensor]:
             problems, runs = piece
             seen = None if observe is None else partial(observe, problems, runs)
             return _piece(
-                problem.part(problems), w0[problems, runs].clone(), eta[problems, runs], plan, seen, bar.update
+                problem.part(problems),
+                w0[problems, runs].clone(),
+                eta[problems, runs],
+                plan,
+                seen,
+                bar.update,
             )
 
         parts = list(_mapped(one, pieces, w0.device.type))
-    return {"recorded": recorded, "tolerances": watched.cpu().numpy(), **_joined(parts, pieces, (n, e, s))}
+    return {
+        "recorded": recorded,
+        "tolerances": watched.cpu().numpy(),
+        **_joined(parts, pieces, (n, e, s)),
+    }
 
 
 def product(tiles: Sequence[tuple[slice, Tensor]], w: Tensor, out: Tensor) -> None:
@@ -156,7 +181,11 @@ def _piece(
     tiles = tiles_of(problem)
     if n == 1:  # without the axis of problems a product is one call of the matrix library
         tiles = [(where, block[0]) for where, block in tiles]
-    g, scratch, half = torch.empty_like(w), torch.empty_like(w), torch.full((d,), 0.5, dtype=w.dtype, device=w.device)
+    g, scratch, half = (
+        torch.empty_like(w),
+        torch.empty_like(w),
+        torch.full((d,), 0.5, dtype=w.dtype, device=w.device),
+    )
     flat_w, flat_g = (w[0], g[0]) if n == 1 else (w, g)
     losses = torch.empty(_WINDOW + 1, n * r, dtype=w.dtype, device=w.device)
 
@@ -200,7 +229,9 @@ class _Watch:
         never = torch.full_like(first, math.inf)
         self.diverged_at = never.clone()
         self.reached = never[..., None].repeat(1, 1, len(plan.tolerances))
-        self.losses = torch.full((*first.shape, len(plan.recorded)), math.nan, dtype=first.dtype, device=first.device)
+        self.losses = torch.full(
+            (*first.shape, len(plan.recorded)), math.nan, dtype=first.dtype, device=first.device
+        )
         self.losses[..., 0] = 1.0
 
     def window(self, begin: int, losses: Tensor) -> Tensor:
@@ -221,10 +252,14 @@ class _Watch:
                 continue
             at = begin + (relative[:, fresh] <= tolerance).to(torch.uint8).argmax(0)
             self.reached[..., k][fresh] = at.to(relative.dtype)
-        kept = np.flatnonzero((self.plan.recorded > begin) & (self.plan.recorded < begin + len(relative)))
+        kept = np.flatnonzero(
+            (self.plan.recorded > begin) & (self.plan.recorded < begin + len(relative))
+        )
         if len(kept):
             rows = torch.as_tensor(self.plan.recorded[kept] - begin, device=losses.device)
-            self.losses[..., torch.as_tensor(kept, device=losses.device)] = relative[rows].permute(1, 2, 0)
+            self.losses[..., torch.as_tensor(kept, device=losses.device)] = relative[rows].permute(
+                1, 2, 0
+            )
         return relative
 
     def close(self) -> None:
@@ -257,14 +292,18 @@ def _mapped(function: Callable[[Any], Any], pieces: Sequence[Any], device: str) 
         yield from map(function, pieces)
         return
     try:
-        with ThreadPoolExecutor(min(cores, len(pieces)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            min(cores, len(pieces)), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             yield from pool.map(function, pieces)
     finally:
         torch.set_num_threads(cores)
 
 
 def _joined(
-    parts: Sequence[dict[str, Tensor]], pieces: Sequence[tuple[slice, slice]], shape: tuple[int, int, int]
+    parts: Sequence[dict[str, Tensor]],
+    pieces: Sequence[tuple[slice, slice]],
+    shape: tuple[int, int, int],
 ) -> dict[str, np.ndarray]:
     """The pieces' (n, r, ...) put together as (N, E, S, ...); the tail's own axis in front."""
     whole = {}

@@ -48,7 +48,9 @@ class Sweep:
     num_starts: int
     num_steps: int
     steps: np.ndarray = field(repr=False)  # (..., G)
-    medians: np.ndarray = field(repr=False)  # (..., G) iterations to the tolerance, inf if half of the runs need more
+    medians: np.ndarray = field(
+        repr=False
+    )  # (..., G) iterations to the tolerance, inf if half of the runs need more
     losses: np.ndarray = field(
         repr=False
     )  # (..., G) median of the last f / f(w_0), inf where diverged, 0 where stopped
@@ -81,7 +83,9 @@ def run(
     _check_counts(num_starts=num_starts, num_steps=num_steps, num_recorded=num_recorded)
     watched = _tolerances(tolerances, stop_at)
     if not isinstance(tail, int) or tail < 0 or (tail and stop_at is not None):
-        raise ValueError(f"tail is {tail!r} with stop_at {stop_at}; 0 or more last iterates, without stopping early")
+        raise ValueError(
+            f"tail is {tail!r} with stop_at {stop_at}; 0 or more last iterates, without stopping early"
+        )
     w0 = _starts(problem, starts, num_starts, seed)
     eta, told = _steps(problem, method, settings, w0, step, num_steps, tolerance, progress)
     found = simulate(
@@ -122,13 +126,27 @@ def best_step(
         if not tried.at_edge():
             break
         ends = 10.0 ** (torch.arange(1, 2 * _COARSE + 1).double() / _COARSE)
-        tried.add(torch.cat([tried.steps[:, :1] / ends, tried.steps[:, -1:] * ends], dim=1).to(unit))
+        tried.add(
+            torch.cat([tried.steps[:, :1] / ends, tried.steps[:, -1:] * ends], dim=1).to(unit)
+        )
     for _ in range(_REFINEMENTS):
         tried.add(tried.between(_FINE).to(unit))
     kept = slice(None) if problem.batched else 0
     steps, medians, losses, diverged = (score.numpy()[kept] for score in tried.scores)
     best, edge = np.asarray(tried.best().numpy()[kept]), tried.at_edge()
-    return Sweep(method, settings, tolerance, w0.shape[1], num_steps, steps, medians, losses, diverged, best, edge)
+    return Sweep(
+        method,
+        settings,
+        tolerance,
+        w0.shape[1],
+        num_steps,
+        steps,
+        medians,
+        losses,
+        diverged,
+        best,
+        edge,
+    )
 
 
 class _Tried:
@@ -152,9 +170,13 @@ class _Tried:
         )  # fmt: skip
         left = np.nan_to_num(found["losses"][..., -1], nan=0.0, posinf=np.inf)
         medians = (
-            np.quantile(values, 0.5, axis=2, method="inverted_cdf") for values in (found["reached"][..., 0], left)
+            np.quantile(values, 0.5, axis=2, method="inverted_cdf")
+            for values in (found["reached"][..., 0], left)
         )
-        scores = [steps.cpu(), *map(torch.from_numpy, (*medians, np.isfinite(found["diverged_at"]).mean(axis=2)))]
+        scores = [
+            steps.cpu(),
+            *map(torch.from_numpy, (*medians, np.isfinite(found["diverged_at"]).mean(axis=2))),
+        ]
         joined = [torch.cat(pair, dim=1) for pair in zip(self.scores, scores, strict=True)]
         order = joined[0].argsort(dim=1)
         self.scores = [part.gather(1, order) for part in joined]
@@ -183,7 +205,9 @@ class _Tried:
         return torch.cat([middle + inner * (side - middle) for side in sides], dim=1).exp()
 
 
-def _natural(problem: Quadratic, method: str, settings: dict[str, Any], starts: Tensor) -> tuple[Tensor, int, int]:
+def _natural(
+    problem: Quadratic, method: str, settings: dict[str, Any], starts: Tensor
+) -> tuple[Tensor, int, int]:
     """(N, 1) unit of step sizes, and the powers of ten of it that a sweep spans."""
     try:
         _, highest = extremes(problem, method, settings, starts)
@@ -204,24 +228,36 @@ def _steps(
         if step == "best":
             fewer = starts[:, :_SWEPT] if problem.batched else starts[0, :_SWEPT]
             sweep = best_step(
-                problem, method, tolerance=tolerance, num_steps=num_steps, starts=fewer, progress=progress, **settings
+                problem,
+                method,
+                tolerance=tolerance,
+                num_steps=num_steps,
+                starts=fewer,
+                progress=progress,
+                **settings,
             )
             found = torch.as_tensor(np.reshape(sweep.best, (n, 1)), device=starts.device)
             at_edge = ", at the edge of the steps tried" if sweep.at_edge else ""
             return found[..., None].expand(n, 1, s), f"best of a sweep for {tolerance:g}{at_edge}"
         return _named(problem, method, settings, starts, step)[:, None].expand(n, 1, s), step
     if isinstance(step, bool) or not (isinstance(step, Real) or _is_list(step)):
-        raise ValueError(f"step is {step!r}; give a number, a sequence of numbers, or one of {', '.join(STEPS)}")
+        raise ValueError(
+            f"step is {step!r}; give a number, a sequence of numbers, or one of {', '.join(STEPS)}"
+        )
     sizes = torch.as_tensor(step, dtype=torch.float64, device=starts.device).reshape(-1)
     if not len(sizes) or not bool((sizes.isfinite() & (sizes > 0)).all()):
         raise ValueError(f"step is {step!r}; positive finite numbers are needed")
     return sizes[None, :, None].expand(n, len(sizes), s), "given"
 
 
-def _named(problem: Quadratic, method: str, settings: dict[str, Any], starts: Tensor, step: str) -> Tensor:
+def _named(
+    problem: Quadratic, method: str, settings: dict[str, Any], starts: Tensor, step: str
+) -> Tensor:
     """(N, S) or what expands to it."""
     if step not in STEPS:
-        raise ValueError(f"step is {step!r}; give a number, a sequence of numbers, or one of {', '.join(STEPS)}")
+        raise ValueError(
+            f"step is {step!r}; give a number, a sequence of numbers, or one of {', '.join(STEPS)}"
+        )
     low, high = problem.smallest[:, None], problem.largest[:, None]
     if step == "optimal" and method == "heavy_ball":
         return 4 / (high.sqrt() + low.sqrt()) ** 2
@@ -229,7 +265,9 @@ def _named(problem: Quadratic, method: str, settings: dict[str, Any], starts: Te
         return 1 / high
     if step == "theorem":
         if method != "adam" or not is_theorems(settings):
-            raise ValueError("step is 'theorem', which is of adam with beta1 = 0, beta2 = 1 and eps = 0 only")
+            raise ValueError(
+                "step is 'theorem', which is of adam with beta1 = 0, beta2 = 1 and eps = 0 only"
+            )
         return first_gradient_ratios(problem, starts @ problem.hessian)[0].amin(-1)
     low, high = extremes(problem, method, settings, starts)
     return 2 / (low + high) if step == "optimal" else 1 / high
@@ -247,12 +285,17 @@ def _starts(problem: Quadratic, starts: Any, num_starts: int, seed: int) -> Tens
     given = torch.as_tensor(starts, dtype=torch.float64, device=problem.hessian.device)
     needed = "(N, S, d)" if problem.batched else "(S, d)"
     shaped = given if problem.batched else given[None]
-    if shaped.ndim != 3 or (shaped.shape[0], shaped.shape[2]) != (problem.num_problems, problem.size):
+    if shaped.ndim != 3 or (shaped.shape[0], shaped.shape[2]) != (
+        problem.num_problems,
+        problem.size,
+    ):
         raise ValueError(
             f"starts has shape {tuple(given.shape)}; {needed} with N {problem.num_problems}, d {problem.size}"
         )
     if not bool(shaped.isfinite().all()) or not bool((shaped != 0).any(-1).all()):
-        raise ValueError("starts holds a start that is zero, the minimum, or not finite; leave it out")
+        raise ValueError(
+            "starts holds a start that is zero, the minimum, or not finite; leave it out"
+        )
     return shaped
 
 

@@ -29,14 +29,20 @@ import torch
 from torch import Tensor
 
 from hessian_tools.quadratic.methods import METHOD_DEFAULTS
-from hessian_tools.quadratic.preconditioning import extremes, first_gradient_ratios, linear_iterations
+from hessian_tools.quadratic.preconditioning import (
+    extremes,
+    first_gradient_ratios,
+    linear_iterations,
+)
 from hessian_tools.quadratic.problems import Quadratic, draw_starts, from_blocks
 from hessian_tools.quadratic.simulation import VANISHED
 from hessian_tools.quadratic.sweeps import run
 from hessian_tools.spectra.probes import draw_probes
 
 ADAM = METHOD_DEFAULTS["adam"]  # the theorem's
-ROUNDING = 1e-12  # relative; a step's loss is known to about this, and a bound met exactly is no violation
+ROUNDING = (
+    1e-12  # relative; a step's loss is known to about this, and a bound met exactly is no violation
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +123,9 @@ class LimitCycle:
         return float(np.polyfit(np.log(self.steps), np.log(np.median(self.highest, axis=1)), 1)[0])
 
 
-def constants(problem: Quadratic, *, num_starts: int = 100, seed: int = 0, starts: Tensor | None = None) -> Constants:
+def constants(
+    problem: Quadratic, *, num_starts: int = 100, seed: int = 0, starts: Tensor | None = None
+) -> Constants:
     """Constants and rates of both theorems; ``starts`` (N, S, d), or the first S that ``run`` draws from ``seed``."""
     w0 = draw_starts(problem, num_starts, seed) if starts is None else starts
     c1, c2 = first_gradient_ratios(problem, w0 @ problem.hessian)
@@ -140,9 +148,17 @@ def check_gd_bound(
     Returns:
         the thesis' form for every eta, and the slides' form for eta <= 1 / L and at eta = 2 / (mu + L).
     """
-    grid = np.geomspace(0.01, 10, 41) if relative_steps is None else np.asarray(relative_steps, dtype=np.float64)
+    grid = (
+        np.geomspace(0.01, 10, 41)
+        if relative_steps is None
+        else np.asarray(relative_steps, dtype=np.float64)
+    )
     vectors = torch.linalg.eigh(problem.hessian).eigenvectors
-    found: dict[str, list[Tensor]] = {"thesis, any eta": [], "slides, eta <= 1/L": [], "slides, eta = 2/(mu+L)": []}
+    found: dict[str, list[Tensor]] = {
+        "thesis, any eta": [],
+        "slides, eta <= 1/L": [],
+        "slides, eta = 2/(mu+L)": [],
+    }
     for i in range(problem.num_problems):
         one = problem.part(slice(i, i + 1))
         low, high, kappa = (float(x) for x in (one.smallest, one.largest, one.kappa))
@@ -165,7 +181,10 @@ def check_adam_bound(
     worst = found.block_kappas.max(1)[:, None]
     rates = {"r = max C2^2 / min C1^2": found.adam_upper, "r' = max C2 / min C1": 1 - 1 / (found.tight_r * worst),
              "r', factor squared": found.adam_upper_tight}  # fmt: skip
-    bounds = {name: torch.as_tensor(rate, device=problem.hessian.device).log() for name, rate in rates.items()}
+    bounds = {
+        name: torch.as_tensor(rate, device=problem.hessian.device).log()
+        for name, rate in rates.items()
+    }
     margins: dict[str, list[Tensor]] = {name: [] for name in bounds}
 
     def observe(problems: slice, runs: slice, begin: int, relative: Tensor) -> None:
@@ -198,12 +217,16 @@ def random_problems(
     count, blocks = num_problems, []
     for index, n in enumerate(block_sizes):
         uniform = torch.special.ndtr(
-            draw_probes("gaussian", seed, f"random block {index}", count, n + 2, dtype=torch.float64)
+            draw_probes(
+                "gaussian", seed, f"random block {index}", count, n + 2, dtype=torch.float64
+            )
         )
         inner = uniform[:, 2:].sort(dim=1).values
         if n > 1:
             inner[:, 0], inner[:, -1] = 0.0, 1.0
-        blocks.append(10 ** (scale_decades * uniform[:, :1] + inner_decades * uniform[:, 1:2] * inner))
+        blocks.append(
+            10 ** (scale_decades * uniform[:, :1] + inner_decades * uniform[:, 1:2] * inner)
+        )
     return from_blocks(blocks, seed=seed, name="random blocks", num_problems=count)
 
 
@@ -216,12 +239,23 @@ def score_prediction(
     """
     w0 = draw_starts(problem, num_starts, seed)
     found = constants(problem, starts=w0)
-    gd = linear_iterations(problem, "gd", w0, (2 / (problem.smallest + problem.largest))[:, None], tolerance)
-    adam = linear_iterations(problem, "adam", w0, 1 / extremes(problem, "adam", ADAM, w0)[1], tolerance, **ADAM)
+    gd = linear_iterations(
+        problem, "gd", w0, (2 / (problem.smallest + problem.largest))[:, None], tolerance
+    )
+    adam = linear_iterations(
+        problem, "adam", w0, 1 / extremes(problem, "adam", ADAM, w0)[1], tolerance, **ADAM
+    )
     won, worst, cards = adam < gd, found.block_kappas.max(1)[:, None], []
-    for name, r in (("r max kappa_l <= kappa", found.r), ("r' max kappa_l <= kappa", found.tight_r)):
+    for name, r in (
+        ("r max kappa_l <= kappa", found.r),
+        ("r' max kappa_l <= kappa", found.tight_r),
+    ):
         said = r * worst <= found.kappa[:, None]
-        cards.append(Scorecard(name, *(int(x.sum()) for x in (said & won, said & ~won, ~said & won, ~said & ~won))))
+        cards.append(
+            Scorecard(
+                name, *(int(x.sum()) for x in (said & won, said & ~won, ~said & won, ~said & ~won))
+            )
+        )
     return cards
 
 
@@ -235,11 +269,15 @@ def limit_cycle(
         ValueError: for a beta2 of 1 (there is no cycle), a batched problem, or what :func:`run` refuses.
     """
     if not 0 <= beta2 < 1 or problem.batched:
-        raise ValueError(f"beta2 is {beta2} and batched {problem.batched}; below 1, and one problem, are needed")
+        raise ValueError(
+            f"beta2 is {beta2} and batched {problem.batched}; below 1, and one problem, are needed"
+        )
     runs = run(problem, "adam", beta2=beta2, step=list(steps), num_starts=num_starts, num_steps=num_steps, seed=seed,
                tail=tail, progress=False)  # fmt: skip
     losses = (
-        np.einsum("pesi,ij,pesj->pes", runs.tail, problem.hessian[0].cpu().numpy(), runs.tail) / 2 / runs.first_losses
+        np.einsum("pesi,ij,pesj->pes", runs.tail, problem.hessian[0].cpu().numpy(), runs.tail)
+        / 2
+        / runs.first_losses
     )
     radius = np.abs(runs.tail).max(axis=(0, -1))
     period = np.zeros(radius.shape, dtype=int)
@@ -258,9 +296,18 @@ def _factors(problem: Quadratic, starts: Tensor, steps: np.ndarray, num_steps: i
         seen[runs.start, begin] = _log_factors(relative)[:, 0].exp().cpu()
 
     given = starts if problem.batched is False else starts[None]
-    run(problem, "gd", step=steps, starts=given, num_steps=num_steps, observe=observe, progress=False)
+    run(
+        problem,
+        "gd",
+        step=steps,
+        starts=given,
+        num_steps=num_steps,
+        observe=observe,
+        progress=False,
+    )
     columns = [
-        torch.cat([seen[key] for key in sorted(seen) if key[0] == first]) for first in sorted({k[0] for k in seen})
+        torch.cat([seen[key] for key in sorted(seen) if key[0] == first])
+        for first in sorted({k[0] for k in seen})
     ]
     return torch.cat(columns, dim=1).view(num_steps, len(steps), len(starts))
 
@@ -273,4 +320,6 @@ def _log_factors(relative: Tensor) -> Tensor:
 
 def _judged(name: str, margins: Tensor) -> BoundCheck:
     kept = margins[~margins.isnan()]
-    return BoundCheck(name, len(kept), int((kept < -ROUNDING).sum()), float(kept.min()) if len(kept) else math.nan)
+    return BoundCheck(
+        name, len(kept), int((kept < -ROUNDING).sum()), float(kept.min()) if len(kept) else math.nan
+    )

@@ -83,19 +83,27 @@ class SpectralDensity:
     axis: Axis
     width: float  # standard deviation of the kernel, in the axis' unit
     lost_mass: np.ndarray  # (B,) mass of the density beyond the ends of the grid
-    grid_mass: np.ndarray  # (B,) sum of values times spacing; not 1 - lost_mass on a grid too coarse for the kernel
+    grid_mass: (
+        np.ndarray
+    )  # (B,) sum of values times spacing; not 1 - lost_mass on a grid too coarse for the kernel
 
 
-def symlog_axis(quadratures: Iterable[Quadrature], linear_fraction: float = LINEAR_FRACTION) -> Axis:
+def symlog_axis(
+    quadratures: Iterable[Quadrature], linear_fraction: float = LINEAR_FRACTION
+) -> Axis:
     """The symlog axis common to ``quadratures``: c = ``linear_fraction`` of their largest |node| (1 if all are
     zero)."""
     if not 0 < linear_fraction < 1:
-        raise ValueError(f"linear_fraction is {linear_fraction}; choose it between 0 and 1, such as {LINEAR_FRACTION}")
+        raise ValueError(
+            f"linear_fraction is {linear_fraction}; choose it between 0 and 1, such as {LINEAR_FRACTION}"
+        )
     largest = max(float(np.abs(quadrature.nodes).max()) for quadrature in quadratures)
     return Axis("symlog", linear_fraction * largest or 1.0)
 
 
-def spanning_grid(quadratures: Iterable[Quadrature], axis: Axis, num_points: int, margin: float) -> SpectralGrid:
+def spanning_grid(
+    quadratures: Iterable[Quadrature], axis: Axis, num_points: int, margin: float
+) -> SpectralGrid:
     """A grid from ``margin`` (in the axis' unit) below the lowest node to as much above the highest."""
     low, high = axis.position(_extremes(quadratures)).tolist()
     return SpectralGrid(axis, low - margin, high + margin, num_points)
@@ -135,21 +143,39 @@ def spectral_density(
     else:
         raise ValueError(f"grid is {grid!r}; allowed are 'linear', 'symlog' or a SpectralGrid")
     if width is None:  # where all eigenvalues are equal, any width shows it
-        width = LOG_WIDTH if grid == "symlog" else float(np.ptp(_extremes(blocks.values()))) / 200 or 1.0
+        width = (
+            LOG_WIDTH
+            if grid == "symlog"
+            else float(np.ptp(_extremes(blocks.values()))) / 200 or 1.0
+        )
     if not 0 < width < np.inf:
         raise ValueError(f"width is {width}; a positive standard deviation of the kernel is needed")
     if not isinstance(grid, SpectralGrid):
-        grid = spanning_grid(blocks.values(), axis, 2_000 if num_points is None else num_points, 5 * width)
-    placed = [(axis.position(nodes), weights) for nodes, weights in (q.pooled for q in blocks.values())]
-    values = np.stack([kernel_sum(grid, t, w, width)[0] for t, w in placed]) / (width * np.sqrt(2 * np.pi))
-    lost = np.array([w @ (ndtr((grid.low - t) / width) + ndtr((t - grid.high) / width)) for t, w in placed])
+        grid = spanning_grid(
+            blocks.values(), axis, 2_000 if num_points is None else num_points, 5 * width
+        )
+    placed = [
+        (axis.position(nodes), weights) for nodes, weights in (q.pooled for q in blocks.values())
+    ]
+    values = np.stack([kernel_sum(grid, t, w, width)[0] for t, w in placed]) / (
+        width * np.sqrt(2 * np.pi)
+    )
+    lost = np.array(
+        [w @ (ndtr((grid.low - t) / width) + ndtr((t - grid.high) / width)) for t, w in placed]
+    )
     points = grid.points
     mass = values.sum(axis=1) * grid.spacing
-    return SpectralDensity(tuple(blocks), points, axis.eigenvalue(points), values, axis, width, lost, mass)
+    return SpectralDensity(
+        tuple(blocks), points, axis.eigenvalue(points), values, axis, width, lost, mass
+    )
 
 
 def kernel_sum(
-    grid: SpectralGrid, positions: np.ndarray, weights: np.ndarray, width: float, depth: float | None = None
+    grid: SpectralGrid,
+    positions: np.ndarray,
+    weights: np.ndarray,
+    width: float,
+    depth: float | None = None,
 ) -> tuple[np.ndarray, float]:
     """(G,) values of sum_i w_i exp(-(t - t_i)^2 / 2 width^2), as (values, shift) with sum = values * exp(shift).
 
@@ -163,11 +189,19 @@ def kernel_sum(
     nearest = np.clip(np.rint((positions - grid.low) / spacing), 0, grid.num_points - 1).astype(int)
     peaks = logs - ((points[nearest] - positions) / width) ** 2 / 2  # each node's largest term
     shift = 0.0 if depth is None else float(peaks.max())
-    reach = width * np.sqrt(2 * np.maximum((_UNDERFLOW if depth is None else depth) + logs - shift, 0.0))
-    first = np.clip(np.ceil((positions - reach - grid.low) / spacing), 0, grid.num_points).astype(int)
-    last = np.clip(np.floor((positions + reach - grid.low) / spacing) + 1, 0, grid.num_points).astype(int)
+    reach = width * np.sqrt(
+        2 * np.maximum((_UNDERFLOW if depth is None else depth) + logs - shift, 0.0)
+    )
+    first = np.clip(np.ceil((positions - reach - grid.low) / spacing), 0, grid.num_points).astype(
+        int
+    )
+    last = np.clip(
+        np.floor((positions + reach - grid.low) / spacing) + 1, 0, grid.num_points
+    ).astype(int)
     values = np.zeros(grid.num_points)
-    for t, log, a, b in zip(positions.tolist(), (logs - shift).tolist(), first.tolist(), last.tolist(), strict=True):
+    for t, log, a, b in zip(
+        positions.tolist(), (logs - shift).tolist(), first.tolist(), last.tolist(), strict=True
+    ):
         if a < b:
             z = (points[a:b] - t) / width
             values[a:b] += np.exp(log - z * z / 2)

@@ -42,7 +42,9 @@ class LanczosState:
 
     previous: Tensor  # (k, n) Lanczos vector m; zero before the first step
     current: Tensor  # (k, n) Lanczos vector m + 1; zero in a row that has ended
-    basis: tuple[Tensor, ...]  # pieces (k, m_i, n), together the m vectors so far; empty when not kept
+    basis: tuple[
+        Tensor, ...
+    ]  # pieces (k, m_i, n), together the m vectors so far; empty when not kept
     alphas: Tensor  # (k, m) float64
     betas: Tensor  # (k, m) float64
     norms: Tensor  # (k,) float64, of the start vectors
@@ -70,13 +72,19 @@ class LanczosResult:
     """
 
     alphas: np.ndarray  # (k, m) float64 diagonal of T
-    betas: np.ndarray  # (k, m) float64, [:, j] couples steps j and j + 1; at steps - 1 the final residual norm
+    betas: (
+        np.ndarray
+    )  # (k, m) float64, [:, j] couples steps j and j + 1; at steps - 1 the final residual norm
     start_norms: np.ndarray  # (k,) float64 Euclidean norms of the start vectors
     steps: np.ndarray  # (k,) int, valid steps of each row
     status: tuple[str, ...]  # (k,) "complete" | "breakdown" | "nonfinite"
-    first_nonfinite: np.ndarray | None  # (k,) int, first step (from 1) with NaN or inf, 0 for none; None without any
+    first_nonfinite: (
+        np.ndarray | None
+    )  # (k,) int, first step (from 1) with NaN or inf, 0 for none; None without any
     num_matvecs: int  # products spent, those of finished rows included
-    basis: Tensor | None  # (k, m, n) Lanczos vectors, in the operator's dtype and on its device, when asked for
+    basis: (
+        Tensor | None
+    )  # (k, m, n) Lanczos vectors, in the operator's dtype and on its device, when asked for
     state: LanczosState | None = None  # for :func:`resume`, when asked for
 
 
@@ -100,9 +108,13 @@ def lanczos(
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; at least 1 Lanczos step is needed")
     if reorthogonalize not in REORTHOGONALIZE:
-        raise ValueError(f"reorthogonalize is {reorthogonalize!r}; allowed are {', '.join(map(repr, REORTHOGONALIZE))}")
+        raise ValueError(
+            f"reorthogonalize is {reorthogonalize!r}; allowed are {', '.join(map(repr, REORTHOGONALIZE))}"
+        )
     if start.ndim != 2:
-        raise ValueError(f"start has shape {tuple(start.shape)}; rows of start vectors, (k, n), are needed")
+        raise ValueError(
+            f"start has shape {tuple(start.shape)}; rows of start vectors, (k, n), are needed"
+        )
     start = start.to(device=operator.device, dtype=operator.dtype)
     state = _started(start, reorthogonalize, keep_basis)
     state = _iterate(operator, state, min(num_steps, start.shape[1]), fresh=True)
@@ -110,11 +122,15 @@ def lanczos(
     bad = np.flatnonzero(~(np.isfinite(result.start_norms) & (result.start_norms > 0)))
     if bad.size:
         norm = result.start_norms[bad[0]]
-        raise ValueError(f"start row {bad[0]} has norm {norm}; start vectors must be finite and not zero")
+        raise ValueError(
+            f"start row {bad[0]} has norm {norm}; start vectors must be finite and not zero"
+        )
     return result
 
 
-def resume(operator: Any, state: LanczosState, num_steps: int, *, keep_state: bool = False) -> LanczosResult:
+def resume(
+    operator: Any, state: LanczosState, num_steps: int, *, keep_state: bool = False
+) -> LanczosResult:
     """Goes on from ``state`` to min(num_steps, n) steps in all; the same numbers as one long run, up to rounding.
 
     ``operator`` must be the one that the run began with. ``num_matvecs`` counts from the beginning.
@@ -125,14 +141,23 @@ def resume(operator: Any, state: LanczosState, num_steps: int, *, keep_state: bo
     done = state.alphas.shape[1]
     total = min(num_steps, state.current.shape[1])
     if total < done:
-        raise ValueError(f"num_steps is {num_steps}, but {done} steps are made; name a total of at least that many")
+        raise ValueError(
+            f"num_steps is {num_steps}, but {done} steps are made; name a total of at least that many"
+        )
     if (operator.dtype, operator.device) != (state.current.dtype, state.current.device):
-        has, holds = f"{operator.dtype} on {operator.device}", f"{state.current.dtype} on {state.current.device}"
-        raise ValueError(f"operator is {has}, but the run's vectors are {holds}; pass the operator it began with")
+        has, holds = (
+            f"{operator.dtype} on {operator.device}",
+            f"{state.current.dtype} on {state.current.device}",
+        )
+        raise ValueError(
+            f"operator is {has}, but the run's vectors are {holds}; pass the operator it began with"
+        )
     return _result(_iterate(operator, state, total), keep_state)
 
 
-def ritz(alphas: np.ndarray, betas: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def ritz(
+    alphas: np.ndarray, betas: np.ndarray, steps: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Nodes, weights and residual bounds, each (k, m), of tridiagonal matrices whose row i counts up to ``steps[i]``.
 
     Diagonals ``alphas`` (k, m), off-diagonals ``betas[:, :-1]``, final residual norm ``betas[i, steps[i] - 1]``. Rows
@@ -144,7 +169,9 @@ def ritz(alphas: np.ndarray, betas: np.ndarray, steps: np.ndarray) -> tuple[np.n
         matrices = np.zeros((len(rows), length, length))
         diagonal = np.arange(length)
         matrices[:, diagonal, diagonal] = alphas[rows, :length]
-        matrices[:, diagonal[1:], diagonal[:-1]] = betas[rows, : length - 1]  # eigh reads the lower triangle
+        matrices[:, diagonal[1:], diagonal[:-1]] = betas[
+            rows, : length - 1
+        ]  # eigh reads the lower triangle
         values, vectors = np.linalg.eigh(matrices)
         bounds = betas[rows, length - 1, None] * np.abs(vectors[:, -1, :])
         repeated = np.minimum(np.arange(alphas.shape[1]), length - 1)  # the last node pads the row
@@ -158,7 +185,10 @@ def _started(start: Tensor, reorthogonalize: str, keep_basis: bool) -> LanczosSt
     """No step made yet."""
     norms = _dots(start, start).sqrt()
     zeros, table = torch.zeros_like(norms), norms.new_zeros(len(norms), 0)
-    alive, broken = torch.ones_like(norms, dtype=torch.bool), torch.zeros_like(norms, dtype=torch.bool)
+    alive, broken = (
+        torch.ones_like(norms, dtype=torch.bool),
+        torch.zeros_like(norms, dtype=torch.bool),
+    )
     current = start / norms.to(start.dtype)[:, None]
     scalars = (table, table, norms, zeros, zeros, zeros, zeros, alive, broken)
     return LanczosState(torch.zeros_like(start), current, (), *scalars, reorthogonalize, keep_basis)
@@ -167,15 +197,21 @@ def _started(start: Tensor, reorthogonalize: str, keep_basis: bool) -> LanczosSt
 def _result(state: LanczosState, keep_state: bool) -> LanczosResult:
     """What a run leaves, on the host."""
     ends = (state.norms, state.steps, state.nonfinite, state.broken.double())
-    table = torch.column_stack([*ends, state.alphas, state.betas]).cpu().numpy()  # the one transfer from the device
+    table = (
+        torch.column_stack([*ends, state.alphas, state.betas]).cpu().numpy()
+    )  # the one transfer from the device
     norms, steps, nonfinite, broken = table[:, :4].T
     alphas, betas = np.split(table[:, 4:], 2, axis=1)
-    status = tuple(np.select([nonfinite > 0, broken > 0], ["nonfinite", "breakdown"], "complete").tolist())
+    status = tuple(
+        np.select([nonfinite > 0, broken > 0], ["nonfinite", "breakdown"], "complete").tolist()
+    )
     first, kept = nonfinite.astype(int) if nonfinite.any() else None, None
     if state.keeps_basis:
         kept = state.basis[0] if len(state.basis) == 1 else torch.cat(state.basis, dim=1)
     going_on = state if keep_state else None
-    return LanczosResult(alphas, betas, norms, steps.astype(int), status, first, alphas.size, kept, going_on)
+    return LanczosResult(
+        alphas, betas, norms, steps.astype(int), status, first, alphas.size, kept, going_on
+    )
 
 
 def _iterate(operator: Any, state: LanczosState, m: int, fresh: bool = False) -> LanczosState:
@@ -189,11 +225,15 @@ def _iterate(operator: Any, state: LanczosState, m: int, fresh: bool = False) ->
     basis = state.basis
     if (full or state.keeps_basis) and m > done:
         basis = (*basis, state.current.new_empty(k, m - done, n))
-    alphas, betas = (torch.cat([old, old.new_zeros(k, m - done)], dim=1) for old in (state.alphas, state.betas))
+    alphas, betas = (
+        torch.cat([old, old.new_zeros(k, m - done)], dim=1) for old in (state.alphas, state.betas)
+    )
     previous, current, beta, scale = state.previous, state.current, state.beta, state.scale
     steps, nonfinite, alive, broken = state.steps, state.nonfinite, state.alive, state.broken
     waits = state.current.device.type != "cpu"
-    own: list[Tensor] = []  # vectors made here that nobody needs any more: fresh memory costs more than arithmetic
+    own: list[
+        Tensor
+    ] = []  # vectors made here that nobody needs any more: fresh memory costs more than arithmetic
     for j in range(done, m):
         if basis:
             basis[-1][:, j - done] = current
@@ -228,7 +268,9 @@ def _iterate(operator: Any, state: LanczosState, m: int, fresh: bool = False) ->
             own.append(previous)
         previous, current = current, residual.div_(beta.to(residual.dtype)[:, None])
         if waits or not alive.numpy().all():
-            current.masked_fill_(~alive[:, None], 0.0)  # a finished row goes on as zero: it can spoil nothing
+            current.masked_fill_(
+                ~alive[:, None], 0.0
+            )  # a finished row goes on as zero: it can spoil nothing
     return replace(
         state, previous=previous, current=current, basis=basis, alphas=alphas, betas=betas, beta=beta, scale=scale,
         steps=steps, nonfinite=nonfinite, alive=alive, broken=broken,

@@ -74,14 +74,18 @@ class Quadrature:
 
     nodes: np.ndarray  # (k, m) float64 Ritz values, ascending; (1, n) when exact
     weights: np.ndarray  # (k, m) float64, each row sums to 1
-    residuals: np.ndarray  # (k, m) float64 bounds beta_m |s_mi| on a node's distance from an eigenvalue; 0 when exact
+    residuals: (
+        np.ndarray
+    )  # (k, m) float64 bounds beta_m |s_mi| on a node's distance from an eigenvalue; 0 when exact
     steps: np.ndarray  # (k,) int, nodes of each probe that carry weight
     size: int  # n
     num_matvecs: int  # products spent
     status: str  # "complete" | "breakdown" | "exact"
     probes: str  # "rademacher" | "gaussian" | "none" (exact)
     reorthogonalize: str  # "full" | "local" | "none" (also when exact)
-    asymmetry: float = float("nan")  # |A - A'|_F / |A|_F of the dense matrix before symmetrising; nan if none formed
+    asymmetry: float = float(
+        "nan"
+    )  # |A - A'|_F / |A|_F of the dense matrix before symmetrising; nan if none formed
 
     @property
     def num_probes(self) -> int:
@@ -99,14 +103,24 @@ class Quadrature:
         if self.status == "exact":
             return self
         kept = np.arange(self.num_probes) != index
-        return replace(self, **{name: getattr(self, name)[kept] for name in ("nodes", "weights", "residuals", "steps")})
+        return replace(
+            self,
+            **{
+                name: getattr(self, name)[kept]
+                for name in ("nodes", "weights", "residuals", "steps")
+            },
+        )
 
     def with_probes(self, other: "Quadrature") -> "Quadrature":
         """These probes followed by those of ``other``, of the same operator and with the same number of steps."""
         parts = ("nodes", "weights", "residuals", "steps")
-        joined: Any = {part: np.concatenate([getattr(self, part), getattr(other, part)]) for part in parts}
+        joined: Any = {
+            part: np.concatenate([getattr(self, part), getattr(other, part)]) for part in parts
+        }
         status = "breakdown" if "breakdown" in (self.status, other.status) else "complete"
-        return replace(self, **joined, num_matvecs=self.num_matvecs + other.num_matvecs, status=status)
+        return replace(
+            self, **joined, num_matvecs=self.num_matvecs + other.num_matvecs, status=status
+        )
 
     def with_steps(self, num_steps: int) -> "Quadrature":
         """The quadrature that ``num_steps`` <= m steps would have left; itself when exact. No product is spent.
@@ -117,12 +131,18 @@ class Quadrature:
         if self.status == "exact" or num_steps >= self.nodes.shape[1]:
             return self
         nodes = torch.from_numpy(self.nodes)
-        measure = SimpleNamespace(matmat=lambda v: v * nodes, dtype=nodes.dtype, device=nodes.device)
+        measure = SimpleNamespace(
+            matmat=lambda v: v * nodes, dtype=nodes.dtype, device=nodes.device
+        )
         run = lanczos(measure, torch.from_numpy(self.weights).sqrt(), num_steps)
         steps = np.minimum(run.steps, self.steps)
-        spectrum: Any = dict(zip(("nodes", "weights", "residuals"), ritz(run.alphas, run.betas, steps), strict=True))
+        spectrum: Any = dict(
+            zip(("nodes", "weights", "residuals"), ritz(run.alphas, run.betas, steps), strict=True)
+        )
         ended = "breakdown" if (steps < num_steps).any() else "complete"
-        return replace(self, **spectrum, steps=steps, num_matvecs=self.num_probes * num_steps, status=ended)
+        return replace(
+            self, **spectrum, steps=steps, num_matvecs=self.num_probes * num_steps, status=ended
+        )
 
     def per_probe(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """u' f(A) u for every probe, (k,); ``function`` maps an array of eigenvalues elementwise."""
@@ -163,7 +183,9 @@ class Quadrature:
     def _extreme(self, column: int, pick: Callable[[np.ndarray], Any]) -> RitzValue:
         values = self.nodes[:, column]
         best = pick(values)
-        return RitzValue(float(values[best]), float(self.residuals[best, column]), self._standard_error(values))
+        return RitzValue(
+            float(values[best]), float(self.residuals[best, column]), self._standard_error(values)
+        )
 
     def _standard_error(self, values: np.ndarray) -> float:
         if self.status == "exact":
@@ -219,16 +241,28 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("num_probes", "num_steps", "seed"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or (value < 1 and name != "seed"):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, Integral)
+                or (value < 1 and name != "seed")
+            ):
                 need = "any integer" if name == "seed" else "an integer of at least 1"
                 raise ValueError(f"{name} is {value!r}; it must be {need}")
-        allowed = {"probes": PROBE_KINDS, "reorthogonalize": REORTHOGONALIZE, "exact": ("auto", True, False)}
+        allowed = {
+            "probes": PROBE_KINDS,
+            "reorthogonalize": REORTHOGONALIZE,
+            "exact": ("auto", True, False),
+        }
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(repr, choices))}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(repr, choices))}"
+                )
 
     def is_exact(self, size: int) -> bool:
-        return bool(self.exact) if self.exact != "auto" else size <= self.num_probes * self.num_steps
+        return (
+            bool(self.exact) if self.exact != "auto" else size <= self.num_probes * self.num_steps
+        )
 
     def matvecs(self, size: int) -> int:
         return size if self.is_exact(size) else self.num_probes * min(self.num_steps, size)
@@ -283,20 +317,30 @@ def blockwise_slq(
         NumericalError: for a product with NaN or inf, naming the block and the Lanczos step where it appeared first.
     """
     settings = Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
-    hessian = problem_or_hessian if hasattr(problem_or_hessian, "stacked") else HessianOperator(problem_or_hessian)
+    hessian = (
+        problem_or_hessian
+        if hasattr(problem_or_hessian, "stacked")
+        else HessianOperator(problem_or_hessian)
+    )
     names, cuts = names_and_cuts(partition)
     done = {name: finished[name] for name in names if name in finished} if finished else {}
-    total = sum(settings.matvecs(cut.block_size) for cut in cuts for name in cut.names if name not in done)
+    total = sum(
+        settings.matvecs(cut.block_size) for cut in cuts for name in cut.names if name not in done
+    )
     if hasattr(hessian, "expect"):
         hessian.expect(total, len(names))
-    with tqdm(total=total, unit="HVP", disable=None if progress else True, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, unit="HVP", disable=None if progress else True, dynamic_ncols=True
+    ) as bar:
         for name, quadrature in solved(hessian, cuts, done, settings, bar):
             done[name] = quadrature
             if on_block is not None:
                 on_block(name, quadrature)
     notes = tuple(note for name in names for note in notes_on(name, done[name], settings))
     ordered = {name: done[name] for name in names}
-    return BlockSpectra(ordered, num_probes, num_steps, seed, probes, reorthogonalize, hessian.route, notes)
+    return BlockSpectra(
+        ordered, num_probes, num_steps, seed, probes, reorthogonalize, hessian.route, notes
+    )
 
 
 def solved(
@@ -305,7 +349,9 @@ def solved(
     """The blocks of ``cuts`` that are not in ``done``, as they come; blocks of one cut go through together."""
     for chunk, chosen in (c for cut in cuts for c in _chunks(cut, done, settings, hessian)):
         bar.set_postfix_str(chunk.names[0])
-        yield from _solve(watched(hessian.stacked(chunk), bar), chunk.names, chunk.block_size, chosen)
+        yield from _solve(
+            watched(hessian.stacked(chunk), bar), chunk.names, chunk.block_size, chosen
+        )
 
 
 def watched(operator: Any, bar: Any) -> Any:
@@ -322,17 +368,23 @@ def watched(operator: Any, bar: Any) -> Any:
 def names_and_cuts(partition: Any) -> tuple[list[str], Iterable[Any]]:
     blocks = list(partition) if isinstance(partition, Iterable) else [partition]
     if not all(hasattr(block, "as_cut") for block in blocks):
-        raise TypeError(f"partition is {partition!r:.80}; pass ht.partition(model, ...) or a list of its Blocks")
+        raise TypeError(
+            f"partition is {partition!r:.80}; pass ht.partition(model, ...) or a list of its Blocks"
+        )
     names = [block.name for block in blocks]
     if not names:
         raise ValueError("partition holds no block; choose at least one")
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise ValueError(f"partition names {name!r} twice; pass each block once")
-    return names, partition.cuts if hasattr(partition, "cuts") else [block.as_cut() for block in blocks]
+    return names, partition.cuts if hasattr(partition, "cuts") else [
+        block.as_cut() for block in blocks
+    ]
 
 
-def _chunks(cut: Any, done: Collection[str], settings: Settings, hessian: Any) -> Iterator[tuple[Any, Settings]]:
+def _chunks(
+    cut: Any, done: Collection[str], settings: Settings, hessian: Any
+) -> Iterator[tuple[Any, Settings]]:
     """The unfinished runs of ``cut`` in pieces that fit the memory budget, each with its settings."""
     size, k, budget = cut.block_size, settings.num_probes, hessian.krylov_bytes
     missing = np.flatnonzero([name not in done for name in cut.names])
@@ -343,7 +395,11 @@ def _chunks(cut: Any, done: Collection[str], settings: Settings, hessian: Any) -
         row = vector * (WORK_VECTORS + full * min(settings.num_steps, size))
         if row > budget and full and len(missing):
             like = f" and {len(missing) - 1} like it" if len(missing) > 1 else ""
-            warnings.warn(f"{cut.names[missing[0]]}{like}: {local_note(size, settings)}", RuntimeWarning, stacklevel=4)
+            warnings.warn(
+                f"{cut.names[missing[0]]}{like}: {local_note(size, settings)}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
             settings, row = replace(settings, reorthogonalize="local"), vector * WORK_VECTORS
         together = budget // (k * row)
         if not together:  # not even one block with all its probes
@@ -368,7 +424,9 @@ def notes_on(name: str, quadrature: Quadrature, settings: Settings) -> Iterator[
         yield f"{name}: dense block asymmetric by {quadrature.asymmetry:.2g} of its norm: rounding noise, or no Hessian"
 
 
-def _solve(operator: Any, names: Sequence[str], size: int, settings: Settings) -> Iterator[tuple[str, Quadrature]]:
+def _solve(
+    operator: Any, names: Sequence[str], size: int, settings: Settings
+) -> Iterator[tuple[str, Quadrature]]:
     """The B blocks that ``operator`` stacks; an error for the first that failed comes last."""
     solve, failed = _exact if settings.is_exact(size) else _stochastic, []
     for name, outcome in zip(names, solve(operator, names, size, settings), strict=True):
@@ -383,12 +441,18 @@ def _solve(operator: Any, names: Sequence[str], size: int, settings: Settings) -
 def nonfinite(name: str, where: str) -> NumericalError:
     """The error for products with block ``name`` that were NaN or inf ``where`` first."""
     block = f"the Hessian of block {name}" if name else "the operator"
-    return NumericalError(f"a product with {block} is NaN or inf, first {where}; check the loss and the dtype's range")
+    return NumericalError(
+        f"a product with {block} is NaN or inf, first {where}; check the loss and the dtype's range"
+    )
 
 
-def _stochastic(operator: Any, names: Sequence[str], size: int, settings: Settings) -> Iterator[Quadrature | str]:
+def _stochastic(
+    operator: Any, names: Sequence[str], size: int, settings: Settings
+) -> Iterator[Quadrature | str]:
     """SLQ of each block, or where its products first were not finite."""
-    draw = partial(draw_probes, settings.probes, settings.seed, dtype=operator.dtype, device=operator.device)
+    draw = partial(
+        draw_probes, settings.probes, settings.seed, dtype=operator.dtype, device=operator.device
+    )
     start = torch.cat([draw(name, settings.num_probes, size) for name in names])
     runs = [
         lanczos(operator, rows, settings.num_steps, reorthogonalize=settings.reorthogonalize)
@@ -401,20 +465,31 @@ def quadratures_of(
     runs: Sequence[LanczosResult], num_blocks: int, size: int, settings: Settings
 ) -> Iterator[Quadrature | str]:
     """The quadrature of each block, whose rows follow each other in ``runs``, or where it first was not finite."""
-    parts = [np.concatenate([getattr(run, part) for run in runs]) for part in ("alphas", "betas", "steps", "status")]
-    for alphas, betas, steps, status in zip(*(np.split(part, num_blocks) for part in parts), strict=True):
+    parts = [
+        np.concatenate([getattr(run, part) for run in runs])
+        for part in ("alphas", "betas", "steps", "status")
+    ]
+    for alphas, betas, steps, status in zip(
+        *(np.split(part, num_blocks) for part in parts), strict=True
+    ):
         if "nonfinite" in status:
             yield f"at Lanczos step {steps[status == 'nonfinite'].min() + 1} of {alphas.shape[1]}"
             continue
         ended = "breakdown" if "breakdown" in status else "complete"
         spectrum = ritz(alphas, betas, steps)
-        yield Quadrature(*spectrum, steps, size, alphas.size, ended, settings.probes, settings.reorthogonalize)
+        yield Quadrature(
+            *spectrum, steps, size, alphas.size, ended, settings.probes, settings.reorthogonalize
+        )
 
 
-def _exact(operator: Any, names: Sequence[str], size: int, settings: Settings) -> Iterator[Quadrature | str]:
+def _exact(
+    operator: Any, names: Sequence[str], size: int, settings: Settings
+) -> Iterator[Quadrature | str]:
     """All eigenvalues of each block from its dense matrix, or where its products first were not finite."""
     dense = torch.empty(len(names), size, size, dtype=torch.float64, device=operator.device)
-    for columns in torch.arange(size, device=operator.device).split(max(1, _EXACT_ROWS // len(names))):
+    for columns in torch.arange(size, device=operator.device).split(
+        max(1, _EXACT_ROWS // len(names))
+    ):
         units = one_hot(columns, size).to(operator.dtype).repeat(len(names), 1)
         dense[:, columns] = operator.matmat(units).reshape(len(names), -1, size).double()
     weights, zeros = np.full((1, size), 1 / size), np.zeros((1, size))
@@ -426,4 +501,6 @@ def _exact(operator: Any, names: Sequence[str], size: int, settings: Settings) -
         norm = np.linalg.norm(matrix)
         asymmetry = float(np.linalg.norm(matrix - matrix.T) / norm) if norm > 0 else 0.0
         values = np.linalg.eigvalsh((matrix + matrix.T) / 2)[None]
-        yield Quadrature(values, weights, zeros, np.array([size]), size, size, "exact", "none", "none", asymmetry)
+        yield Quadrature(
+            values, weights, zeros, np.array([size]), size, size, "exact", "none", "none", asymmetry
+        )

@@ -61,7 +61,11 @@ def check_partition(
     _validate(num_probes, num_blocks, alpha, contrast, diagonal)
     problem = problem_of(problem_or_hessian)
     blocks = _partition(problem, partition)
-    hessian = problem_or_hessian if isinstance(problem_or_hessian, HessianOperator) else HessianOperator(problem)
+    hessian = (
+        problem_or_hessian
+        if isinstance(problem_or_hessian, HessianOperator)
+        else HessianOperator(problem)
+    )
     done, levels, regions = dict(finished or {}), Levels(alpha, contrast, diagonal), []
     with tqdm(total=planned_products(problem, blocks, num_probes, num_blocks, exact, done), unit="HVP",
               disable=None if progress else True, dynamic_ncols=True) as bar:  # fmt: skip
@@ -71,7 +75,9 @@ def check_partition(
                 settings: dict[str, Any] = {"num_probes": num_probes, "num_blocks": num_blocks, "seed": seed,
                             "exact": _is_exact(region, cuttings, num_probes, num_blocks, exact)}  # fmt: skip
                 key = (region.name, *(way.name for way in cuttings), *settings.values())
-                if measured is None or key not in measured or claim == CLAIMED:  # which may be another cut each time
+                if (
+                    measured is None or key not in measured or claim == CLAIMED
+                ):  # which may be another cut each time
                     mass = measure(hessian, region, cuttings, **settings, on_products=bar.update)
                     (measured if measured is not None else {})[key] = mass
                 else:
@@ -82,7 +88,9 @@ def check_partition(
                     on_tensor(region.name, done[region.name])
             regions.append(region)
     reports = tuple(done[region.name] for region in regions)
-    suggestion = composed(problem.model, regions, {report.name: report.suggested for report in reports}, blocks)
+    suggestion = composed(
+        problem.model, regions, {report.name: report.suggested for report in reports}, blocks
+    )
     return PartitionReport(
         reports, blocks.preset, levels, seed, sum(report.num_matvecs for report in reports), suggestion,
         state_savings(problem.model, suggestion), _notes(blocks), hessian.route,
@@ -165,16 +173,24 @@ def _suggested(evidence: list[CutEvidence], claim: str) -> str:
         following = [found for found in evidence if found.likely == FOLLOWS]
     if not following or claimed in following:
         return claim
-    return max(following, key=lambda found: (found.cut != WHOLE, found.excess)).cut  # the whole has no excess
+    return max(
+        following, key=lambda found: (found.cut != WHOLE, found.excess)
+    ).cut  # the whole has no excess
 
 
-def _is_exact(region: Block, cuttings: list[Cutting], num_probes: int, num_blocks: int, exact: bool | None) -> bool:
+def _is_exact(
+    region: Block, cuttings: list[Cutting], num_probes: int, num_blocks: int, exact: bool | None
+) -> bool:
     if exact and region.numel > MOST_EXACT:
         raise ValueError(
             f"exact=True asks for the dense Hessian of {region.name}, {region.numel:,} entries; at most {MOST_EXACT:,} "
             "are taken: leave exact out, or the tensor"
         )
-    return region.numel <= EXACT_WORTH * cost(cuttings, num_probes, num_blocks) if exact is None else exact
+    return (
+        region.numel <= EXACT_WORTH * cost(cuttings, num_probes, num_blocks)
+        if exact is None
+        else exact
+    )
 
 
 def _partition(problem: Problem, given: Any) -> Partition:
@@ -183,21 +199,23 @@ def _partition(problem: Problem, given: Any) -> Partition:
         for part in cut.parts:
             parameter = problem.parameters.get(part.parameter)
             if parameter is None or tuple(parameter.shape) != part.shape:
-                raise ValueError(f"partition holds {cut.name!r}, which lies in no trainable parameter of this model")
+                raise ValueError(
+                    f"partition holds {cut.name!r}, which lies in no trainable parameter of this model"
+                )
     return found
 
 
 def _notes(blocks: Partition) -> tuple[str, ...]:
     across = [cut.name for cut in blocks.cuts if len(cut.parameters) > 1]
     if across:
-        told = (
-            f"{len(across)} cuts ({across[0]}, ...) have blocks over several tensors, which are judged in each tensor"
-        )
+        told = f"{len(across)} cuts ({across[0]}, ...) have blocks over several tensors, which are judged in each tensor"
         return (*blocks.notes, f"{told} by itself")
     return tuple(blocks.notes)
 
 
-def _validate(num_probes: int, num_blocks: int, alpha: float, contrast: float, diagonal: float) -> None:
+def _validate(
+    num_probes: int, num_blocks: int, alpha: float, contrast: float, diagonal: float
+) -> None:
     for name, value, least in (("num_probes", num_probes, 3), ("num_blocks", num_blocks, 4)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
@@ -205,4 +223,6 @@ def _validate(num_probes: int, num_blocks: int, alpha: float, contrast: float, d
         if not 0 < level < 1:
             raise ValueError(f"{name} is {level!r}; it must lie between 0 and 1")
     if not contrast > 1:
-        raise ValueError(f"contrast is {contrast!r}; it must exceed 1, which is no structure at all")
+        raise ValueError(
+            f"contrast is {contrast!r}; it must exceed 1, which is no structure at all"
+        )

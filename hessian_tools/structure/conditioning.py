@@ -44,9 +44,13 @@ class AdamConditioning:
     tau: np.ndarray  # sum |H_ii| / sum |H_ij|, 1 for a diagonal matrix, nan for zero
     negative: np.ndarray  # int, eigenvalues of H below minus the floor
     negative_adam: np.ndarray  # int, of D H
-    dropped: np.ndarray  # int, eigenvalues of H at or below the floor in absolute value: kappa leaves them out
+    dropped: (
+        np.ndarray
+    )  # int, eigenvalues of H at or below the floor in absolute value: kappa leaves them out
     dropped_adam: np.ndarray  # int, of D H
-    without_gradient: np.ndarray  # int, coordinates whose gradient is zero, so that D is not defined there
+    without_gradient: (
+        np.ndarray
+    )  # int, coordinates whose gradient is zero, so that D is not defined there
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +80,9 @@ class BlockExtremes:
     smallest: np.ndarray  # (B,)
     largest_bound: np.ndarray  # (B,)
     smallest_bound: np.ndarray  # (B,)
-    status: tuple[str, ...]  # (B,) "complete" | "breakdown" (eigenvalues, invariant subspace) | "exact"
+    status: tuple[
+        str, ...
+    ]  # (B,) "complete" | "breakdown" (eigenvalues, invariant subspace) | "exact"
     num_matvecs: int  # products spent
     notes: tuple[str, ...]
 
@@ -87,7 +93,11 @@ class BlockExtremes:
 
 
 def adam_conditioning(
-    matrix: np.ndarray, gradient: np.ndarray, *, eps: float = 0.0, relative_floor: float | None = None
+    matrix: np.ndarray,
+    gradient: np.ndarray,
+    *,
+    eps: float = 0.0,
+    relative_floor: float | None = None,
 ) -> AdamConditioning:
     """What Adam's preconditioner diag(1 / (|g| + eps)) does to the condition of H.
 
@@ -99,13 +109,21 @@ def adam_conditioning(
         ValueError: shapes that do not fit, a negative ``eps`` or floor, numbers that are not finite.
     """
     matrix, gradient = np.asarray(matrix, np.float64), np.asarray(gradient, np.float64)
-    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[:-1] != gradient.shape:
+    if (
+        matrix.ndim < 2
+        or matrix.shape[-1] != matrix.shape[-2]
+        or matrix.shape[:-1] != gradient.shape
+    ):
         raise ValueError(
             f"matrix has shape {matrix.shape} and gradient {gradient.shape}; (..., n, n) and (..., n) are needed"
         )
-    floor = matrix.shape[-1] * np.finfo(np.float64).eps if relative_floor is None else relative_floor
+    floor = (
+        matrix.shape[-1] * np.finfo(np.float64).eps if relative_floor is None else relative_floor
+    )
     if not (eps >= 0 and 0 <= floor < 1):
-        raise ValueError(f"eps is {eps} and relative_floor {floor}; at least 0, and the floor below 1, are needed")
+        raise ValueError(
+            f"eps is {eps} and relative_floor {floor}; at least 0, and the floor below 1, are needed"
+        )
     if not (np.isfinite(matrix).all() and np.isfinite(gradient).all()):
         raise ValueError("matrix or gradient holds NaN or inf; check how they were computed")
     scale = np.abs(gradient) + eps
@@ -114,11 +132,21 @@ def adam_conditioning(
     missing = (~defined).sum(-1)
     kappa, negative, dropped = _condition(matrix, floor)
     kappa_adam, negative_adam, dropped_adam = _condition(_scaled(matrix, roots), floor)
-    compared = _condition(_scaled(matrix, defined.astype(float)), floor)[0] if missing.any() else kappa
+    compared = (
+        _condition(_scaled(matrix, defined.astype(float)), floor)[0] if missing.any() else kappa
+    )
     entries = np.abs(matrix)
     tau = _quotient(np.trace(entries, axis1=-2, axis2=-1), entries.sum((-2, -1)))
     return AdamConditioning(
-        kappa, kappa_adam, kappa_adam / compared, tau, negative, negative_adam, dropped, dropped_adam - missing, missing
+        kappa,
+        kappa_adam,
+        kappa_adam / compared,
+        tau,
+        negative,
+        negative_adam,
+        dropped,
+        dropped_adam - missing,
+        missing,
     )
 
 
@@ -142,11 +170,15 @@ def block_conditioning(
         NumericalError: for a product with NaN or inf, naming the block.
     """
     if max_size < 1 or (num_blocks is not None and num_blocks < 1):
-        raise ValueError(f"max_size is {max_size} and num_blocks {num_blocks}; at least 1 is needed")
+        raise ValueError(
+            f"max_size is {max_size} and num_blocks {num_blocks}; at least 1 is needed"
+        )
     cuts, notes = cuts_of(partition, problem_of(problem_or_hessian)), []
     for cut in cuts:
         if cut.block_size > max_size:
-            notes.append(f"{cut.name}: {cut.num_blocks} block(s) of {cut.block_size} entries exceed {max_size=}")
+            notes.append(
+                f"{cut.name}: {cut.num_blocks} block(s) of {cut.block_size} entries exceed {max_size=}"
+            )
         elif num_blocks is not None and cut.num_blocks > num_blocks:
             notes.append(f"{cut.name}: {num_blocks} of {cut.num_blocks} blocks, drawn evenly")
     small = [cut for cut in cuts if cut.block_size <= max_size]
@@ -159,17 +191,25 @@ def block_conditioning(
     hessian, arithmetic = in_float64(problem_or_hessian, memory)
     gradient, found, errors = mean_gradient(hessian.problem), [], []
     total = sum(chunk.num_blocks * chunk.block_size for chunk in chosen)
-    with tqdm(total=total, unit="HVP", disable=None if progress else True, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, unit="HVP", disable=None if progress else True, dynamic_ncols=True
+    ) as bar:
         for chunk in chosen:
             bar.set_postfix_str(chunk.names[0])
             matrices, asymmetry = _dense_blocks(hessian, chunk, bar)
             vectors = chunk.rows(gradient).double().cpu().numpy()
-            found.append(adam_conditioning(matrices, vectors, eps=eps, relative_floor=relative_floor))
+            found.append(
+                adam_conditioning(matrices, vectors, eps=eps, relative_floor=relative_floor)
+            )
             errors.append(asymmetry)
-    values = AdamConditioning(*(np.concatenate([vars(f)[field] for f in found]) for field in vars(found[0])))
+    values = AdamConditioning(
+        *(np.concatenate([vars(f)[field] for f in found]) for field in vars(found[0]))
+    )
     sizes = np.array([chunk.block_size for chunk in chosen for _ in range(chunk.num_blocks)])
     names = tuple(name for chunk in chosen for name in chunk.names)
-    return BlockConditioning(names, sizes, values, np.concatenate(errors), tuple(notes), total, arithmetic)
+    return BlockConditioning(
+        names, sizes, values, np.concatenate(errors), tuple(notes), total, arithmetic
+    )
 
 
 def block_extremes(
@@ -188,7 +228,9 @@ def block_extremes(
     )  # fmt: skip
     blocks = list(spectra.values())
     columns = {
-        side: np.array([[value.value, value.residual_bound] for value in (getattr(b, side) for b in blocks)]).T
+        side: np.array(
+            [[value.value, value.residual_bound] for value in (getattr(b, side) for b in blocks)]
+        ).T
         for side in ("largest", "smallest")
     }
     (largest, largest_bound), (smallest, smallest_bound) = columns["largest"], columns["smallest"]
@@ -235,7 +277,9 @@ def _dense_blocks(hessian: HessianOperator, cut: Cut, bar: Any) -> tuple[np.ndar
     finite = np.isfinite(dense).all((1, 2))
     if not finite.all():
         name = cut.names[int(finite.argmin())]
-        raise NumericalError(f"a product with the Hessian of block {name} is NaN or inf; check the loss")
+        raise NumericalError(
+            f"a product with the Hessian of block {name} is NaN or inf; check the loss"
+        )
     mirrored = dense.transpose(0, 2, 1)
     norms = np.linalg.norm(dense, axis=(1, 2))
     asymmetry = np.linalg.norm(dense - mirrored, axis=(1, 2)) / np.where(norms > 0, norms, 1.0)

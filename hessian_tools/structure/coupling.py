@@ -57,8 +57,12 @@ class Coupling:
     columns: np.ndarray  # (D,) int, the block of each column
     weights: np.ndarray  # (D,) 1 / (draws p_j); 1 where all blocks of a group are taken
     drawn: np.ndarray  # (G,) bool, whether a group's blocks were drawn
-    squares: np.ndarray = field(repr=False)  # (k, D, S) |H_ij z_j|^2, i the last axis; |H_ij|_F^2 when exact
-    by_group: np.ndarray = field(repr=False)  # (k, D, G) the same summed over all blocks i of a group
+    squares: np.ndarray = field(
+        repr=False
+    )  # (k, D, S) |H_ij z_j|^2, i the last axis; |H_ij|_F^2 when exact
+    by_group: np.ndarray = field(
+        repr=False
+    )  # (k, D, G) the same summed over all blocks i of a group
     exact: bool  # from the dense matrix, in float64
     num_matvecs: int  # products spent
     seed: int
@@ -91,11 +95,17 @@ class Coupling:
         """(S, S) standard errors of ``normalised`` by the delta method; 0 on the diagonal."""
         mass, own = self.mass, np.diag(self.mass)
 
-        def relative(square: np.ndarray, block: int) -> np.ndarray:  # the part of d log that column ``block`` gives
-            return _ratio(square, mass[:, block]) / 4 - _ratio(square[:, block, None], own[block]) / 4
+        def relative(
+            square: np.ndarray, block: int
+        ) -> np.ndarray:  # the part of d log that column ``block`` gives
+            return (
+                _ratio(square, mass[:, block]) / 4 - _ratio(square[:, block, None], own[block]) / 4
+            )
 
         error = 2 * self.normalised * self._symmetric_error(self._probe_variance(relative))
-        np.fill_diagonal(error, 0.0 if self.exact else np.where(np.isnan(np.diag(error)), np.nan, 0.0))
+        np.fill_diagonal(
+            error, 0.0 if self.exact else np.where(np.isnan(np.diag(error)), np.nan, 0.0)
+        )
         return error
 
     @cached_property
@@ -106,7 +116,11 @@ class Coupling:
         found = {}
         for place, values in zip(PLACES, places, strict=True):
             share = float((self.weights * values.mean(0)).sum()) / total if total else float("nan")
-            error = np.sqrt(self._total_variance(values - share * places.sum(0))) / total if total else float("nan")
+            error = (
+                np.sqrt(self._total_variance(values - share * places.sum(0))) / total
+                if total
+                else float("nan")
+            )
             found[place] = Estimate(share, float(error))
         return found
 
@@ -122,14 +136,18 @@ class Coupling:
             total = float((weights * within.mean(0)).sum())
             share = float((weights * inside.mean(0)).sum()) / total if total else float("nan")
             variance = self._total_variance(np.where(own, inside - share * within, 0.0), [number])
-            found[name] = Estimate(share, float(np.sqrt(variance)) / total if total else float("nan"))
+            found[name] = Estimate(
+                share, float(np.sqrt(variance)) / total if total else float("nan")
+            )
         return found
 
     @cached_property
     def tensor_mass(self) -> np.ndarray:
         """(G, G) estimates of the squared Frobenius norm of H between groups, unbiased, symmetrised."""
         groups = self.group_of[self.columns]
-        found = np.stack([self.weights * (groups == g) @ self.by_group.mean(0) for g in range(len(self.groups))])
+        found = np.stack(
+            [self.weights * (groups == g) @ self.by_group.mean(0) for g in range(len(self.groups))]
+        )
         return (found + found.T) / 2
 
     @cached_property
@@ -224,14 +242,20 @@ def coupling(
     """
     Settings(num_probes, 1, seed, probes, "full", exact)
     if num_pilot < 0 or (num_blocks is not None and num_blocks < 1):
-        raise ValueError(f"num_blocks is {num_blocks} and num_pilot {num_pilot}; at least 1 and 0 are needed")
+        raise ValueError(
+            f"num_blocks is {num_blocks} and num_pilot {num_pilot}; at least 1 and 0 are needed"
+        )
     problem = problem_of(problem_or_hessian)
     grid = BlockGrid(cuts_of(partition, problem), layers or layer_namer(problem.model), num_blocks)
     spent = num_probes * grid.num_columns + (num_pilot if grid.drawn.any() else 0)
     if exact is True or (exact == "auto" and grid.num_entries <= min(spent, MOST_ENTRIES)):
         return _exact(problem_or_hessian, grid, seed, progress)
     _refuse_too_large(grid, num_probes)
-    hessian = problem_or_hessian if isinstance(problem_or_hessian, HessianOperator) else HessianOperator(problem)
+    hessian = (
+        problem_or_hessian
+        if isinstance(problem_or_hessian, HessianOperator)
+        else HessianOperator(problem)
+    )
     done = dict(finished or {})
 
     def keep(label: str, column: np.ndarray) -> None:
@@ -239,13 +263,17 @@ def coupling(
         if on_column is not None:
             on_column(label, column)
 
-    with tqdm(total=spent, unit="HVP", disable=None if progress else True, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=spent, unit="HVP", disable=None if progress else True, dynamic_ncols=True
+    ) as bar:
         columns = Columns(hessian, grid.cuts)
         if grid.drawn.any() and num_pilot and PILOT not in done:
             keep(PILOT, _pilot(columns, seed, num_pilot, bar))
         draws = grid.draws(seed, done.get(PILOT))
         blocks = np.unique([draw.block for draw in draws])
-        for label, column in _probed(columns, grid, draws, blocks, done, (probes, seed, num_probes), bar):
+        for label, column in _probed(
+            columns, grid, draws, blocks, done, (probes, seed, num_probes), bar
+        ):
             keep(label, column)
     table = np.stack([done[draw.label] for draw in draws], axis=1)  # (k, D, S + G)
     squares, by_group = np.split(table, [len(blocks)], axis=2)
@@ -272,11 +300,15 @@ def _pilot(columns: Columns, seed: int, num_pilot: int, bar: Any) -> np.ndarray:
     """(B,) mean over probes of |(H z)_j|^2, which estimates the mass of block column j."""
     total = np.zeros(sum(cut.num_blocks for cut in columns.cuts))
     for probe in range(num_pilot):
-        product = columns.whole(draw_probes("rademacher", seed, f"{PILOT} {probe}", 1, columns.size))
+        product = columns.whole(
+            draw_probes("rademacher", seed, f"{PILOT} {probe}", 1, columns.size)
+        )
         total += _squared_norms(product, columns)[0] / num_pilot
         bar.update(1)
     if not np.isfinite(total).all():
-        raise NumericalError("a product with the whole Hessian is NaN or inf; check the loss and the dtype's range")
+        raise NumericalError(
+            "a product with the whole Hessian is NaN or inf; check the loss and the dtype's range"
+        )
     return total
 
 
@@ -288,21 +320,30 @@ def _probed(
     kind, seed, k = probing
     cut_of = np.searchsorted(grid.starts, [draw.block for draw in draws], side="right") - 1
     for number, cut in enumerate(grid.cuts):
-        missing = [draw for draw, of in zip(draws, cut_of, strict=True) if of == number and draw.label not in done]
+        missing = [
+            draw
+            for draw, of in zip(draws, cut_of, strict=True)
+            if of == number and draw.label not in done
+        ]
         bar.update(k * (int((cut_of == number).sum()) - len(missing)))
         pending: dict[str, list[np.ndarray]] = {draw.label: [] for draw in missing}
         rows = [(draw, probe) for draw in missing for probe in range(k)]
         size = min(_MOST_ROWS, columns.rows)
         for chunk in (rows[first : first + size] for first in range(0, len(rows), size)):
             bar.set_postfix_str(chunk[0][0].label)
-            drawn = {draw.label: draw_probes(kind, seed, draw.label, k, cut.block_size) for draw, _ in chunk}
+            drawn = {
+                draw.label: draw_probes(kind, seed, draw.label, k, cut.block_size)
+                for draw, _ in chunk
+            }
             vectors = torch.stack([drawn[draw.label][probe] for draw, probe in chunk])
             positions = torch.tensor([draw.block for draw, _ in chunk]) - int(grid.starts[number])
             squares = _squared_norms(columns.products(cut, positions, vectors), columns)
             found = np.concatenate([squares[:, blocks], grid.by_group(squares)], axis=1)
             for (draw, _), row in zip(chunk, found, strict=True):
                 if not np.isfinite(row).all():
-                    raise NumericalError(f"a product with block {draw.label} is NaN or inf; check the loss")
+                    raise NumericalError(
+                        f"a product with block {draw.label} is NaN or inf; check the loss"
+                    )
                 pending[draw.label].append(row)
                 if len(pending[draw.label]) == k:
                     yield draw.label, np.stack(pending.pop(draw.label))
@@ -321,7 +362,12 @@ def _refuse_too_large(grid: BlockGrid, num_probes: int) -> None:
 def _squared_norms(products: Tensor, columns: Columns) -> np.ndarray:
     """(r, n) -> (r, B) squared norms by block, summed in float64, a row at a time to spare memory."""
     rows = [
-        torch.cat([torch.linalg.vector_norm(p[0], dim=1, dtype=torch.float64) for p in columns.by_cut(row[None])])
+        torch.cat(
+            [
+                torch.linalg.vector_norm(p[0], dim=1, dtype=torch.float64)
+                for p in columns.by_cut(row[None])
+            ]
+        )
         for row in products
     ]
     return torch.stack(rows).square().cpu().numpy()
@@ -346,5 +392,8 @@ def _normalised(mass: np.ndarray) -> np.ndarray:
 def _ratio(a: np.ndarray, b: Any, undefined: float = 0.0) -> np.ndarray:
     """a / b, ``undefined`` where b is 0."""
     return np.divide(
-        a, b, out=np.full(np.broadcast_shapes(np.shape(a), np.shape(b)), undefined), where=np.asarray(b) != 0
+        a,
+        b,
+        out=np.full(np.broadcast_shapes(np.shape(a), np.shape(b)), undefined),
+        where=np.asarray(b) != 0,
     )

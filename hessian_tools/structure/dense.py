@@ -55,7 +55,9 @@ class DenseBlock:
         """The sub-block of two blocks by number or name, (n_i, n_j), a view; of one: the diagonal sub-block."""
         i = self._number(row)
         j = i if column is None else self._number(column)
-        return self.matrix[self.offsets[i] : self.offsets[i + 1], self.offsets[j] : self.offsets[j + 1]]
+        return self.matrix[
+            self.offsets[i] : self.offsets[i + 1], self.offsets[j] : self.offsets[j + 1]
+        ]
 
     @property
     def mass(self) -> np.ndarray:
@@ -64,13 +66,19 @@ class DenseBlock:
         owner = np.repeat(np.arange(len(self.names)), np.diff(self.offsets))
         for first in range(0, len(owner), _ROWS):
             squares = np.square(self.matrix[first : first + _ROWS])
-            np.add.at(found, owner[first : first + _ROWS], np.add.reduceat(squares, self.offsets[:-1], axis=1))
+            np.add.at(
+                found,
+                owner[first : first + _ROWS],
+                np.add.reduceat(squares, self.offsets[:-1], axis=1),
+            )
         return found
 
     def _number(self, block: int | str) -> int:
         if isinstance(block, str):
             if block not in self.names:
-                raise KeyError(f"no block is named {block!r}; the blocks are {', '.join(self.names[:8])}, ...")
+                raise KeyError(
+                    f"no block is named {block!r}; the blocks are {', '.join(self.names[:8])}, ..."
+                )
             return self.names.index(block)
         return range(len(self.names))[block]
 
@@ -106,20 +114,36 @@ def dense_block(
     names = tuple(name for cut in cuts for name in cut.names)
     sizes = [cut.block_size for cut in cuts for _ in range(cut.num_blocks)]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
-    store = MatrixFile(*((None, size, "") if path is None else (Path(path), size, _fingerprint(hessian.problem, cuts))))
+    store = MatrixFile(
+        *(
+            (None, size, "")
+            if path is None
+            else (Path(path), size, _fingerprint(hessian.problem, cuts))
+        )
+    )
     with tqdm(
-        total=size, initial=store.done, unit="HVP", disable=None if progress else True, dynamic_ncols=True
+        total=size,
+        initial=store.done,
+        unit="HVP",
+        disable=None if progress else True,
+        dynamic_ncols=True,
     ) as bar:
         for first, rows in _rows(hessian, cuts, store.done):
             bar.set_postfix_str(names[np.searchsorted(offsets, first, side="right") - 1])
             finite = np.isfinite(rows).all(axis=1)
             if not finite.all():
-                name = names[np.searchsorted(offsets, first + int(finite.argmin()), side="right") - 1]
-                raise NumericalError(f"a product with a unit vector of block {name} is NaN or inf; check the loss")
+                name = names[
+                    np.searchsorted(offsets, first + int(finite.argmin()), side="right") - 1
+                ]
+                raise NumericalError(
+                    f"a product with a unit vector of block {name} is NaN or inf; check the loss"
+                )
             store.write(rows)
             bar.update(len(rows))
     error = store.symmetrise()
-    return DenseBlock(names, offsets, store.matrix, error, size, arithmetic, "" if path is None else str(path))
+    return DenseBlock(
+        names, offsets, store.matrix, error, size, arithmetic, "" if path is None else str(path)
+    )
 
 
 class Columns:
@@ -145,7 +169,9 @@ class Columns:
         def spread(part: slice) -> list[Tensor | None]:
             count = len(positions[part])
             wide = self._zeros(count, cut.parameters)
-            for piece, values in zip(cut.parts, vectors[part].split(_lengths(cut), dim=1), strict=True):
+            for piece, values in zip(
+                cut.parts, vectors[part].split(_lengths(cut), dim=1), strict=True
+            ):
                 placed = vectors.new_zeros(count, piece.num_blocks, piece.block_size)
                 placed[torch.arange(count, device=placed.device), positions[part]] = values
                 piece.place(placed, wide[piece.parameter])
@@ -160,7 +186,9 @@ class Columns:
         def spread(part: slice) -> list[Tensor | None]:
             wide = self._zeros(len(vectors[part]), self.names)
             for cut, values in zip(self.cuts, self.by_cut(vectors[part]), strict=True):
-                for piece, of_piece in zip(cut.parts, values.split(_lengths(cut), dim=2), strict=True):
+                for piece, of_piece in zip(
+                    cut.parts, values.split(_lengths(cut), dim=2), strict=True
+                ):
                     piece.place(of_piece, wide[piece.parameter])
             return [wide.get(name) for name in self.names]
 
@@ -170,7 +198,8 @@ class Columns:
         """(r, n) -> for each cut (r, B, block size), views."""
         pieces = products.split([cut.num_blocks * cut.block_size for cut in self.cuts], dim=1)
         return [
-            piece.unflatten(1, (cut.num_blocks, cut.block_size)) for piece, cut in zip(pieces, self.cuts, strict=True)
+            piece.unflatten(1, (cut.num_blocks, cut.block_size))
+            for piece, cut in zip(pieces, self.cuts, strict=True)
         ]
 
     def _taken(self, vectors: Tensor) -> Tensor:
@@ -187,7 +216,9 @@ class Columns:
         def collect(part: slice, products: Sequence[Tensor | None], weight: float) -> None:
             found = dict(zip(self.names, products, strict=True))
             for other, place in zip(self.cuts, self.by_cut(out[part]), strict=True):
-                for piece, into in zip(other.parts, place.split(_lengths(other), dim=2), strict=True):
+                for piece, into in zip(
+                    other.parts, place.split(_lengths(other), dim=2), strict=True
+                ):
                     product = found[piece.parameter]
                     if product is not None:
                         into.add_(piece.rows(product), alpha=weight)  # in the dtype of the vectors
@@ -200,14 +231,24 @@ def cuts_of(blocks: Any, problem: Problem, known: Partition | str | None = None)
     """Disjoint cuts that hold ``blocks`` (see :func:`dense_block`) in order; neighbours of one cut stay together."""
     if isinstance(known, str):
         known = partition(problem.model, known)
-    if isinstance(blocks, str) or (isinstance(blocks, list | tuple) and {*map(type, blocks)} == {str}):
+    if isinstance(blocks, str) or (
+        isinstance(blocks, list | tuple) and {*map(type, blocks)} == {str}
+    ):
         if known is not None:
             blocks = [known[name] for name in ([blocks] if isinstance(blocks, str) else blocks)]
         else:
             blocks = partition(problem.model, blocks)
-    items = blocks.cuts if isinstance(blocks, Partition) else [blocks] if isinstance(blocks, Block | Cut) else blocks
+    items = (
+        blocks.cuts
+        if isinstance(blocks, Partition)
+        else [blocks]
+        if isinstance(blocks, Block | Cut)
+        else blocks
+    )
     if not isinstance(items, Iterable):
-        raise TypeError(f"blocks is {blocks!r:.80}; pass a Partition, Cuts, Blocks, or names of blocks")
+        raise TypeError(
+            f"blocks is {blocks!r:.80}; pass a Partition, Cuts, Blocks, or names of blocks"
+        )
     cuts = list(_joined(items))
     if not cuts:
         raise ValueError("blocks is empty; choose at least one block")
@@ -216,10 +257,14 @@ def cuts_of(blocks: Any, problem: Problem, known: Partition | str | None = None)
         for part in cut.parts:
             parameter = problem.parameters.get(part.parameter)
             if parameter is None or tuple(parameter.shape) != part.shape:
-                raise ValueError(f"blocks holds {cut.name!r}, which lies in no trainable parameter of this model")
+                raise ValueError(
+                    f"blocks holds {cut.name!r}, which lies in no trainable parameter of this model"
+                )
             mask = taken.setdefault(part.parameter, torch.zeros(part.shape, dtype=torch.bool))
             if part.rows(mask).any():
-                raise ValueError(f"blocks holds {cut.name!r}, which overlaps another or occurs twice; pass it once")
+                raise ValueError(
+                    f"blocks holds {cut.name!r}, which overlaps another or occurs twice; pass it once"
+                )
             part.place(torch.ones(()).expand(part.num_blocks, part.block_size), mask)
     name, count = Counter(name for cut in cuts for name in cut.names).most_common(1)[0]
     if count > 1:
@@ -231,11 +276,15 @@ def problem_of(problem_or_hessian: Any) -> Problem:
     """The Problem itself, or a HessianOperator's."""
     found = getattr(problem_or_hessian, "problem", problem_or_hessian)
     if not isinstance(found, Problem):
-        raise TypeError(f"problem is a {type(found).__name__}; pass an ht.Problem or an ht.HessianOperator")
+        raise TypeError(
+            f"problem is a {type(found).__name__}; pass an ht.Problem or an ht.HessianOperator"
+        )
     return found
 
 
-def in_float64(problem_or_hessian: Problem | HessianOperator, memory: str | int = "auto") -> tuple[Any, str]:
+def in_float64(
+    problem_or_hessian: Problem | HessianOperator, memory: str | int = "auto"
+) -> tuple[Any, str]:
     """A HessianOperator in float64, where one can be had (else in its own arithmetic), and in words how it computes."""
     problem = problem_of(problem_or_hessian)
     if all(p.dtype == torch.float64 for p in problem.parameters.values()):
@@ -252,10 +301,14 @@ def in_float64(problem_or_hessian: Problem | HessianOperator, memory: str | int 
 def units_of(cut: Cut, first: int, last: int, like: HessianOperator) -> tuple[Tensor, Tensor]:
     """Positions (r,) and unit vectors (r, block size) of entries ``first`` to ``last - 1`` of a cut, block by block."""
     entries = torch.arange(first, last, device=like.device)
-    return entries // cut.block_size, one_hot(entries % cut.block_size, cut.block_size).to(like.dtype)
+    return entries // cut.block_size, one_hot(entries % cut.block_size, cut.block_size).to(
+        like.dtype
+    )
 
 
-def _rows(hessian: HessianOperator, cuts: Sequence[Cut], done: int) -> Iterator[tuple[int, np.ndarray]]:
+def _rows(
+    hessian: HessianOperator, cuts: Sequence[Cut], done: int
+) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first row, rows (r, n)) of the Hessian from row ``done`` on."""
     columns, start = Columns(hessian, cuts), 0
     for cut in cuts:
@@ -275,7 +328,11 @@ def _joined(items: Iterable[Any]) -> Iterator[Cut]:
     for item in items:
         if not isinstance(item, Block | Cut):
             raise TypeError(f"blocks holds {item!r:.80}; pass Blocks and Cuts, or names alone")
-        if run and not (isinstance(item, Block) and item.cut is run[0].cut and item.position == run[-1].position + 1):
+        if run and not (
+            isinstance(item, Block)
+            and item.cut is run[0].cut
+            and item.position == run[-1].position + 1
+        ):
             yield run[0].cut.chunk(run[0].position, run[-1].position + 1)
             run = []
         if isinstance(item, Block):
@@ -301,19 +358,25 @@ def _refuse_too_large(size: int, max_size: int, path: Any) -> None:
     if path is None:
         free = int(AUTO_SHARE * free_bytes(torch.device("cpu")))
         if needed > free:
-            raise ValueError(f"{told}, but {format_bytes(free)} are free; pass path='NAME.npy' to keep it on disk")
+            raise ValueError(
+                f"{told}, but {format_bytes(free)} are free; pass path='NAME.npy' to keep it on disk"
+            )
         return
     if Path(path).suffix != ".npy":
         raise ValueError(f"path is {str(path)!r}; name a file that ends in .npy")
     folder = Path(path).absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     if not Path(path).exists() and needed > (left := shutil.disk_usage(folder).free):
-        raise ValueError(f"{told}, but {format_bytes(left)} are free in {folder}; choose fewer blocks or another path")
+        raise ValueError(
+            f"{told}, but {format_bytes(left)} are free in {folder}; choose fewer blocks or another path"
+        )
 
 
 def _fingerprint(problem: Problem, cuts: Sequence[Cut]) -> str:
     """Of all that the matrix depends on, the data by its loss."""
-    digest = hashlib.blake2b(repr((problem.loss, [(cut.parts, cut.names) for cut in cuts])).encode(), digest_size=16)
+    digest = hashlib.blake2b(
+        repr((problem.loss, [(cut.parts, cut.names) for cut in cuts])).encode(), digest_size=16
+    )
     for parameter in problem.parameters.values():
         digest.update(parameter.detach().cpu().contiguous().view(-1).double().numpy().tobytes())
     return digest.hexdigest()

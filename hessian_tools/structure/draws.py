@@ -26,11 +26,15 @@ class Draw:
 class BlockGrid:
     """The blocks of a partition by number, tensor and layer."""
 
-    def __init__(self, cuts: Sequence[Cut], layer: Callable[[str], str], num_blocks: int | None) -> None:
+    def __init__(
+        self, cuts: Sequence[Cut], layer: Callable[[str], str], num_blocks: int | None
+    ) -> None:
         self.cuts, self.most = cuts, num_blocks
         sets = list(dict.fromkeys(cut.parameters for cut in cuts))
         self.groups = tuple(map(" + ".join, sets))
-        self.layers = tuple(" + ".join(dict.fromkeys(map(layer, parameters))) for parameters in sets)
+        self.layers = tuple(
+            " + ".join(dict.fromkeys(map(layer, parameters))) for parameters in sets
+        )
         self.cut_groups = np.array([sets.index(cut.parameters) for cut in cuts])
         counts = [cut.num_blocks for cut in cuts]
         self.starts = np.concatenate([[0], np.cumsum(counts)])  # numbers of the cuts' first blocks
@@ -59,7 +63,9 @@ class BlockGrid:
             chances = np.full(len(blocks), 1 / len(blocks))
             if pilot is not None and (total := pilot[blocks].sum()) > 0:
                 chances = _EVEN * chances + (1 - _EVEN) * pilot[blocks] / total
-            digest = hashlib.blake2b(f"{seed}\0draws\0{self.groups[group]}".encode(), digest_size=16).digest()
+            digest = hashlib.blake2b(
+                f"{seed}\0draws\0{self.groups[group]}".encode(), digest_size=16
+            ).digest()
             stream = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
             chosen = np.sort(stream.choice(len(blocks), count, p=chances / chances.sum()))
             for index, drawn in enumerate(chosen):

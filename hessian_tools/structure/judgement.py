@@ -25,7 +25,13 @@ from scipy.special import stdtr
 
 from hessian_tools.structure.mass import ELEMENTS, WHOLE, BlockMass, Measured
 
-FOLLOWS, TOO_COARSE, TOO_FINE, WRONG_AXIS, UNDECIDED = "follows", "too coarse", "too fine", "wrong axis", "undecided"
+FOLLOWS, TOO_COARSE, TOO_FINE, WRONG_AXIS, UNDECIDED = (
+    "follows",
+    "too coarse",
+    "too fine",
+    "wrong axis",
+    "undecided",
+)
 VERDICTS = (FOLLOWS, TOO_COARSE, TOO_FINE, WRONG_AXIS, UNDECIDED)
 CONTRADICTED = (TOO_COARSE, TOO_FINE, WRONG_AXIS)
 # Measured, results/partition_error_rates/table.txt: (wrong, of how many) at the defaults of check_partition
@@ -38,7 +44,11 @@ _ROUNDING = 0.1  # an asymmetry of this much of the norm: the products have no d
 
 def error_rates() -> str:
     """What is known of how often a verdict is wrong, in words."""
-    (a, right), (b, wrong), (c, _) = CONTRADICTED_THOUGH_RIGHT, ACCEPTED_THOUGH_WRONG, TAKEN_FOR_ANOTHER_WRONG
+    (a, right), (b, wrong), (c, _) = (
+        CONTRADICTED_THOUGH_RIGHT,
+        ACCEPTED_THOUGH_WRONG,
+        TAKEN_FOR_ANOTHER_WRONG,
+    )
     return (
         f"on planted Hessians {a} of {right:,} right claims were contradicted, {b} of {wrong:,} wrong ones accepted, "
         f"{c} taken for another kind of wrong (experiments/partition_error_rates.py, default settings)"
@@ -66,7 +76,9 @@ class Statement:
     @property
     def answer(self) -> str:
         """ "yes", "no" or "unclear"."""
-        return "yes" if self.p_true < self.level else "no" if self.p_false < self.level else "unclear"
+        return (
+            "yes" if self.p_true < self.level else "no" if self.p_false < self.level else "unclear"
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,9 @@ class Judgement:
 def judge(mass: BlockMass, cut: str, levels: Levels) -> Judgement:
     """The verdict on ``cut``, one of ``mass.cuts``."""
     if mass.norm == 0:
-        reason = "its Hessian is exactly zero on this data, so nothing couples and nothing can be told"
+        reason = (
+            "its Hessian is exactly zero on this data, so nothing couples and nothing can be told"
+        )
         return Judgement(cut, UNDECIDED, reason, UNDECIDED, ())
     if mass.asymmetry > _ROUNDING:
         reason = f"products are rounding noise (asymmetric by {mass.asymmetry:.2g} of their norm); try float64"
@@ -101,7 +115,14 @@ class _Court:
         self.mass, self.levels, self.certain = mass, levels, certain
         self.tests: dict[str, Statement] = {}
         finer = sum(len(coarser) for coarser in mass.inside.values())
-        axes = len([1 for one in mass.cuts for other in mass.cuts if one < other and self._is_other_axis(one, other)])
+        axes = len(
+            [
+                1
+                for one in mass.cuts
+                for other in mass.cuts
+                if one < other and self._is_other_axis(one, other)
+            ]
+        )
         self.level = levels.alpha / max(1, finer + 2 * axes)
         self.known: dict[str, tuple[str, str]] = {}
 
@@ -115,18 +136,27 @@ class _Court:
         if supported == "no" and winning:
             return WRONG_AXIS, self._rival(winning, cut)
         if supported == "no":
-            doubtful = "".join(f"; whether {r} hold more is not significant" for r in _those(rivals, "unclear"))
+            doubtful = "".join(
+                f"; whether {r} hold more is not significant" for r in _those(rivals, "unclear")
+            )
             return TOO_FINE, f"{words}{doubtful}"
         if splitting and supported == "yes":
             return TOO_COARSE, self._inside(splitting, cut)
         if winning:
             return WRONG_AXIS, self._rival(winning, cut)
         unclear = [f"whether {f} split its blocks" for f in _those(finer, "unclear")]
-        unclear += [f"whether {r} hold more" for r in _those(rivals, "unclear")] if supported == "yes" else []
+        unclear += (
+            [f"whether {r} hold more" for r in _those(rivals, "unclear")]
+            if supported == "yes"
+            else []
+        )
         if supported == "yes" and not unclear:
             return FOLLOWS, self._follows(cut)
         unclear = ([words] if supported != "yes" else []) + unclear
-        return UNDECIDED, f"not significant: {'; '.join(unclear)}; more blocks and probes would tell"
+        return (
+            UNDECIDED,
+            f"not significant: {'; '.join(unclear)}; more blocks and probes would tell",
+        )
 
     def supported(self, cut: str) -> tuple[str, str]:
         """The answer, and what it rests on in words."""
@@ -157,7 +187,10 @@ class _Court:
         if cut in (WHOLE, ELEMENTS) or rival in (WHOLE, ELEMENTS):
             return "no"
         one, other = self.mass.matched(rival, cut)
-        rules = [self.splits(rival, WHOLE), self._test(f"{one} hold more than {other}", self.mass.lead(rival, cut))]
+        rules = [
+            self.splits(rival, WHOLE),
+            self._test(f"{one} hold more than {other}", self.mass.lead(rival, cut)),
+        ]
         if "no" in rules:
             return "no"
         odds = f"{one} have {self.levels.contrast:g} times the odds of {other}"
@@ -174,12 +207,18 @@ class _Court:
                 below = above = 0.5
             else:
                 deviations = gap.value / max(gap.standard_error, _RESOLUTION)
-                above, below = (float(stdtr(min(gap.freedom, 1e9), sign * deviations)) for sign in (-1, 1))
+                above, below = (
+                    float(stdtr(min(gap.freedom, 1e9), sign * deviations)) for sign in (-1, 1)
+                )
             self.tests[statement] = Statement(statement, above, below, self.level)
         return self.tests[statement].answer
 
     def _is_other_axis(self, one: str, other: str) -> bool:
-        return one != other and one not in self.mass.inside[other] and other not in self.mass.inside[one]
+        return (
+            one != other
+            and one not in self.mass.inside[other]
+            and other not in self.mass.inside[one]
+        )
 
     def _coupled(self, cut: str, coarser: str) -> str:
         return f"{self._held(cut, coarser)}: neighbouring blocks are strongly coupled"
@@ -200,9 +239,7 @@ class _Court:
 
     def _held(self, finer: str, coarser: str) -> str:
         share, expected = self.mass.share(finer, coarser).value, self.mass.expected(finer, coarser)
-        return (
-            f"{finer} hold {share:.1%} of the mass in {_blocks_of(coarser)}, {expected:.1%} expected without structure"
-        )
+        return f"{finer} hold {share:.1%} of the mass in {_blocks_of(coarser)}, {expected:.1%} expected without structure"
 
 
 def _those(answers: dict[str, str], wanted: str) -> list[str]:

@@ -45,8 +45,12 @@ class Cutting:
 
     def is_inside(self, other: "Cutting") -> bool:
         """Whether each of its blocks lies in one block of ``other``."""
-        low = torch.full((self.num_blocks,), other.num_blocks).scatter_reduce_(0, self.labels, other.labels, "amin")
-        high = torch.full((self.num_blocks,), -1).scatter_reduce_(0, self.labels, other.labels, "amax")
+        low = torch.full((self.num_blocks,), other.num_blocks).scatter_reduce_(
+            0, self.labels, other.labels, "amin"
+        )
+        high = torch.full((self.num_blocks,), -1).scatter_reduce_(
+            0, self.labels, other.labels, "amax"
+        )
         return bool((low >= high).all())
 
     def grouped(self, num_blocks: int) -> "Cutting":
@@ -114,7 +118,9 @@ class Pilots:
 
     mass: np.ndarray  # (K,) |y|^2
     diagonal: np.ndarray  # (K, K) sums of (z_i y_i)(z'_i y'_i)
-    overlaps: dict[tuple[str, str], np.ndarray]  # (finer, coarser) -> (K, K) sums of m_d m'_d / (mean m_c)
+    overlaps: dict[
+        tuple[str, str], np.ndarray
+    ]  # (finer, coarser) -> (K, K) sums of m_d m'_d / (mean m_c)
 
     def diagonal_share(self, missing: int | None = None) -> float:
         return _ratio(self._pairs(self.diagonal, missing), self.mass[self._kept(missing)].mean())
@@ -186,7 +192,10 @@ class BlockMass:
         diagonal = self._share(ELEMENTS, coarser, None) if finer != ELEMENTS else 0.0
         share, even = (
             _ratio(value - diagonal, 1 - diagonal)
-            for value in (self._share(finer, coarser, None), self._expected(finer, coarser, 1.0, None))
+            for value in (
+                self._share(finer, coarser, None),
+                self._expected(finer, coarser, 1.0, None),
+            )
         )
         return _ratio(_odds(share), _odds(even))
 
@@ -194,7 +203,9 @@ class BlockMass:
         """By how much the share exceeds that of a given ``contrast``; for "elements", the share ``diagonal``."""
 
         def above(missing: Missing) -> float:
-            at = diagonal if finer == ELEMENTS else self._expected(finer, coarser, contrast, missing)
+            at = (
+                diagonal if finer == ELEMENTS else self._expected(finer, coarser, contrast, missing)
+            )
             return self._share(finer, coarser, missing) - at
 
         return self._once(("above", finer, coarser, contrast, diagonal), above, finer, coarser)
@@ -212,7 +223,9 @@ class BlockMass:
     def matched(self, one: str, other: str) -> tuple[str, str]:
         """Both at the same number of blocks: neighbouring blocks of the one that has more go together."""
         few = min(self.num_blocks[one], self.num_blocks[other])
-        one, other = (name if self.num_blocks[name] == few else grouped(name, few) for name in (one, other))
+        one, other = (
+            name if self.num_blocks[name] == few else grouped(name, few) for name in (one, other)
+        )
         return one, other
 
     @cached_property
@@ -243,10 +256,14 @@ class BlockMass:
         if finer == ELEMENTS:
             return alone
         diagonal = self._share(ELEMENTS, coarser, missing)
-        even = _ratio(self.pilots.overlap(finer, coarser, _of("pilots", missing)) - alone, 1 - alone)
+        even = _ratio(
+            self.pilots.overlap(finer, coarser, _of("pilots", missing)) - alone, 1 - alone
+        )
         return diagonal + (1 - diagonal) * _ratio(contrast * even, 1 + (contrast - 1) * even)
 
-    def _once(self, key: tuple[Any, ...], value: Callable[[Missing], float], *names: str) -> Measured:
+    def _once(
+        self, key: tuple[Any, ...], value: Callable[[Missing], float], *names: str
+    ) -> Measured:
         if key not in self._known:
             self._known[key] = self._measured(value, *names)
         return self._known[key]
@@ -255,7 +272,9 @@ class BlockMass:
         found, parts = value(None), []
         if self.exact:
             return Measured(found, 0.0, float("inf"))
-        for base in dict.fromkeys(self.base[name] for name in names if self.base.get(name) in self.draws):
+        for base in dict.fromkeys(
+            self.base[name] for name in names if self.base.get(name) in self.draws
+        ):
             strata = self.draws[base].strata
             changed = np.array([value((base, row)) for row in range(len(strata))])
             alike = [changed[strata == stratum] for stratum in np.unique(strata)]
@@ -266,7 +285,9 @@ class BlockMass:
         parts.append(((probes - 1) * changed.var(), probes - 1))
         total = sum(variance for variance, _ in parts)
         spread = sum(variance**2 / freedom for variance, freedom in parts)  # Satterthwaite 1946
-        return Measured(found, float(np.sqrt(total)), float(total**2 / spread) if spread > 0 else float("inf"))
+        return Measured(
+            found, float(np.sqrt(total)), float(total**2 / spread) if spread > 0 else float("inf")
+        )
 
 
 def _of(source: str, missing: Missing) -> int | None:

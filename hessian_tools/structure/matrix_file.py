@@ -31,12 +31,18 @@ class MatrixFile:
         if path.exists() or self.journal.exists():
             state = self._state()
             if state.get("fingerprint") != fingerprint:
-                raise ValueError(f"path is {str(path)!r}, which holds something else; name another file or delete it")
+                raise ValueError(
+                    f"path is {str(path)!r}, which holds something else; name another file or delete it"
+                )
             self.done, self.finished = state["done"], state["finished"]
-            self.symmetry_error = math.nan if state["symmetry_error"] is None else state["symmetry_error"]
+            self.symmetry_error = (
+                math.nan if state["symmetry_error"] is None else state["symmetry_error"]
+            )
             self.matrix = np.lib.format.open_memmap(path, mode="r" if self.finished else "r+")
         else:
-            self.matrix = np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=(size, size))
+            self.matrix = np.lib.format.open_memmap(
+                path, mode="w+", dtype=np.float64, shape=(size, size)
+            )
             self._note()
 
     def write(self, rows: np.ndarray) -> None:
@@ -69,14 +75,22 @@ class MatrixFile:
         """Views of every tile on or above the diagonal, of its mirror image, and how many the two are."""
         for i in range(0, len(self.matrix), _TILE):
             for j in range(i, len(self.matrix), _TILE):
-                yield self.matrix[i : i + _TILE, j : j + _TILE], self.matrix[j : j + _TILE, i : i + _TILE], 1 + (i < j)
+                yield (
+                    self.matrix[i : i + _TILE, j : j + _TILE],
+                    self.matrix[j : j + _TILE, i : i + _TILE],
+                    1 + (i < j),
+                )
 
     def _state(self) -> dict[str, Any]:
         try:
             found = json.loads(self.journal.read_text())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) and self.path is not None and self.path.exists() else {}
+        return (
+            found
+            if isinstance(found, dict) and self.path is not None and self.path.exists()
+            else {}
+        )
 
     def _note(self) -> None:
         if not isinstance(self.matrix, np.memmap):

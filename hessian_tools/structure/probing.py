@@ -35,7 +35,9 @@ def measure(
         NumericalError: for a product with NaN or inf.
     """
     others = [c for c in cuttings if c.name not in (WHOLE, ELEMENTS)]
-    inside = {c.name: tuple(o.name for o in cuttings if o is not c and _refines(c, o)) for c in cuttings}
+    inside = {
+        c.name: tuple(o.name for o in cuttings if o is not c and _refines(c, o)) for c in cuttings
+    }
     groups: dict[str, Cutting] = {}
     for one, other in combinations(others, 2):
         more, fewer = (one, other) if one.num_blocks > other.num_blocks else (other, one)
@@ -45,7 +47,10 @@ def measure(
     every = [*cuttings, *groups.values()]
     bases = [c for c in others if not any(c.name in inside[finer.name] for finer in others)]
     around = {
-        base.name: [c for c in every if c.name == WHOLE or (c.name != ELEMENTS and base.is_inside(c))] for base in bases
+        base.name: [
+            c for c in every if c.name == WHOLE or (c.name != ELEMENTS and base.is_inside(c))
+        ]
+        for base in bases
     }
     base_of = {c.name: base for base in reversed(around) for c in around[base] if c.name != WHOLE}
     operator = hessian.block(region)
@@ -59,14 +64,18 @@ def measure(
                  for base in bases} if pilots.mass.mean() else {}  # fmt: skip
         spent = num_probes + sum(len(found.masses) for found in draws.values())
     counts = {c.name: c.num_blocks for c in every}
-    return BlockMass(region.name, operator.size, counts, inside, base_of, draws, pilots, asymmetry, exact, spent)
+    return BlockMass(
+        region.name, operator.size, counts, inside, base_of, draws, pilots, asymmetry, exact, spent
+    )
 
 
 def cost(cuttings: Sequence[Cutting], num_probes: int, num_blocks: int) -> int:
     """Products that :func:`measure` spends, at most, without ``exact``."""
     others = [c for c in cuttings if c.name not in (WHOLE, ELEMENTS)]
     bases = [
-        c for c in others if not any(o is not c and o.num_blocks > c.num_blocks and o.is_inside(c) for o in others)
+        c
+        for c in others
+        if not any(o is not c and o.num_blocks > c.num_blocks and o.is_inside(c) for o in others)
     ]
     return num_probes + sum(_rows_of(base.num_blocks, num_blocks) for base in bases)
 
@@ -85,7 +94,9 @@ def _rows_of(blocks: int, num_blocks: int) -> int:
 class _Probing:
     """Products with one region's block, and what is summed up from them."""
 
-    def __init__(self, operator: Any, name: str, seed: int, memory: int, told: Callable[[int], None]) -> None:
+    def __init__(
+        self, operator: Any, name: str, seed: int, memory: int, told: Callable[[int], None]
+    ) -> None:
         self.operator, self.name, self.seed, self.told = operator, name, seed, told
         self.rows = max(1, min(_MOST_ROWS, memory // (_VECTORS * operator.size * 8)))
 
@@ -94,28 +105,49 @@ class _Probing:
     ) -> tuple[Pilots, float, dict[str, np.ndarray]]:
         """The pilots, their asymmetry, and the mean mass of each block of ``bases``."""
         size, like = self.operator.size, self.operator
-        z = draw_probes("rademacher", self.seed, f"{self.name}, pilots", count, size, dtype=like.dtype)
+        z = draw_probes(
+            "rademacher", self.seed, f"{self.name}, pilots", count, size, dtype=like.dtype
+        )
         y = torch.cat([self._products(rows.to(like.device)).cpu() for rows in z.split(self.rows)])
         crossed = np.array([[float((one.double() * other).sum()) for other in y] for one in z])
-        diagonal = _gram(z.mul_(y))  # in place, as is the next: of a large tensor there is room for two such arrays
+        diagonal = _gram(
+            z.mul_(y)
+        )  # in place, as is the next: of a large tensor there is room for two such arrays
         mass = np.array([float(row.double().square().sum()) for row in y])
         squares, mean = y.square_(), mass.mean()
-        sums = {c.name: _sums(squares, c) for pair in pairs for c in pair if c.name not in (ELEMENTS, WHOLE)}
+        sums = {
+            c.name: _sums(squares, c)
+            for pair in pairs
+            for c in pair
+            if c.name not in (ELEMENTS, WHOLE)
+        }
         sums |= {base.name: _sums(squares, base) for base in bases}
         overlaps = {}
         for finer, coarser in pairs:
             own = squares if finer.name == ELEMENTS else sums[finer.name]
             weights = None
             if coarser.name != WHOLE:
-                weights = sums[coarser.name].mean(0).clamp_min(_TINY).reciprocal()[_parents(finer, coarser)]
-            overlaps[finer.name, coarser.name] = _gram(own, weights) / (mean if coarser.name == WHOLE and mean else 1.0)
+                weights = (
+                    sums[coarser.name]
+                    .mean(0)
+                    .clamp_min(_TINY)
+                    .reciprocal()[_parents(finer, coarser)]
+                )
+            overlaps[finer.name, coarser.name] = _gram(own, weights) / (
+                mean if coarser.name == WHOLE and mean else 1.0
+            )
         asymmetry = np.sqrt(np.square(crossed - crossed.T).sum() / max(1, count * (count - 1)))
         pilots = Pilots(mass, diagonal, overlaps)
         masses = {base.name: sums[base.name].mean(0).numpy() for base in bases}
         return pilots, float(asymmetry / np.sqrt(mean)) if mean else 0.0, masses
 
     def draws(
-        self, base: Cutting, around: Sequence[Cutting], every: Sequence[Cutting], masses: np.ndarray, num_blocks: int
+        self,
+        base: Cutting,
+        around: Sequence[Cutting],
+        every: Sequence[Cutting],
+        masses: np.ndarray,
+        num_blocks: int,
     ) -> Draws:
         """Masses of all blocks of ``base``, or of drawn ones, within each cut ``around`` them."""
         count, total = _rows_of(base.num_blocks, num_blocks), base.num_blocks
@@ -123,8 +155,12 @@ class _Probing:
             blocks = np.repeat(np.arange(total), count // total)
             weights, strata = np.full(count, total / count), blocks
         else:
-            chances = (1 - _EVEN) * masses / masses.sum() + _EVEN * (masses > 0) / (masses > 0).sum()
-            digest = hashlib.blake2b(f"{self.seed}\0{self.name}\0{base.name}".encode(), digest_size=16).digest()
+            chances = (1 - _EVEN) * masses / masses.sum() + _EVEN * (masses > 0) / (
+                masses > 0
+            ).sum()
+            digest = hashlib.blake2b(
+                f"{self.seed}\0{self.name}\0{base.name}".encode(), digest_size=16
+            ).digest()
             stream = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
             blocks = stream.choice(total, count, p=chances / chances.sum())
             weights, strata = 1 / (count * chances[blocks]), np.zeros(count, int)
@@ -136,7 +172,9 @@ class _Probing:
             z = torch.zeros(len(chosen), self.operator.size, dtype=self.operator.dtype)
             for row, entries in enumerate(places):
                 label = f"{self.name}, {base.name}, draw {first + row}"
-                z[row, entries] = draw_probes("rademacher", self.seed, label, 1, len(entries), dtype=z.dtype)[0]
+                z[row, entries] = draw_probes(
+                    "rademacher", self.seed, label, 1, len(entries), dtype=z.dtype
+                )[0]
             y = self._products(z.to(self.operator.device)).cpu()
             for row, entries in enumerate(places):
                 squares = y[row].double().square()
@@ -145,7 +183,10 @@ class _Probing:
         return Draws(found, strata)
 
     def exactly(
-        self, pairs: Sequence[tuple[Cutting, Cutting]], every: Sequence[Cutting], bases: Sequence[Cutting]
+        self,
+        pairs: Sequence[tuple[Cutting, Cutting]],
+        every: Sequence[Cutting],
+        bases: Sequence[Cutting],
     ) -> tuple[Pilots, dict[str, Draws], float, int]:
         """The same from the dense matrix, without any error."""
         size = self.operator.size
@@ -164,7 +205,12 @@ class _Probing:
         diagonal = np.array([[inside[ELEMENTS]]]) if ELEMENTS in inside else np.zeros((1, 1))
         row = Draws(np.array([[inside[c.name] for c in every]]), np.zeros(1, int))
         pilots = Pilots(np.array([norm]), diagonal, overlaps)
-        return pilots, {base.name: row for base in bases}, difference / norm**0.5 if norm else 0.0, size
+        return (
+            pilots,
+            {base.name: row for base in bases},
+            difference / norm**0.5 if norm else 0.0,
+            size,
+        )
 
     def _units(self) -> Iterator[Tensor]:
         size, like = self.operator.size, self.operator
@@ -189,7 +235,9 @@ def _sums(squares: Tensor, cut: Cutting) -> Tensor:
         return squares.double().sum(1, keepdim=True)
     if cut.name == ELEMENTS:
         return squares
-    return torch.stack([torch.bincount(cut.labels, row.double(), cut.num_blocks) for row in squares])
+    return torch.stack(
+        [torch.bincount(cut.labels, row.double(), cut.num_blocks) for row in squares]
+    )
 
 
 def _around(squares: Tensor, cut: Cutting, entry: Tensor) -> float:
@@ -203,7 +251,9 @@ def _parents(finer: Cutting, coarser: Cutting) -> Tensor:
         return torch.zeros(finer.num_blocks, dtype=torch.int64)
     if finer.name == ELEMENTS:
         return coarser.labels
-    return torch.zeros(finer.num_blocks, dtype=torch.int64).scatter_(0, finer.labels, coarser.labels)
+    return torch.zeros(finer.num_blocks, dtype=torch.int64).scatter_(
+        0, finer.labels, coarser.labels
+    )
 
 
 def _gram(vectors: Tensor, weights: Tensor | None = None) -> np.ndarray:

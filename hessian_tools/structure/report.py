@@ -48,7 +48,9 @@ class TensorReport:
         for found in self.evidence:
             if found.cut == cut:
                 return found
-        raise KeyError(f"{self.name} has no cut {cut!r}; its cuts are {', '.join(e.cut for e in self.evidence)}")
+        raise KeyError(
+            f"{self.name} has no cut {cut!r}; its cuts are {', '.join(e.cut for e in self.evidence)}"
+        )
 
     @property
     def claimed(self) -> CutEvidence:
@@ -100,7 +102,11 @@ class PartitionReport:
     def __str__(self) -> str:
         """A row a tensor: its cut, share inside with its error, what is expected, the best cut ("?": by estimates
         alone, not significantly), the verdict; then the reasons."""
-        titles = "tensor,cut,blocks,mass inside,unstructured,contrast,best cut,its mass,verdict".split(",")
+        titles = (
+            "tensor,cut,blocks,mass inside,unstructured,contrast,best cut,its mass,verdict".split(
+                ","
+            )
+        )
         rows = []
         for tensor in self.tensors:
             own, best = tensor.claimed, tensor[tensor.suggested]

@@ -18,7 +18,11 @@ _BY = {"whole": "", "heads": "head", "rows": "row"}
 
 
 def composed(
-    model: nn.Module, regions: Sequence[Block], ways: Mapping[str, str], claimed: Partition, notes: Sequence[str] = ()
+    model: nn.Module,
+    regions: Sequence[Block],
+    ways: Mapping[str, str],
+    claimed: Partition,
+    notes: Sequence[str] = (),
 ) -> Partition:
     """``regions`` (whole tensors or roles, by their names in ``ways``) cut as ``ways`` say.
 
@@ -27,7 +31,9 @@ def composed(
     survey = Survey(model)
     sites = {site.name: site for site in survey.sites}
     cuts = [
-        cut for region in regions for cut in _cuts(survey, sites[region.parameter], region, ways[region.name], claimed)
+        cut
+        for region in regions
+        for cut in _cuts(survey, sites[region.parameter], region, ways[region.name], claimed)
     ]
     return Partition(tuple(cuts), "", tuple(notes))
 
@@ -38,7 +44,9 @@ def _cuts(survey: Survey, site: Site, region: Block, way: str, claimed: Partitio
     known = dict(survey.equal_cuts(site))
     if way not in known and way != "whole":
         return [
-            cut for cut in claimed.cuts if cut.parameters == (site.name,) and (not is_role or _lies_in(cut, region))
+            cut
+            for cut in claimed.cuts
+            if cut.parameters == (site.name,) and (not is_role or _lies_in(cut, region))
         ]
     if not is_role:
         return [known[way]]
@@ -46,8 +54,15 @@ def _cuts(survey: Survey, site: Site, region: Block, way: str, claimed: Partitio
     transposed = len(site.shape) > 1 and is_transposed(site.module)
     if way in _BY:
         role = next(role for role in projection.roles if region.name.endswith(f"[{role}]"))
-        return [site.cut(int(transposed), found, _BY[way]) for found in projection.regions(_BY[way], (role,))]
-    axes = tuple(range(len(part.view))) if way == "elements" else (0 if transposed else len(part.view) - 1,)
+        return [
+            site.cut(int(transposed), found, _BY[way])
+            for found in projection.regions(_BY[way], (role,))
+        ]
+    axes = (
+        tuple(range(len(part.view)))
+        if way == "elements"
+        else (0 if transposed else len(part.view) - 1,)
+    )
     pieces = replace(part, axes=axes)
     label = region.name[len(site.name) + 1 : -1]
     return [Cut((pieces,), site.name, (label,), way.removesuffix("s"), pieces.num_blocks)]

@@ -33,11 +33,15 @@ class DoubleBackward:
     ``recorded`` and ``segments`` say how; :meth:`release` must follow a change. ``name`` describes the route.
     """
 
-    def __init__(self, problem: Problem | Imagined, recorded: bool = False, segments: Segments = NONE) -> None:
+    def __init__(
+        self, problem: Problem | Imagined, recorded: bool = False, segments: Segments = NONE
+    ) -> None:
         self.problem, self.recorded, self.segments = problem, recorded, segments
         self.batched, self.fallback = True, ""
         self._checked: set[str] = set()
-        self._graphs: dict[int, tuple[Any, Gradients]] = {}  # by the batch's id, and the batch to keep that its own
+        self._graphs: dict[
+            int, tuple[Any, Gradients]
+        ] = {}  # by the batch's id, and the batch to keep that its own
         self._versions: tuple[int, ...] = ()
 
     @property
@@ -54,9 +58,15 @@ class DoubleBackward:
         the model back as it was; without chunks it only records.
         """
         self._forget_stale()
-        kept = self.recorded and not self.segments and self.holds(batch)  # then the model is not called
+        kept = (
+            self.recorded and not self.segments and self.holds(batch)
+        )  # then the model is not called
         live = None if self.recorded else names
-        with contextlib.nullcontext() if kept else recompute.recomputing(self.problem, self.segments, live):
+        with (
+            contextlib.nullcontext()
+            if kept
+            else recompute.recomputing(self.problem, self.segments, live)
+        ):
             gradients = self._graph(batch, names)
             for cotangents in chunks:
                 yield self._differentiated(gradients, names, cotangents)
@@ -91,17 +101,27 @@ class DoubleBackward:
                 return {}
             gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         found = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
-        for name in found.keys() - self._checked:  # once: on every product it would make the device wait
+        for name in (
+            found.keys() - self._checked
+        ):  # once: on every product it would make the device wait
             finite = torch.isfinite(found[name]).all()
             if not imagines(finite) and not finite:
-                raise NumericalError(f"the gradient of {name} is not finite, but the loss is {loss.item():.6g}")
+                raise NumericalError(
+                    f"the gradient of {name} is not finite, but the loss is {loss.item():.6g}"
+                )
         self._checked |= found.keys()
-        return {name: g for name, g in found.items() if g.requires_grad}  # others are constant: zero rows
+        return {
+            name: g for name, g in found.items() if g.requires_grad
+        }  # others are constant: zero rows
 
     def _differentiated(
         self, gradients: Gradients, names: Sequence[str], cotangents: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
-        live = [(gradients[n], v) for n, v in zip(names, cotangents, strict=True) if n in gradients and v is not None]
+        live = [
+            (gradients[n], v)
+            for n, v in zip(names, cotangents, strict=True)
+            if n in gradients and v is not None
+        ]
         if not live:
             return [None] * len(names)
         outputs = [gradient for gradient, _ in live]
@@ -110,9 +130,16 @@ class DoubleBackward:
         if self.batched:
             try:
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="There is a performance drop")  # still correct, and told
+                    warnings.filterwarnings(
+                        "ignore", message="There is a performance drop"
+                    )  # still correct, and told
                     return torch.autograd.grad(
-                        outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
+                        outputs,
+                        inputs,
+                        vectors,
+                        retain_graph=True,
+                        allow_unused=True,
+                        is_grads_batched=True,
                     )
             except RuntimeError as error:  # NotImplementedError is one as well
                 if is_out_of_memory(error):
@@ -127,13 +154,17 @@ class DoubleBackward:
             if is_out_of_memory(error):
                 raise
             raise NotTwiceDifferentiable(_undifferentiable(_first_line(error), outputs)) from error
-        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+        return [
+            None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
+        ]
 
 
 def refuse_once_differentiable(loss: Tensor) -> None:
     """Raises NotTwiceDifferentiable for a custom Function that autograd would silently leave out of the second pass."""
     if once := [c.__name__ for c in _custom_functions([loss]) if _is_once_differentiable(c)]:
-        raise NotTwiceDifferentiable(_undifferentiable(f"the backward of {once[0]} is once_differentiable", []))
+        raise NotTwiceDifferentiable(
+            _undifferentiable(f"the backward of {once[0]} is once_differentiable", [])
+        )
 
 
 def _custom_functions(outputs: Sequence[Tensor]) -> list[type]:
@@ -145,14 +176,20 @@ def _custom_functions(outputs: Sequence[Tensor]) -> list[type]:
         if node is not None and node not in seen:
             seen.add(node)
             stack += [following for following, _ in node.next_functions]
-    kinds = {type(node) for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction)}
+    kinds = {
+        type(node) for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction)
+    }
     functions = {kind._forward_cls for kind in kinds}  # type: ignore[attr-defined]
-    return sorted((f for f in functions if f.__module__ != recompute.__name__), key=lambda f: f.__name__)
+    return sorted(
+        (f for f in functions if f.__module__ != recompute.__name__), key=lambda f: f.__name__
+    )
 
 
 def _is_once_differentiable(function: type) -> bool:
     code = getattr(function.backward, "__code__", None)  # type: ignore[attr-defined]
-    return code is not None and code.co_filename == torch.autograd.function.__file__  # the decorator's wrapper
+    return (
+        code is not None and code.co_filename == torch.autograd.function.__file__
+    )  # the decorator's wrapper
 
 
 def _undifferentiable(reason: str, outputs: Sequence[Tensor]) -> str:

@@ -24,7 +24,14 @@ from hessian_tools.curvature.engine.memory import (
     keep_freed_memory,
     return_freed_memory,
 )
-from hessian_tools.curvature.engine.plan import MAX_ROWS, PRODUCT_SHARE, Plan, Wishes, choose, planned
+from hessian_tools.curvature.engine.plan import (
+    MAX_ROWS,
+    PRODUCT_SHARE,
+    Plan,
+    Wishes,
+    choose,
+    planned,
+)
 from hessian_tools.curvature.engine.precision import Arithmetic
 from hessian_tools.curvature.engine.recompute import LAYERED, NONE, STREAMED, Segments
 from hessian_tools.curvature.engine.trials import Trials
@@ -49,7 +56,12 @@ class Engine:
     """
 
     def __init__(
-        self, problem: Problem, arithmetic: Arithmetic, memory: str | int, wishes: Wishes, wanted: str
+        self,
+        problem: Problem,
+        arithmetic: Arithmetic,
+        memory: str | int,
+        wishes: Wishes,
+        wanted: str,
     ) -> None:
         self.problem, self.arithmetic, self.wanted = problem, arithmetic, wanted
         self.budget = budget_bytes(memory, problem.device)
@@ -60,12 +72,22 @@ class Engine:
         self.not_linear = ""  # why no linear program is used
         self._made = self._expected = 0.0  # operations of products, by counted cost
         refused = self.trials.refused
-        if wishes.segments and self.trials.footprint(wishes.segments) is None and refused[wishes.segments]:
-            raise ValueError(f"segments is {wishes.segments!r}, but layers cannot be: {refused[wishes.segments]}")
+        if (
+            wishes.segments
+            and self.trials.footprint(wishes.segments) is None
+            and refused[wishes.segments]
+        ):
+            raise ValueError(
+                f"segments is {wishes.segments!r}, but layers cannot be: {refused[wishes.segments]}"
+            )
         if problem.device.type == "cpu":
             keep_freed_memory()
         plan = choose(problem, self.budget, self.trials.footprint, wishes)
-        reasons = [f"layers cannot be recomputed: {why}" for kind, why in refused.items() if why and kind.layers]
+        reasons = [
+            f"layers cannot be recomputed: {why}"
+            for kind, why in refused.items()
+            if why and kind.layers
+        ]
         self._adopt(replace(plan, notes=tuple(reasons)))
 
     def products(self, names: Sequence[str], count: int, spread: Spread, collect: Collect) -> None:
@@ -82,10 +104,16 @@ class Engine:
         todo = [(weight, batch, 0) for weight, batch in self.plan.pieces]
         while todo and count:
             weight, batch, first = todo[0]
-            parts = [slice(i, min(i + self.plan.rows, count)) for i in range(first, count, self.plan.rows)]
+            parts = [
+                slice(i, min(i + self.plan.rows, count))
+                for i in range(first, count, self.plan.rows)
+            ]
             failure = ""
             try:
-                with self.arithmetic.active(), closing(self.route.products(batch, names, map(spread, parts))) as found:
+                with (
+                    self.arithmetic.active(),
+                    closing(self.route.products(batch, names, map(spread, parts))) as found,
+                ):
                     for part in parts:
                         collect(part, next(found), weight)
                         first = part.stop
@@ -112,14 +140,23 @@ class Engine:
     def _adopt(self, plan: Plan) -> None:
         if self.route is not self.double_backward:
             self.route.release()
-        self.plan, self.without_linear, self.route, route = plan, None, self.double_backward, self.double_backward
+        self.plan, self.without_linear, self.route, route = (
+            plan,
+            None,
+            self.double_backward,
+            self.double_backward,
+        )
         if (plan.recorded, plan.segments) != (route.recorded, route.segments):
             route.release()
             route.recorded, route.segments = plan.recorded, plan.segments
 
     def _linear_is_due(self, rows: int, whole: bool) -> bool:
         """Whether to change to a linear program now; counts the work of the product that comes."""
-        if self.route is not self.double_backward or self.wanted == "double backward" or self.not_linear:
+        if (
+            self.route is not self.double_backward
+            or self.wanted == "double backward"
+            or self.not_linear
+        ):
             return False
         if self.wanted == "auto":
             if not self.plan.recorded or self.plan.segments:
@@ -153,7 +190,9 @@ class Engine:
             self._compare(linear, batches[0])
         except Untraceable as reason:
             if self.wanted == "linear program":
-                raise ValueError(f"route='linear program' cannot be had: {reason}; pass route='auto'") from reason
+                raise ValueError(
+                    f"route='linear program' cannot be had: {reason}; pass route='auto'"
+                ) from reason
             self.not_linear = str(reason)
             return
         left = max(0, self.budget - graphs - max(linear.recording_bytes, rows * row))
@@ -169,16 +208,25 @@ class Engine:
         vectors = [torch.randn(1, *p.shape, generator=generator).to(p) for p in parameters.values()]
         found: list[list[Tensor]] = []
         for route in (self.double_backward, linear):
-            with self.arithmetic.active(), closing(route.products(batch, list(parameters), [vectors])) as products:
+            with (
+                self.arithmetic.active(),
+                closing(route.products(batch, list(parameters), [vectors])) as products,
+            ):
                 pairs = zip(next(products), vectors, strict=True)
-                found.append([torch.zeros_like(v) if product is None else product for product, v in pairs])
+                found.append(
+                    [torch.zeros_like(v) if product is None else product for product, v in pairs]
+                )
             route.release()
-        norms = torch.stack([torch.stack([a.norm(), (a - b).norm()]) for a, b in zip(*found, strict=True)]).double()
+        norms = torch.stack(
+            [torch.stack([a.norm(), (a - b).norm()]) for a, b in zip(*found, strict=True)]
+        ).double()
         expected, difference = norms.T
         allowed = torch.finfo(self.problem.dtype).eps ** 0.5 * (expected + 1e-3 * expected.norm())
         if bool((difference > allowed).any()):
             worst = int((difference - allowed).argmax())
-            raise Untraceable(f"its product for {list(parameters)[worst]} is not that of double backward")
+            raise Untraceable(
+                f"its product for {list(parameters)[worst]} is not that of double backward"
+            )
 
     def _retreat(self, todo: Todo, rows: int, failure: str) -> Todo:
         """Another plan that needs less, and what is left to do under it."""
@@ -198,7 +246,9 @@ class Engine:
         elif (segments := self._more_segments(plan.segments)) is not None:
             plan, step = self._changed(plan, segments=segments), f"recomputing {segments}"
         else:
-            raise MemoryError(f"out of memory ({failure}) with the most frugal plan: {plan}; pass shorter examples")
+            raise MemoryError(
+                f"out of memory ({failure}) with the most frugal plan: {plan}; pass shorter examples"
+            )
         note = f"out of memory once, from then on {step}"
         if not any(note.startswith("out of memory") for note in plan.notes):
             told = f"{failure}: goes on with {step}; `route` tells of further steps"
@@ -214,7 +264,9 @@ class Engine:
     def _more_segments(self, now: Segments) -> Segments | None:
         following = () if now.layers else (LAYERED,) if now else (STREAMED, LAYERED)
         for kind in following:
-            if self.trials.footprint(kind) is not None or not self.trials.refused[kind]:  # perhaps too large, but right
+            if (
+                self.trials.footprint(kind) is not None or not self.trials.refused[kind]
+            ):  # perhaps too large, but right
                 return kind
         return None
 
@@ -230,10 +282,16 @@ class Engine:
         """Plan and work in micro-batches of at most ``size``; None where they cannot be cut (further)."""
         problem = self.problem
         try:
-            pieces = {id(batch): problem.split(weight, batch, size) for weight, batch in plan.pieces}
+            pieces = {
+                id(batch): problem.split(weight, batch, size) for weight, batch in plan.pieces
+            }
         except ValueError:
             return None
         if all(len(cut) == 1 for cut in pieces.values()):
             return None
-        left = [(weight, piece, done) for _, batch, done in todo for weight, piece in pieces[id(batch)]]
-        return self._changed(plan, pieces=tuple(piece for cut in pieces.values() for piece in cut)), left
+        left = [
+            (weight, piece, done) for _, batch, done in todo for weight, piece in pieces[id(batch)]
+        ]
+        return self._changed(
+            plan, pieces=tuple(piece for cut in pieces.values() for piece in cut)
+        ), left

@@ -32,7 +32,9 @@ class Imagined:
             raise Unimaginable("recurrent layers")
         self._real, self._mode = problem, FakeTensorMode(allow_non_fake_inputs=True)
         self.model, self.evaluating = problem.model, problem.evaluating
-        self.parameters = {name: self._mode.from_tensor(p) for name, p in problem.parameters.items()}
+        self.parameters = {
+            name: self._mode.from_tensor(p) for name, p in problem.parameters.items()
+        }
 
     def batch(self, batch: Any) -> Any:
         """A batch of the real problem's, imagined."""
@@ -52,12 +54,16 @@ class Imagined:
             for name, tensor in table.items()
             if tensor is not None
         ]
-        log = logging.getLogger("torch._subclasses.fake_tensor")  # it reports what a route tries and can do without
+        log = logging.getLogger(
+            "torch._subclasses.fake_tensor"
+        )  # it reports what a route tries and can do without
         level = log.level
         try:
             log.setLevel(logging.CRITICAL)
             for table, name, tensor in held:
-                table[name] = self._mode.from_tensor(tensor)  # the same one for the same tensor: ties stay
+                table[name] = self._mode.from_tensor(
+                    tensor
+                )  # the same one for the same tensor: ties stay
             with self._mode:
                 yield
         finally:

@@ -36,7 +36,9 @@ def budget_bytes(memory: str | int, device: torch.device) -> int:
     except (KeyError, ValueError):
         found = 0
     if found < 1:
-        raise ValueError(f'memory is {memory!r}; use "auto", a number of bytes, or a size such as "8GiB" or "500MB"')
+        raise ValueError(
+            f'memory is {memory!r}; use "auto", a number of bytes, or a size such as "8GiB" or "500MB"'
+        )
     return found
 
 
@@ -45,9 +47,14 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 8 * 1024**3)
+    available = next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")),
+        8 * 1024**3,
+    )
     group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+    if (group / "memory.max").exists() and (
+        limit := (group / "memory.max").read_text().strip()
+    ) != "max":
         available = min(available, int(limit) - int((group / "memory.current").read_text()))
     return available
 
@@ -81,7 +88,9 @@ class LiveBytes(TorchDispatchMode):
         """Lets ``peak`` begin again from ``now``."""
         self.peak = self.now
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         given: set[int] | None = None
         for tensor in (result,) if isinstance(result, Tensor) else _tensors(result):
@@ -155,7 +164,9 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed, on whatever device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
 
 
 def keep_freed_memory() -> None:

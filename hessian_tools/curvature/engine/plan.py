@@ -65,7 +65,12 @@ class Footprint:
         """(graphs, recording, fixed, row) for micro-batches of such lengths, all recorded or one at a time."""
         longest = max(lengths)
         graphs = sum(map(self.graph, lengths)) if recorded else self.graph(longest)
-        return int(graphs), int(self.recording(longest)), int(self.fixed(longest)), int(self.row(longest))
+        return (
+            int(graphs),
+            int(self.recording(longest)),
+            int(self.fixed(longest)),
+            int(self.row(longest)),
+        )
 
     @classmethod
     def measured(cls, trials: Mapping[int, "Trial"], vectors: int) -> "Footprint":
@@ -85,7 +90,9 @@ class Footprint:
         slope = along(row)
         fixed = along(lambda trial: trial.passes[rows[-1]] - rows[-1] * row(trial))
         row_bytes = replace(slope, constant=slope.constant + vectors)
-        return cls(along(lambda trial: trial.graph), along(lambda trial: trial.recording), fixed, row_bytes)
+        return cls(
+            along(lambda trial: trial.graph), along(lambda trial: trial.recording), fixed, row_bytes
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,9 @@ class Plan:
         Time is a forecast from ``forward_seconds``, one forward pass over all data, and the counted cost of a product:
         6 forward passes for the whole Hessian (one block), 1.3 for one of several blocks, and what is recomputed.
         """
-        again = (0 if self.recorded else 3 / self.rows) + (4 / self.rows if self.segments.layers else 0)
+        again = (0 if self.recorded else 3 / self.rows) + (
+            4 / self.rows if self.segments.layers else 0
+        )
         seconds = products * forward_seconds * ((6 if blocks == 1 else 1.3) + again)
         graphs, route = str(self).split("; ", 1)
         return (
@@ -152,17 +161,25 @@ class Plan:
 
 
 def planned(
-    pieces: Sequence[tuple[float, Any]], recorded: bool, segments: Segments, found: Footprint, budget: int
+    pieces: Sequence[tuple[float, Any]],
+    recorded: bool,
+    segments: Segments,
+    found: Footprint,
+    budget: int,
 ) -> Plan:
     """The plan for given micro-batches (weight, batch): as many probes at once as the budget allows, at least one."""
     lengths = [batch_length(batch) or 1 for _, batch in pieces]
     graphs, recording, fixed, row = found.bytes(lengths, recorded)
     rows = max(1, min(MAX_ROWS, (int(PRODUCT_SHARE * budget) - graphs - fixed) // max(row, 1)))
     left = budget - graphs - max(recording, fixed + rows * row)
-    return Plan(recorded, segments, tuple(pieces), rows, graphs, recording, fixed, row, max(0, left))
+    return Plan(
+        recorded, segments, tuple(pieces), rows, graphs, recording, fixed, row, max(0, left)
+    )
 
 
-def choose(problem: Problem, budget: int, footprint: Callable[..., Footprint | None], wishes: Wishes) -> Plan:
+def choose(
+    problem: Problem, budget: int, footprint: Callable[..., Footprint | None], wishes: Wishes
+) -> Plan:
     """The cheapest plan within ``budget`` bytes; ``footprint(kind of segments, beyond the budget=False)`` measures.
 
     With ``record=True`` or a ``microbatch`` nothing is refused: of what is left the way with the lowest peak is taken.
@@ -171,7 +188,11 @@ def choose(problem: Problem, budget: int, footprint: Callable[..., Footprint | N
         ValueError: a budget too small for one example; a batch that must but cannot be cut.
     """
     uncut, refused, tried = _pieces(problem, None), "", []
-    for share, fewest in ((PRODUCT_SHARE, FEWEST_PIECES), (PRODUCT_SHARE, None), (LAST_SHARE, None)):
+    for share, fewest in (
+        (PRODUCT_SHARE, FEWEST_PIECES),
+        (PRODUCT_SHARE, None),
+        (LAST_SHARE, None),
+    ):
         for recorded, segments in _ways(problem, wishes):
             if (found := footprint(segments)) is None:
                 continue
@@ -190,12 +211,16 @@ def choose(problem: Problem, budget: int, footprint: Callable[..., Footprint | N
                 return planned(pieces, recorded, segments, found, budget)
     if tried and (wishes.record or wishes.microbatch is not None):
         _, size, recorded, segments = min(tried, key=lambda t: t[0])
-        return planned(_pieces(problem, size or None), recorded, segments, footprint(segments), budget)  # type: ignore[arg-type]
+        return planned(
+            _pieces(problem, size or None), recorded, segments, footprint(segments), budget
+        )  # type: ignore[arg-type]
     if refused:
         raise ValueError(refused)
     if not tried and (found := footprint(_ways(problem, wishes)[-1][1], True)) is not None:
         tried.append((_peak(found.bytes([1], False)), 1, False, NONE))
-    need = f"; allow at least {format_bytes(min(t[0] for t in tried) / LAST_SHARE)}" if tried else ""
+    need = (
+        f"; allow at least {format_bytes(min(t[0] for t in tried) / LAST_SHARE)}" if tried else ""
+    )
     raise ValueError(
         f"memory={format_bytes(budget)} is too little for one probe's pass over the smallest micro-batch, the most "
         f"frugal way{need}"
@@ -208,7 +233,9 @@ def _ways(problem: Problem, wishes: Wishes) -> list[tuple[bool, Segments]]:
     return [(recorded, kind) for recorded in recording for kind in kinds]
 
 
-def _sizes(problem: Problem, wishes: Wishes, fewest: int | None, refused: str) -> Iterator[int | None]:
+def _sizes(
+    problem: Problem, wishes: Wishes, fewest: int | None, refused: str
+) -> Iterator[int | None]:
     """Micro-batches to try: None (whole batches), then halves of the longest batch, to 1 or 1 / ``fewest`` of it."""
     if wishes.microbatch is not None:
         yield wishes.microbatch
@@ -229,7 +256,11 @@ def _lengths(problem: Problem, size: int | None) -> list[int]:
 
 def _pieces(problem: Problem, size: int | None) -> list[tuple[float, Any]]:
     weighted = list(zip(problem.weights, problem.batches, strict=True))
-    return weighted if size is None else [piece for pair in weighted for piece in problem.split(*pair, size)]
+    return (
+        weighted
+        if size is None
+        else [piece for pair in weighted for piece in problem.split(*pair, size)]
+    )
 
 
 def _peak(sizes: tuple[int, int, int, int]) -> int:

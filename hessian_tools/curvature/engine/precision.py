@@ -23,7 +23,11 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-PRECISIONS = ("ieee", "tf32", "as given")  # the first is the default; the last is what the process is set to
+PRECISIONS = (
+    "ieee",
+    "tf32",
+    "as given",
+)  # the first is the default; the last is what the process is set to
 _AMPERE = (8, 0)  # the first compute capability with TF32
 
 
@@ -50,12 +54,18 @@ class Arithmetic:
     def __str__(self) -> str:
         if self.model != torch.float32:
             kept = (
-                "" if self.model == self.vectors else f", {str(self.vectors).removeprefix('torch.')} vectors and sums"
+                ""
+                if self.model == self.vectors
+                else f", {str(self.vectors).removeprefix('torch.')} vectors and sums"
             )
             return f"{self.name} products{kept}"
         if self._tf32:
             return "TF32 products, float32 vectors and sums"
-        missing = f", TF32 asked for and not to be had ({self._missing})" if self.precision == "tf32" else ""
+        missing = (
+            f", TF32 asked for and not to be had ({self._missing})"
+            if self.precision == "tf32"
+            else ""
+        )
         return f"float32 products{missing}"
 
     @contextlib.contextmanager
@@ -71,14 +81,22 @@ class Arithmetic:
     def _tf32(self) -> bool:
         if self._missing or self.precision == "ieee":
             return False
-        return self.precision == "tf32" or _is_on("matmul") or (self.convolves and _is_on("convolution"))
+        return (
+            self.precision == "tf32"
+            or _is_on("matmul")
+            or (self.convolves and _is_on("convolution"))
+        )
 
     @property
     def _missing(self) -> str:
         """Why there is no TF32 here; empty where there is."""
         if self.device.type != "cuda":
             return f"device {self.device.type}"
-        return "" if torch.cuda.get_device_capability(self.device) >= _AMPERE else "a card older than Ampere"
+        return (
+            ""
+            if torch.cuda.get_device_capability(self.device) >= _AMPERE
+            else "a card older than Ampere"
+        )
 
 
 def arithmetic(model: nn.Module, precision: str = PRECISIONS[0]) -> Arithmetic:
@@ -89,7 +107,9 @@ def arithmetic(model: nn.Module, precision: str = PRECISIONS[0]) -> Arithmetic:
             products.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(map(repr, PRECISIONS))}")
+        raise ValueError(
+            f"precision is {precision!r}; allowed are {', '.join(map(repr, PRECISIONS))}"
+        )
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     coarsest = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
     for dtype in {p.dtype for p in parameters} - {torch.float64, torch.float32, torch.bfloat16}:
@@ -108,7 +128,9 @@ def arithmetic(model: nn.Module, precision: str = PRECISIONS[0]) -> Arithmetic:
     convolves = any(isinstance(module, _ConvNd | nn.RNNBase) for module in model.modules())
     found = Arithmetic(coarsest, vectors, variables[0].device, precision, convolves)
     if precision == "tf32" and found.name != "tf32":
-        warnings.warn(f"{found}; products are what precision='ieee' gives", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"{found}; products are what precision='ieee' gives", RuntimeWarning, stacklevel=3
+        )
     return found
 
 
@@ -153,4 +175,8 @@ def _is_on(operation: str) -> bool:
     switches = _switches()
     if switches:
         return (switches[0] if operation == "matmul" else switches[1]).fp32_precision == "tf32"
-    return torch.backends.cuda.matmul.allow_tf32 if operation == "matmul" else torch.backends.cudnn.allow_tf32
+    return (
+        torch.backends.cuda.matmul.allow_tf32
+        if operation == "matmul"
+        else torch.backends.cudnn.allow_tf32
+    )

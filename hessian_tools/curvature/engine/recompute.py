@@ -45,8 +45,15 @@ class Segments:
         return self.layers or self.queries > 0 or self.logits > 0
 
     def __str__(self) -> str:
-        parts = ["layers"] * self.layers + [f"attention ({self.queries} queries at a time)"] * (self.queries > 0)
-        return ", ".join(parts + [f"cross-entropy ({self.logits:,} logits at a time)"] * (self.logits > 0)) or "none"
+        parts = ["layers"] * self.layers + [f"attention ({self.queries} queries at a time)"] * (
+            self.queries > 0
+        )
+        return (
+            ", ".join(
+                parts + [f"cross-entropy ({self.logits:,} logits at a time)"] * (self.logits > 0)
+            )
+            or "none"
+        )
 
 
 NONE = Segments()
@@ -60,7 +67,13 @@ _TENSOR = object()  # stands for a tensor among leaves
 class _Recipe:
     """How to run a segment again: the function, its arguments but for tensors, and the parameters it reads besides."""
 
-    def __init__(self, function: Callable[..., Any], leaves: Sequence[Any], spec: Any, parameters: Sequence[Tensor]):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        leaves: Sequence[Any],
+        spec: Any,
+        parameters: Sequence[Tensor],
+    ):
         self.function, self.spec, self.parameters = function, spec, list(parameters)
         self.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.result: tuple[list[Any], Any] = ([], None)  # leaves and structure of what came out
@@ -72,14 +85,18 @@ class _Recipe:
         self.result = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def recorded(self, inputs: Sequence[Tensor], live: Collection[int]) -> tuple[list[Tensor], list[Tensor]]:
+    def recorded(
+        self, inputs: Sequence[Tensor], live: Collection[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Arguments as new leaves and the parameters themselves; the result's tensors, recorded between the two."""
         arguments = inputs[: len(inputs) - len(self.parameters)]
         leaves = [x.detach().requires_grad_(i in live) for i, x in enumerate(arguments)]
         return leaves + self.parameters, self.run(map(_no_leaf, leaves))  # type: ignore[arg-type]
 
 
-def segment(function: Callable[..., Any], *args: Any, parameters: Sequence[Tensor] = (), **kwargs: Any) -> Any:
+def segment(
+    function: Callable[..., Any], *args: Any, parameters: Sequence[Tensor] = (), **kwargs: Any
+) -> Any:
     """``function(*args, **kwargs)``, of which autograd keeps the arguments only, also for second derivatives.
 
     ``function`` must be deterministic, must not change its arguments, and must depend on no tensor that requires grad
@@ -113,7 +130,9 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted, count = _asked_for(ctx), len(ctx.saved_tensors)
-        found = _Inner.apply(ctx.recipe, wanted, count, *ctx.saved_tensors, *map(_no_leaf, cotangents))
+        found = _Inner.apply(
+            ctx.recipe, wanted, count, *ctx.saved_tensors, *map(_no_leaf, cotangents)
+        )
         return (None, *_spread(found, wanted, count))
 
 
@@ -156,27 +175,41 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """sum of J' c over the outputs that depend on something and have a cotangent c; None for inputs without a part."""
     pairs = [
-        (y, c) for y, c in zip(outputs, cotangents, strict=True) if y is not None and c is not None and y.requires_grad
+        (y, c)
+        for y, c in zip(outputs, cotangents, strict=True)
+        if y is not None and c is not None and y.requires_grad
     ]
     if not pairs or not inputs:
         return (None,) * len(inputs)
     outputs, cotangents = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True)
+    return torch.autograd.grad(
+        outputs, inputs, cotangents, create_graph=create_graph, allow_unused=True
+    )
 
 
 def _asked_for(ctx: Any) -> list[int]:
     """Positions among the saved tensors of those whose gradient the running backward pass uses."""
     following = iter(ctx.next_functions)  # one entry a tensor; None was none
     nodes = [None if tensor is None else next(following)[0] for tensor in ctx.saved_tensors]
-    return [i for i, node in enumerate(nodes) if node is not None and torch._C._will_engine_execute_node(node)]
+    return [
+        i
+        for i, node in enumerate(nodes)
+        if node is not None and torch._C._will_engine_execute_node(node)
+    ]
 
 
 def _no_leaf(tensor: Tensor | None) -> Tensor | None:
     """A view of a leaf, of which the engine tells whether it is asked for; other tensors as they are."""
-    return tensor.view_as(tensor) if tensor is not None and tensor.requires_grad and tensor.is_leaf else tensor
+    return (
+        tensor.view_as(tensor)
+        if tensor is not None and tensor.requires_grad and tensor.is_leaf
+        else tensor
+    )
 
 
-def _spread(values: Sequence[Tensor | None], places: Sequence[int], count: int) -> list[Tensor | None]:
+def _spread(
+    values: Sequence[Tensor | None], places: Sequence[int], count: int
+) -> list[Tensor | None]:
     found: list[Tensor | None] = [None] * count
     for place, value in zip(places, values, strict=True):
         found[place] = value
@@ -192,7 +225,11 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """The outermost modules, made of parts, that have a sibling of their class in a ModuleList or Sequential."""
     found: list[nn.Module] = []
     for child in model.children():
-        alike = [m for m in model.children() if type(m) is type(child) and any(True for _ in m.children())]
+        alike = [
+            m
+            for m in model.children()
+            if type(m) is type(child) and any(True for _ in m.children())
+        ]
         if isinstance(model, nn.ModuleList | nn.Sequential) and len(alike) > 1 and child in alike:
             found.append(child)
         else:
@@ -283,7 +320,9 @@ def _attention(
 
     def rows(first: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if is_causal:  # query i sees keys 0 to i
-            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril(first)
+            mask = torch.ones(
+                query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
+            ).tril(first)
         return whole(query, key, value, mask, **options)
 
     found = []
@@ -303,7 +342,13 @@ def _cross_entropy(
 ) -> Tensor:  # fmt: skip
     """cross_entropy of (R, C) logits and (R,) classes by chunks of rows; any other kind as it stands."""
     rows = max(1, logits // max(1, input.shape[-1]))
-    plain = input.ndim != 2 or target.ndim != 1 or target.is_floating_point() or weight is not None or label_smoothing
+    plain = (
+        input.ndim != 2
+        or target.ndim != 1
+        or target.is_floating_point()
+        or weight is not None
+        or label_smoothing
+    )
     if (
         plain
         or size_average is not None
@@ -311,7 +356,11 @@ def _cross_entropy(
         or reduction not in ("mean", "sum")
         or len(input) <= rows
     ):
-        return whole(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        return whole(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
     parts = zip(input.split(rows), target.split(rows), strict=True)
-    total = torch.stack([segment(whole, x, y, ignore_index=ignore_index, reduction="sum") for x, y in parts]).sum()
+    total = torch.stack(
+        [segment(whole, x, y, ignore_index=ignore_index, reduction="sum") for x, y in parts]
+    ).sum()
     return total / (target != ignore_index).sum() if reduction == "mean" else total

@@ -13,16 +13,26 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hessian_tools.curvature.engine.double_backward import DoubleBackward, refuse_once_differentiable
+from hessian_tools.curvature.engine.double_backward import (
+    DoubleBackward,
+    refuse_once_differentiable,
+)
 from hessian_tools.curvature.engine.fake_problem import Imagined, Unimaginable
-from hessian_tools.curvature.engine.memory import OverBudget, budget_bytes, is_out_of_memory, measuring
+from hessian_tools.curvature.engine.memory import (
+    OverBudget,
+    budget_bytes,
+    is_out_of_memory,
+    measuring,
+)
 from hessian_tools.curvature.engine.plan import MEASURED_ROWS, Footprint, Trial
 from hessian_tools.curvature.engine.precision import Arithmetic
 from hessian_tools.curvature.engine.recompute import Segments, recomputing, repeated_layers
 from hessian_tools.problem.problem import Problem
 
 TRIAL_PASSES = 33  # forward passes: a graph (3) and products (6 a probe) of 2 and 3 probes
-WORTH_IMAGINING = 1e12  # operations of a trial; without arithmetic it takes 2 to 10 s, whatever the model's size
+WORTH_IMAGINING = (
+    1e12  # operations of a trial; without arithmetic it takes 2 to 10 s, whatever the model's size
+)
 _MEASURED: WeakKeyDictionary[Problem, dict[Segments, Footprint]] = WeakKeyDictionary()
 
 
@@ -65,7 +75,9 @@ class Trials:
             self.refused[segments] = ""
             return None
         del self.refused[segments]
-        known[segments] = Footprint.measured(found, 2 * self.problem.num_parameters * self.arithmetic.vectors.itemsize)
+        known[segments] = Footprint.measured(
+            found, 2 * self.problem.num_parameters * self.arithmetic.vectors.itemsize
+        )
         return known[segments]
 
     def _unusable(self, segments: Segments) -> str:
@@ -81,7 +93,11 @@ class Trials:
                     if not kind.layers:
                         refuse_once_differentiable(loss)
                     if segments.layers:
-                        found.append(torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True))
+                        found.append(
+                            torch.autograd.grad(
+                                loss, parameters, materialize_grads=True, allow_unused=True
+                            )
+                        )
             except RuntimeError as error:  # an operation in place on what comes in, say
                 if not kind.layers or is_out_of_memory(error):
                     raise
@@ -99,7 +115,9 @@ class Trials:
             try:
                 imagined = Imagined(problem)
                 with imagined.entered(), measuring(problem.device, limit) as live:
-                    return self._trials(imagined, [(n, imagined.batch(b)) for n, b in samples], segments, live)
+                    return self._trials(
+                        imagined, [(n, imagined.batch(b)) for n, b in samples], segments, live
+                    )
             except OverBudget:
                 raise
             except Exception:  # a model may look at values, which are not there; real passes take longer, that is all
@@ -108,17 +126,28 @@ class Trials:
             return self._trials(problem, samples, segments, live)
 
     def _trials(
-        self, problem: Problem | Imagined, samples: Sequence[tuple[int, Any]], segments: Segments, live: Any
+        self,
+        problem: Problem | Imagined,
+        samples: Sequence[tuple[int, Any]],
+        segments: Segments,
+        live: Any,
     ) -> dict[int, Trial]:
         found: dict[int, Trial] = {}
         rows: Sequence[int] = MEASURED_ROWS
-        for n, batch in reversed(samples):  # the same numbers of probes for all: those that fit the most examples
+        for n, batch in reversed(
+            samples
+        ):  # the same numbers of probes for all: those that fit the most examples
             found[n] = self._bytes(problem, batch, segments, live, rows)
             rows = tuple(found[n].passes)
         return dict(sorted(found.items()))
 
     def _bytes(
-        self, problem: Problem | Imagined, batch: Any, segments: Segments, live: Any, tried: Sequence[int]
+        self,
+        problem: Problem | Imagined,
+        batch: Any,
+        segments: Segments,
+        live: Any,
+        tried: Sequence[int],
     ) -> Trial:
         """Records the graph of ``batch`` and makes passes of the numbers of probes ``tried``, as many as fit."""
         live.restart()

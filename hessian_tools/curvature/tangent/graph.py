@@ -52,20 +52,28 @@ def traced_gradient(problem: Problem, batch: Any) -> fx.Graph:
     """
     loss, names = _Loss(problem), list(problem.parameters)
 
-    def gradient(parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def gradient(
+        parameters: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
         state = {f"model.{name}": p for name, p in zip(names, parameters, strict=True)}
         value = functional_call(loss, state, (with_tensors(batch, tensors),), tie_weights=True)
         return torch.autograd.grad(value, parameters, allow_unused=True)
 
     try:
         with problem.evaluating(), torch.enable_grad():
-            traced = make_fx(gradient, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True)(
-                list(problem.parameters.values()), tensors_of(batch)
-            )
-    except Exception as error:  # a model may do anything; double backward then shows what is really wrong
-        raise Untraceable(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}") from error
+            traced = make_fx(
+                gradient, _decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True
+            )(list(problem.parameters.values()), tensors_of(batch))
+    except (
+        Exception
+    ) as error:  # a model may do anything; double backward then shows what is really wrong
+        raise Untraceable(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        ) from error
     graph = traced.graph
-    graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs one after the other, not as they were nested
+    graph.set_codegen(
+        fx.graph.CodeGen()
+    )  # inputs and outputs one after the other, not as they were nested
     for node in graph.nodes:
         if node.op == "get_attr":
             node.meta["constant"] = getattr(traced, node.target)
@@ -90,7 +98,9 @@ def _decompositions() -> dict[Any, Any]:
     }
 
 
-def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+def _var_mean(
+    x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
     dims = list(range(x.ndim)) if dim is None or len(dim) == 0 else [d % x.ndim for d in dim]
     number = math.prod(x.shape[d] for d in dims)
     mean = x.mean(dims, keepdim=True)
@@ -101,7 +111,9 @@ def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bo
     return variance, mean if keepdim else mean.squeeze(dims)
 
 
-def _seen_taps(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[list[int], list[int]] | None:
+def _seen_taps(
+    x: Tensor, weight: Tensor, geometry: Sequence[Any]
+) -> tuple[list[int], list[int]] | None:
     """First and last + 1 of the kernel's taps that a convolution with a single output position holds against its input
     (the others only ever see padding), by axis; None for all other convolutions.
     """
@@ -113,7 +125,9 @@ def _seen_taps(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> tuple[list
         return None
     first = list(padding)
     last = [min(k, p + n) for n, p, k in zip(sizes, padding, kernel, strict=True)]
-    whole = all(p + n <= k for n, p, k in zip(sizes, padding, kernel, strict=True))  # else some input is seen by no tap
+    whole = all(
+        p + n <= k for n, p, k in zip(sizes, padding, kernel, strict=True)
+    )  # else some input is seen by no tap
     return (first, last) if whole and all(a < b for a, b in zip(first, last, strict=True)) else None
 
 
@@ -126,7 +140,9 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any)
     return out.view(*out.shape, *[1] * (x.ndim - 2))
 
 
-def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *geometry: Any) -> Any:
+def _convolution_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *geometry: Any
+) -> Any:
     *shape, mask = geometry
     if (taps := _seen_taps(x, weight, shape)) is None:
         return NotImplemented
@@ -136,7 +152,9 @@ def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, bias_size
     if mask[1]:
         to_weight = (flat.T @ x.flatten(1)).view(*weight.shape[:2], *x.shape[2:])
         ends = zip(*taps, weight.shape[2:], strict=True)
-        to_weight = nn.functional.pad(to_weight, [n for a, b, k in reversed([*ends]) for n in (a, k - b)])
+        to_weight = nn.functional.pad(
+            to_weight, [n for a, b, k in reversed([*ends]) for n in (a, k - b)]
+        )
     return to_input, to_weight, flat.sum(0) if mask[2] else None
 
 
@@ -160,7 +178,11 @@ def _make_functional(graph: fx.Graph) -> None:
             continue
         name, written = node.target._opname, node.args[0]
         functional = getattr(_ATEN, name.removesuffix("_"), None)
-        storage = node.meta["val"].untyped_storage()._cdata if isinstance(node.meta.get("val"), Tensor) else None
+        storage = (
+            node.meta["val"].untyped_storage()._cdata
+            if isinstance(node.meta.get("val"), Tensor)
+            else None
+        )
         aliases = [
             other for other in graph.nodes
             if other is not node and other is not written and isinstance(other.meta.get("val"), Tensor)
@@ -169,7 +191,12 @@ def _make_functional(graph: fx.Graph) -> None:
             and order.get(other, 0) < order[node]
         ]  # fmt: skip
         overload = node.target._overloadname
-        if not name.endswith("_") or functional is None or aliases or not hasattr(functional, overload):
+        if (
+            not name.endswith("_")
+            or functional is None
+            or aliases
+            or not hasattr(functional, overload)
+        ):
             raise Untraceable(f"{node.target} writes into memory that others see")
         node.target = getattr(functional, overload)
         for user in list(written.users):

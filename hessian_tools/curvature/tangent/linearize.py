@@ -24,7 +24,16 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from hessian_tools.curvature.tangent.graph import Untraceable
-from hessian_tools.curvature.tangent.program import Base, Call, Coefficient, Form, Node, Program, Step, weighted
+from hessian_tools.curvature.tangent.program import (
+    Base,
+    Call,
+    Coefficient,
+    Form,
+    Node,
+    Program,
+    Step,
+    weighted,
+)
 from hessian_tools.curvature.tangent.rules import PICKED, RULES
 
 _ATEN = torch.ops.aten
@@ -37,9 +46,26 @@ _BATCHED_LINEAR = {  # linear in their one active argument; torch.vmap knows the
     "_adaptive_avg_pool2d_backward", "avg_pool1d", "upsample_nearest2d", "upsample_bilinear2d", "pixel_shuffle",
     "unfold", "unfold_backward", "im2col", "col2im", "trace", "scatter",
 }  # fmt: skip
-_FIRST_ONLY = {"avg_pool2d_backward", "_adaptive_avg_pool2d_backward"}  # only the shape of the second is read
-_CONSTANT = {"full_like", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
-_POINTWISE = {"gelu_backward", "threshold_backward", "where", "masked_fill"}  # not all versions of torch tag them
+_FIRST_ONLY = {
+    "avg_pool2d_backward",
+    "_adaptive_avg_pool2d_backward",
+}  # only the shape of the second is read
+_CONSTANT = {
+    "full_like",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+}
+_POINTWISE = {
+    "gelu_backward",
+    "threshold_backward",
+    "where",
+    "masked_fill",
+}  # not all versions of torch tag them
 _MOST_TERMS = 4
 
 
@@ -106,8 +132,17 @@ class Linearisation:
 
     def constant_bytes(self) -> int:
         """Bytes of all constants, besides the parameters and the batch."""
-        given = {_storage(v) for node in self.graph.nodes if node.op != "call_function" for v in _tensors(node)}
-        held = {_storage(v): v.untyped_storage().nbytes() for node in self._wanted for v in _tensors(node)}
+        given = {
+            _storage(v)
+            for node in self.graph.nodes
+            if node.op != "call_function"
+            for v in _tensors(node)
+        }
+        held = {
+            _storage(v): v.untyped_storage().nbytes()
+            for node in self._wanted
+            for v in _tensors(node)
+        }
         return sum(size for storage, size in held.items() if storage not in given)
 
     def recording_bytes(self) -> int:
@@ -118,7 +153,12 @@ class Linearisation:
             for user in (node, *node.all_input_nodes):
                 last.update((_storage(value), node) for value in _tensors(user))
         kept = {_storage(value) for node in self._wanted for value in _tensors(node)}
-        given = {_storage(v) for node in self.graph.nodes if node.op != "call_function" for v in _tensors(node)}
+        given = {
+            _storage(v)
+            for node in self.graph.nodes
+            if node.op != "call_function"
+            for v in _tensors(node)
+        }
         ends: dict[Node, list[int]] = {}
         for storage, node in last.items():
             ends.setdefault(node, []).append(storage)
@@ -217,7 +257,9 @@ class Linearisation:
         if any(isinstance(a, fx.Node) and a in self.forms for a in node.kwargs.values()):
             raise Untraceable(f"{node.target} has a differentiable keyword")
         self.forms[node] = form
-        if len(form) > _MOST_TERMS or (len(form) > 1 and len(node.users) > 1):  # or each user would sum them again
+        if len(form) > _MOST_TERMS or (
+            len(form) > 1 and len(node.users) > 1
+        ):  # or each user would sum them again
             self.held(node)
 
     def _derivative(self, node: Node, index: int) -> Coefficient:
@@ -231,12 +273,19 @@ class Linearisation:
             return Coefficient(-1.0)
         if name == "mul":
             other = args[1 - index]
-            return Coefficient(1.0, other) if isinstance(other, fx.Node) else Coefficient(float(other))
+            return (
+                Coefficient(1.0, other) if isinstance(other, fx.Node) else Coefficient(float(other))
+            )
         if name == "div" and index == 0 and not isinstance(args[1], fx.Node) and not node.kwargs:
             return Coefficient(1.0 / float(args[1]))
-        return Coefficient(1.0, self.insert(_derivative_values, (node.target, index, args, dict(node.kwargs)), node))
+        return Coefficient(
+            1.0,
+            self.insert(_derivative_values, (node.target, index, args, dict(node.kwargs)), node),
+        )
 
-    def insert(self, function: Callable[..., Any], args: tuple[Any, ...], like: Node, shape: Any = None) -> Node:
+    def insert(
+        self, function: Callable[..., Any], args: tuple[Any, ...], like: Node, shape: Any = None
+    ) -> Node:
         """A constant computed from earlier values, of ``like``'s dtype and, unless given, shape."""
         with self.graph.inserting_after(self._at):
             new = self.graph.call_function(function, args)
@@ -251,7 +300,9 @@ class Linearisation:
             return Coefficient(factor, outer.node if inner.node is None else inner.node)
         key = (outer.node, inner.node)
         if key not in self._products:
-            shape = torch.broadcast_shapes(outer.node.meta["val"].shape, inner.node.meta["val"].shape)
+            shape = torch.broadcast_shapes(
+                outer.node.meta["val"].shape, inner.node.meta["val"].shape
+            )
             self._products[key] = self.insert(_ATEN.mul.Tensor, key, node, shape)
         return Coefficient(factor, self._products[key])
 
@@ -260,11 +311,18 @@ class Linearisation:
             return Coefficient(one.factor + two.factor, one.node)
         shapes = [c.node.meta["val"].shape if c.node is not None else () for c in (one, two)]
         terms = (one.factor, one.node, two.factor, two.node)
-        return Coefficient(1.0, self.insert(_weighted_sum, terms, node, torch.broadcast_shapes(*shapes)))
+        return Coefficient(
+            1.0, self.insert(_weighted_sum, terms, node, torch.broadcast_shapes(*shapes))
+        )
 
     # ------------------------------------------------------------------------------------------------ steps
     def step(  # the methods below are what rules are written with
-        self, like: Node, inputs: Sequence[Base], constants: Sequence[Node], call: Call, view: bool = False
+        self,
+        like: Node,
+        inputs: Sequence[Base],
+        constants: Sequence[Node],
+        call: Call,
+        view: bool = False,
     ) -> Base:
         base = Base(tuple(like.meta["val"].shape), like.meta["val"].dtype)
         self.steps.append(Step(base, tuple(inputs), tuple(constants), call, view))
@@ -276,7 +334,12 @@ class Linearisation:
             return self._held_forms[node]
         form, shape = self.forms[node], tuple(node.meta["val"].shape)
         (base, coefficient), *others = form.items()
-        if others or coefficient != Coefficient() or base.shape != shape or base.dtype != node.meta["val"].dtype:
+        if (
+            others
+            or coefficient != Coefficient()
+            or base.shape != shape
+            or base.dtype != node.meta["val"].dtype
+        ):
             constants = [c.node for c in form.values() if c.node is not None]
             call = weighted(shape, node.meta["val"].dtype, list(form.items()))
             base = self.step(node, list(form), constants, call)
@@ -292,12 +355,19 @@ class Linearisation:
         return self.held(node), 1.0
 
     def linear(
-        self, node: Node, argument: Node, call: Call, constants: Sequence[Node] = (), view: bool = False
+        self,
+        node: Node,
+        argument: Node,
+        call: Call,
+        constants: Sequence[Node] = (),
+        view: bool = False,
     ) -> None:
         base, factor = self._scaled(argument)
         self.forms[node] = {self.step(node, [base], constants, call, view): Coefficient(factor)}
 
-    def bilinear(self, node: Node, pair: Sequence[Node | None], constants: Sequence[Node], call: Call) -> None:
+    def bilinear(
+        self, node: Node, pair: Sequence[Node | None], constants: Sequence[Node], call: Call
+    ) -> None:
         """``call`` takes the tangents of ``pair``, None where a tangent is zero."""
         active = [argument if argument in self.forms else None for argument in pair]
         scaled = [self._scaled(argument) if argument is not None else None for argument in active]
@@ -316,12 +386,16 @@ class Linearisation:
         inputs = [s[0] for s in scaled if s is not None]
         self.forms[node] = {self.step(node, inputs, constants, placed): Coefficient(factors.pop())}
 
-    def several(self, node: Node, active: Sequence[Node], call: Call, constants: Sequence[Node] = ()) -> None:
+    def several(
+        self, node: Node, active: Sequence[Node], call: Call, constants: Sequence[Node] = ()
+    ) -> None:
         """``call`` takes the tangents of all ``active`` arguments, None where a program has none."""
         inputs = [self.held(argument) for argument in active]
         self.forms[node] = {self.step(node, inputs, constants, call): Coefficient()}
 
-    def mapped_linear(self, node: Node, source: Node | None = None, index: int | None = None) -> None:
+    def mapped_linear(
+        self, node: Node, source: Node | None = None, index: int | None = None
+    ) -> None:
         """An operation linear in its one active argument, by torch.vmap over the probes."""
         source = node if source is None else source
         active = [a for a in source.all_input_nodes if a in self.forms]
@@ -330,9 +404,15 @@ class Linearisation:
             if not active:
                 return
         if len(active) != 1:
-            raise Untraceable(f"no rule for {source.target} with {len(active)} differentiable arguments")
+            raise Untraceable(
+                f"no rule for {source.target} with {len(active)} differentiable arguments"
+            )
         others = [a for a in source.all_input_nodes if a is not active[0]]
-        op, args, kwargs = source.target, source.args, source.kwargs  # a node that nothing needs loses its arguments
+        op, args, kwargs = (
+            source.target,
+            source.args,
+            source.kwargs,
+        )  # a node that nothing needs loses its arguments
 
         def call(k: int, tangents: list[Tensor], values: list[Any]) -> Tensor:
             known = dict(zip(others, values, strict=True))
@@ -353,7 +433,10 @@ class Linearisation:
         op, args, kwargs = node.target, node.args, node.kwargs
 
         def call(k: int, tangents: list[Tensor | None], values: list[Any]) -> Tensor:
-            primals, known = values[: len(active)], dict(zip(others, values[len(active) :], strict=True))
+            primals, known = (
+                values[: len(active)],
+                dict(zip(others, values[len(active) :], strict=True)),
+            )
             live = [i for i, t in enumerate(tangents) if t is not None]
 
             def function(*moving: Tensor) -> Tensor:
@@ -371,7 +454,9 @@ class Linearisation:
 
 def _tensors(node: Node) -> list[Tensor]:
     value = node.meta.get("val")
-    return [v for v in (value if isinstance(value, tuple | list) else [value]) if isinstance(v, Tensor)]
+    return [
+        v for v in (value if isinstance(value, tuple | list) else [value]) if isinstance(v, Tensor)
+    ]
 
 
 def _storage(value: Tensor) -> int:

@@ -50,19 +50,30 @@ class Step:
 class Program:
     """The steps between some parameters' tangents and some gradients', in order."""
 
-    steps: list[tuple[Step, tuple[bool, ...], tuple[Base, ...]]]  # step, which inputs live, what is free after it
+    steps: list[
+        tuple[Step, tuple[bool, ...], tuple[Base, ...]]
+    ]  # step, which inputs live, what is free after it
     inputs: list[Base]
     outputs: list[Base | None]  # None: zero
 
-    def __call__(self, cotangents: Sequence[Tensor], values: Mapping[Node, Any]) -> list[Tensor | None]:
+    def __call__(
+        self, cotangents: Sequence[Tensor], values: Mapping[Node, Any]
+    ) -> list[Tensor | None]:
         """(k, *shape) tangents of the parameters to those of the gradients; None stands for zeros."""
         probes = len(cotangents[0])
         held = {base: v.to(base.dtype) for base, v in zip(self.inputs, cotangents, strict=True)}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")  # torch's own, under vmap
+            warnings.filterwarnings(
+                "ignore", message=".torch.jit.script. is deprecated"
+            )  # torch's own, under vmap
             for step, live, finished in self.steps:
-                tangents = [held[base] if alive else None for base, alive in zip(step.inputs, live, strict=True)]
-                held[step.out] = step.call(probes, tangents, [values[node] for node in step.constants])
+                tangents = [
+                    held[base] if alive else None
+                    for base, alive in zip(step.inputs, live, strict=True)
+                ]
+                held[step.out] = step.call(
+                    probes, tangents, [values[node] for node in step.constants]
+                )
                 del tangents
                 for base in finished:
                     del held[base]
@@ -90,7 +101,9 @@ def tangent_bytes(base: Base) -> int:
     return math.prod(base.shape) * base.dtype.itemsize
 
 
-def weighted(shape: tuple[int, ...], dtype: torch.dtype, terms: list[tuple[Base, Coefficient]]) -> Call:
+def weighted(
+    shape: tuple[int, ...], dtype: torch.dtype, terms: list[tuple[Base, Coefficient]]
+) -> Call:
     """sum of coefficient times tangent, (k, *shape), one pass over memory a live term."""
     full = [base.shape == shape for base, _ in terms]
     places, position = [], 0
@@ -99,14 +112,19 @@ def weighted(shape: tuple[int, ...], dtype: torch.dtype, terms: list[tuple[Base,
         position += coefficient.node is not None
 
     def call(k: int, tangents: list[Tensor | None], values: list[Any]) -> Tensor:
-        live = sorted((i for i, t in enumerate(tangents) if t is not None), key=lambda i: (not full[i], places[i]))
+        live = sorted(
+            (i for i, t in enumerate(tangents) if t is not None),
+            key=lambda i: (not full[i], places[i]),
+        )
         total, own = torch.empty(0), False  # own: written here, so the next term may go into it
         for i in live:
             tangent, factor = tangents[i], terms[i][1].factor
             assert tangent is not None
             value = values[places[i]] if places[i] >= 0 else None
             if not full[i]:
-                tangent = tangent.reshape(k, *[1] * (len(shape) - tangent.ndim + 1), *tangent.shape[1:])
+                tangent = tangent.reshape(
+                    k, *[1] * (len(shape) - tangent.ndim + 1), *tangent.shape[1:]
+                )
             if i == live[0]:
                 plain = value is None and factor == 1.0
                 total = tangent if plain else tangent * (factor if value is None else value)
@@ -114,7 +132,11 @@ def weighted(shape: tuple[int, ...], dtype: torch.dtype, terms: list[tuple[Base,
                     total = total.mul_(factor)
                 own = not plain and total.shape[1:] == shape
             elif value is None:
-                total = total.add_(tangent, alpha=factor) if own else torch.add(total, tangent, alpha=factor)
+                total = (
+                    total.add_(tangent, alpha=factor)
+                    if own
+                    else torch.add(total, tangent, alpha=factor)
+                )
             elif own:
                 total = total.addcmul_(tangent, value, value=factor)
             else:

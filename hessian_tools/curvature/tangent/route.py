@@ -33,16 +33,26 @@ class Linearised:
         self._order = {name: index for index, name in enumerate(problem.parameters)}
         self._traced: dict[str, Linearisation] = {}
         self._programs: dict[tuple[str, tuple[str, ...]], Program] = {}
-        self._constants: dict[int, tuple[Any, Mapping[Any, Any]]] = {}  # by the batch's id, and the batch to keep that
+        self._constants: dict[
+            int, tuple[Any, Mapping[Any, Any]]
+        ] = {}  # by the batch's id, and the batch to keep that
         self._versions: tuple[int, ...] = ()
         shapes = {_signature(batch): batch for batch in batches}
         if len(shapes) > MOST_SHAPES:
             raise Untraceable(f"micro-batches have {len(shapes)} different shapes")
         for shape, batch in shapes.items():
-            self._traced[shape] = Linearisation(traced_gradient(problem, batch), len(problem.parameters))
-        everything = {shape: traced.program(range(len(self._order))) for shape, traced in self._traced.items()}
-        self.graph_bytes = sum(self._traced[_signature(batch)].constant_bytes() for batch in batches)
-        self.recording_bytes = max(t.recording_bytes() - t.constant_bytes() for t in self._traced.values())
+            self._traced[shape] = Linearisation(
+                traced_gradient(problem, batch), len(problem.parameters)
+            )
+        everything = {
+            shape: traced.program(range(len(self._order))) for shape, traced in self._traced.items()
+        }
+        self.graph_bytes = sum(
+            self._traced[_signature(batch)].constant_bytes() for batch in batches
+        )
+        self.recording_bytes = max(
+            t.recording_bytes() - t.constant_bytes() for t in self._traced.values()
+        )
         self.row_bytes = max(program.live_bytes() for program in everything.values())
 
     def products(
@@ -58,7 +68,10 @@ class Linearised:
             parameters = [self.problem.parameters[name] for name in names]
             with torch.no_grad():
                 zeros = (p.new_zeros(()).expand(rows, *p.shape) for p in parameters)
-                yield program([z if v is None else v for v, z in zip(cotangents, zeros, strict=True)], constants)
+                yield program(
+                    [z if v is None else v for v, z in zip(cotangents, zeros, strict=True)],
+                    constants,
+                )
 
     def holds(self, batch: Any) -> bool:
         """Whether the constants of ``batch`` are there."""
@@ -71,7 +84,9 @@ class Linearised:
     def _program(self, batch: Any, names: Sequence[str]) -> Program:
         key = _signature(batch), tuple(names)
         if key not in self._programs:
-            self._programs[key] = self._traced[key[0]].program([self._order[name] for name in names])
+            self._programs[key] = self._traced[key[0]].program(
+                [self._order[name] for name in names]
+            )
         return self._programs[key]
 
     def _values(self, batch: Any) -> Mapping[Any, Any]:

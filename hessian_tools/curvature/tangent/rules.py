@@ -39,9 +39,15 @@ def _matrix_product(program: "Linearisation", node: Node) -> None:
             if out is None:
                 return torch.mm(rows, b).view(k, n, q)
             flat = out.view(k * n, q)
-            return torch.addmm(flat, rows, b, out=flat).view(k, n, q)  # into itself; not by addmm_, which none counts
+            return torch.addmm(flat, rows, b, out=flat).view(
+                k, n, q
+            )  # into itself; not by addmm_, which none counts
         shared = b.expand(k, p, q)
-        return torch.bmm(moved_left, shared) if out is None else torch.baddbmm(out, moved_left, shared, out=out)
+        return (
+            torch.bmm(moved_left, shared)
+            if out is None
+            else torch.baddbmm(out, moved_left, shared, out=out)
+        )
 
     program.bilinear(node, (left, right), (left, right), call)
 
@@ -72,7 +78,9 @@ def _convolution(program: "Linearisation", node: Node) -> None:
         (moved, moved_weight, moved_bias), (image, kernel) = tangents, values
         out = None
         if moved is not None:
-            out = torch.convolution(moved.flatten(0, 1), kernel, None, *geometry).unflatten(0, (k, -1))
+            out = torch.convolution(moved.flatten(0, 1), kernel, None, *geometry).unflatten(
+                0, (k, -1)
+            )
         if moved_weight is not None:
             each = [torch.convolution(image, moved_weight[i], None, *geometry) for i in range(k)]
             out = torch.stack(each) if out is None else _added_each(out, each)
@@ -103,12 +111,21 @@ def _convolution_gradient(program: "Linearisation", node: Node, source: Node, in
         each: list[Tensor] = []
         if moved is not None and index == 0:  # shapes of the input are all that is read of it
             shape = (k * image.shape[0], *image.shape[1:])
-            whole = backward(moved.flatten(0, 1), image.new_empty(1).expand(shape), kernel).unflatten(0, (k, -1))
-            return whole if other is None else _added_each(whole, [backward(g, image, other[i]) for i in range(k)])
+            whole = backward(
+                moved.flatten(0, 1), image.new_empty(1).expand(shape), kernel
+            ).unflatten(0, (k, -1))
+            return (
+                whole
+                if other is None
+                else _added_each(whole, [backward(g, image, other[i]) for i in range(k)])
+            )
         if moved is not None:
             each = [backward(moved[i], image, kernel) for i in range(k)]
         if other is not None:
-            more = [backward(g, other[i], kernel) if index else backward(g, image, other[i]) for i in range(k)]
+            more = [
+                backward(g, other[i], kernel) if index else backward(g, image, other[i])
+                for i in range(k)
+            ]
             each = [a.add_(b) for a, b in zip(each, more, strict=True)] if each else more
         return torch.stack(each)
 
@@ -206,7 +223,9 @@ def _expand(program: "Linearisation", node: Node) -> None:
     shape = tuple(node.meta["val"].shape)
     before = tuple(node.args[0].meta["val"].shape)
     aligned = (*[1] * (len(shape) - len(before)), *before)
-    program.linear(node, node.args[0], lambda k, t, c: t[0].reshape(k, *aligned).expand(k, *shape), view=True)
+    program.linear(
+        node, node.args[0], lambda k, t, c: t[0].reshape(k, *aligned).expand(k, *shape), view=True
+    )
 
 
 def _slice_scatter(program: "Linearisation", node: Node) -> None:
@@ -220,11 +239,17 @@ def _slice_scatter(program: "Linearisation", node: Node) -> None:
     def call(k: int, tangents: list[Tensor | None], values: list[Any]) -> Tensor:
         given = iter(tangents)
         moved, moved_piece = (next(given) if present else None for present in active)
-        out = torch.zeros(k, *shape, dtype=like.dtype, device=like.device) if moved is None else moved.clone()
+        out = (
+            torch.zeros(k, *shape, dtype=like.dtype, device=like.device)
+            if moved is None
+            else moved.clone()
+        )
         out[tuple(place)] = 0 if moved_piece is None else moved_piece
         return out
 
-    program.several(node, [a for a, present in zip((into, piece), active, strict=True) if present], call)
+    program.several(
+        node, [a for a, present in zip((into, piece), active, strict=True) if present], call
+    )
 
 
 def _strided(program: "Linearisation", node: Node) -> None:
@@ -239,14 +264,20 @@ def _strided(program: "Linearisation", node: Node) -> None:
 def _reduction(program: "Linearisation", node: Node) -> None:
     ndim, divisor = node.args[0].meta["val"].ndim, 1
     dims = node.args[1] if len(node.args) > 1 and node.args[1] is not None else []
-    axes = sorted(d % ndim for d in ([dims] if isinstance(dims, int) else dims)) or list(range(ndim))
+    axes = sorted(d % ndim for d in ([dims] if isinstance(dims, int) else dims)) or list(
+        range(ndim)
+    )
     keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     if node.target._opname == "mean":
         divisor = math.prod(node.args[0].meta["val"].shape[d] for d in axes)
     shifted, dtype = [d + 1 for d in axes], node.meta["val"].dtype
 
     def call(k: int, tangents: list[Tensor], values: list[Any]) -> Tensor:
-        total = tangents[0].sum(shifted, keepdim=keep, dtype=dtype) if shifted else tangents[0].to(dtype)
+        total = (
+            tangents[0].sum(shifted, keepdim=keep, dtype=dtype)
+            if shifted
+            else tangents[0].to(dtype)
+        )
         return total if divisor == 1 else total / divisor
 
     program.linear(node, node.args[0], call)
@@ -257,11 +288,15 @@ def _copy(program: "Linearisation", node: Node) -> None:
     source = node.args[1]
     aligned = (*[1] * (len(shape) - source.meta["val"].ndim), *source.meta["val"].shape)
     if source in program.forms:
-        program.linear(node, source, lambda k, t, c: t[0].reshape(k, *aligned).expand(k, *shape).to(dtype))
+        program.linear(
+            node, source, lambda k, t, c: t[0].reshape(k, *aligned).expand(k, *shape).to(dtype)
+        )
 
 
 def _cat(program: "Linearisation", node: Node) -> None:
-    pieces = [piece for piece in node.args[0] if piece.meta["val"].shape != (0,)]  # an empty cache, which cat ignores
+    pieces = [
+        piece for piece in node.args[0] if piece.meta["val"].shape != (0,)
+    ]  # an empty cache, which cat ignores
     dim = (node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].ndim + 1
     active = [i for i, piece in enumerate(pieces) if piece in program.forms]
     shapes = [tuple(piece.meta["val"].shape) for piece in pieces]
@@ -272,7 +307,11 @@ def _cat(program: "Linearisation", node: Node) -> None:
         whole = []
         for i, shape in enumerate(shapes):
             moved = given.get(i)
-            whole.append(torch.zeros(1, dtype=dtype, device=device).expand(k, *shape) if moved is None else moved)
+            whole.append(
+                torch.zeros(1, dtype=dtype, device=device).expand(k, *shape)
+                if moved is None
+                else moved
+            )
         return torch.cat(whole, dim)
 
     program.several(node, [pieces[i] for i in active], call)

@@ -41,11 +41,22 @@ def draw_probes(
         raise ValueError(f"num_probes is {num_probes} and size {size}; both must be at least 1")
     probes = torch.empty(num_probes, size, dtype=dtype, device=device)
     for index in range(num_probes):
-        digest = hashlib.blake2b(f"{seed}\0{name}\0{index}".encode(), digest_size=16).digest()
-        stream = np.random.Philox(key=int.from_bytes(digest, "little"))
+        stream = keyed_stream(seed, name, index)
         entries = _signs(stream, size) if kind == "rademacher" else _normals(stream, size)
         probes[index] = torch.from_numpy(entries).to(device)
     return probes
+
+
+def keyed_stream(*keys: object) -> np.random.Philox:
+    """The random bits that belong to ``keys`` (as they print), the same on every machine.
+
+    One counter-based stream a key, Philox 4x64 (Salmon et al., SC 2011), whose key is the BLAKE2
+    digest of ``keys``: streams of different keys are independent, and none depends on what else is
+    drawn.
+    """
+    text = "\0".join(map(str, keys))
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little"))
 
 
 def _signs(stream: np.random.Philox, size: int) -> np.ndarray:

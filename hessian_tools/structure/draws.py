@@ -3,13 +3,13 @@
 Letters: B blocks, G groups (the tensors, or sets of tensors, that blocks lie in), r rows.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hessian_tools.blocks.partition import Cut
+from hessian_tools.spectra.probes import keyed_stream
 
 _EVEN = 0.25  # share of draws that is made evenly
 
@@ -63,10 +63,7 @@ class BlockGrid:
             chances = np.full(len(blocks), 1 / len(blocks))
             if pilot is not None and (total := pilot[blocks].sum()) > 0:
                 chances = _EVEN * chances + (1 - _EVEN) * pilot[blocks] / total
-            digest = hashlib.blake2b(
-                f"{seed}\0draws\0{self.groups[group]}".encode(), digest_size=16
-            ).digest()
-            stream = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+            stream = np.random.Generator(keyed_stream(seed, "draws", self.groups[group]))
             chosen = np.sort(stream.choice(len(blocks), count, p=chances / chances.sum()))
             for index, drawn in enumerate(chosen):
                 again = index - int(np.searchsorted(chosen, drawn))

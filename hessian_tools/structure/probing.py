@@ -3,7 +3,6 @@
 Letters as there: n entries of the region, B blocks of a cut, S draws, K pilots, C cuts, r rows (vectors).
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from hessian_tools.blocks.block import Block
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.errors import NumericalError
-from hessian_tools.spectra.probes import draw_probes
+from hessian_tools.spectra.probes import draw_probes, keyed_stream
 from hessian_tools.structure.mass import ELEMENTS, WHOLE, BlockMass, Cutting, Draws, Pilots
 
 _EVEN = 0.1  # share of the draws that is made evenly
@@ -158,10 +157,7 @@ class _Probing:
             chances = (1 - _EVEN) * masses / masses.sum() + _EVEN * (masses > 0) / (
                 masses > 0
             ).sum()
-            digest = hashlib.blake2b(
-                f"{self.seed}\0{self.name}\0{base.name}".encode(), digest_size=16
-            ).digest()
-            stream = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+            stream = np.random.Generator(keyed_stream(self.seed, self.name, base.name))
             blocks = stream.choice(total, count, p=chances / chances.sum())
             weights, strata = 1 / (count * chances[blocks]), np.zeros(count, int)
         found = np.full((count, len(every)), np.nan)

@@ -49,7 +49,7 @@ def run(start: float) -> None:
     from hessian_tools.curvature.engine import double_backward, engine
     from hessian_tools.curvature.tangent import route as linear_route
     from hessian_tools.plots import spectra as plotting
-    from hessian_tools.spectra import quadrature
+    from hessian_tools.spectra import slq
 
     spent: dict[str, float] = defaultdict(float)
     spent["imports"] = time.time() - start
@@ -65,7 +65,7 @@ def run(start: float) -> None:
         spent, "tracing and checking the linear program", engine.Engine._linearise
     )
     cli.verify = clocked(spent, "verification", cli.verify)
-    quadrature.lanczos = clocked(spent, "Lanczos besides the products", quadrature.lanczos)
+    slq.lanczos = clocked(spent, "Lanczos besides the products", slq.lanczos)
     cli.js_heterogeneity = clocked(spent, "heterogeneity", cli.js_heterogeneity)
     plotting.draw = clocked(spent, "pictures", plotting.draw)
     with tempfile.TemporaryDirectory() as folder:

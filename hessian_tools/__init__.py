@@ -30,7 +30,8 @@ from hessian_tools.problem.problem import Problem, cross_entropy, huggingface, m
 from hessian_tools.results import load, save
 from hessian_tools.spectra.density import SpectralDensity, spectral_density
 from hessian_tools.spectra.lanczos import LanczosResult, lanczos
-from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature, blockwise_slq, slq
+from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
+from hessian_tools.spectra.slq import blockwise_slq, slq
 from hessian_tools.structure.check import check_partition
 from hessian_tools.structure.conditioning import (
     BlockConditioning,

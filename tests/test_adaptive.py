@@ -10,7 +10,7 @@ from hessian_tools.errors import NumericalError
 from hessian_tools.heterogeneity import adaptive
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.js import js_heterogeneity
-from hessian_tools.spectra.quadrature import blockwise_slq, slq
+from hessian_tools.spectra.slq import blockwise_slq, slq, truncated
 
 SIZES = {"tiny": 12, "low": 90, "mid": 200, "high": 260}
 
@@ -180,7 +180,7 @@ def test_fewer_steps_come_from_the_same_t():
         operator = DenseOperator(random_symmetric(np.r_[50.0, -9.0, np.linspace(-1, 1, 88)]))
         options = {"num_probes": 3, "seed": 1, "exact": False, "reorthogonalize": mode}
         long = slq(operator, num_steps=24, **options)
-        short = long.with_steps(16)
+        short = truncated(long, 16)
         made = slq(operator, num_steps=16, **options)
         assert mode == "none" or same(short, made, 1e-9)
         for p in range(32):
@@ -188,15 +188,20 @@ def test_fewer_steps_come_from_the_same_t():
                 short.per_probe(lambda x, p=p: x**p), made.per_probe(lambda x, p=p: x**p), rtol=1e-9
             )
         assert short.num_matvecs == 48
-        assert long.with_steps(24) is long and short.status == "complete"
+        assert truncated(long, 24) is long and short.status == "complete"
     broken = slq(
         DenseOperator(random_symmetric(np.r_[7.0, np.zeros(49)])),
         num_probes=2,
         num_steps=6,
         exact=False,
     )
-    assert same(broken.with_steps(4), slq(DenseOperator(random_symmetric(np.r_[7.0, np.zeros(49)])), num_probes=2,
-                                          num_steps=4, exact=False))  # fmt: skip
+    ended = slq(
+        DenseOperator(random_symmetric(np.r_[7.0, np.zeros(49)])),
+        num_probes=2,
+        num_steps=4,
+        exact=False,
+    )
+    assert same(truncated(broken, 4), ended)
 
 
 def test_blocks_that_are_all_alike_differ_by_nothing():

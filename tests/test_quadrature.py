@@ -10,7 +10,7 @@ from hessian_tools.curvature.operators import DenseOperator, DiagonalOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.spectra.lanczos import ritz
 from hessian_tools.spectra.probes import draw_probes
-from hessian_tools.spectra.quadrature import blockwise_slq, slq
+from hessian_tools.spectra.slq import blockwise_slq, slq
 
 
 def random_symmetric(eigenvalues, seed=0):
@@ -400,7 +400,7 @@ def test_nonfinite_products_name_block_and_step():
 
 def test_nonfinite_products_of_exact_blocks_name_the_unit_vector(monkeypatch):
     monkeypatch.setattr(
-        "hessian_tools.spectra.quadrature._EXACT_ROWS", 6
+        "hessian_tools.spectra.exact._ROWS", 6
     )  # two unit vectors a block at once: the third call has 4 and 5
     hessian, partition, _ = setting(poison="s1")
     delivered = []

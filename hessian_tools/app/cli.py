@@ -38,7 +38,8 @@ from hessian_tools.problem import zoo
 from hessian_tools.problem.problem import Problem
 from hessian_tools.spectra.lanczos import REORTHOGONALIZE
 from hessian_tools.spectra.probes import PROBE_KINDS
-from hessian_tools.spectra.quadrature import BlockSpectra, blockwise_slq
+from hessian_tools.spectra.quadrature import BlockSpectra
+from hessian_tools.spectra.slq import blockwise_slq
 
 _SLQ_KNOBS = (
     "command",

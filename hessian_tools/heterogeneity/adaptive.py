@@ -37,14 +37,8 @@ from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.heterogeneity.comparison import DEFAULTS, READINGS, Comparison, jackknife
 from hessian_tools.heterogeneity.growing import GrowingSpectra
 from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
-from hessian_tools.spectra.quadrature import (
-    BlockSpectra,
-    Quadrature,
-    Settings,
-    names_and_cuts,
-    notes_on,
-    solved,
-)
+from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
+from hessian_tools.spectra.slq import Settings, names_and_cuts, notes_on, solved, truncated
 
 TOLERANCES = (*READINGS, "scale")  # what can be asked to meet the tolerance
 FIRST_PROBES, FIRST_STEPS = (
@@ -235,7 +229,7 @@ def _shares(
 ) -> tuple[dict[str, _Shares], dict[str, float]]:
     """The shares of all blocks in the uncertainty of each reading asked for, and the means."""
     comparison = Comparison(blocks, [name for name in asked if name != "scale"], DEFAULTS)
-    fewer = [block.with_steps(-(-2 * block.nodes.shape[1] // 3)) for block in blocks]
+    fewer = [truncated(block, -(-2 * block.nodes.shape[1] // 3)) for block in blocks]
     together = Comparison(fewer, comparison.readings, DEFAULTS).means
     alone = [
         comparison.means if less is block else comparison.replacing(index, less)

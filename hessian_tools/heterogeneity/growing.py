@@ -14,9 +14,9 @@ from typing import Any
 
 from hessian_tools.spectra.lanczos import LanczosResult, LanczosState, lanczos, resume
 from hessian_tools.spectra.probes import draw_probes
-from hessian_tools.spectra.quadrature import (
+from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.spectra.slq import (
     WORK_VECTORS,
-    Quadrature,
     Settings,
     local_note,
     nonfinite,

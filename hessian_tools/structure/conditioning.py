@@ -26,7 +26,8 @@ from hessian_tools.blocks.partition import Cut
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem
-from hessian_tools.spectra.quadrature import Quadrature, blockwise_slq
+from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.spectra.slq import blockwise_slq
 from hessian_tools.structure.dense import cuts_of, in_float64, problem_of
 
 MOST_ENTRIES = 1024  # default limit on n of a block
@@ -220,7 +221,7 @@ def block_extremes(
     """The largest and smallest eigenvalue of every block of ``partition`` by ``num_steps`` batched Lanczos steps.
 
     Blocks with no more entries than the products that this takes are solved exactly. The arguments are those of
-    :func:`hessian_tools.spectra.quadrature.blockwise_slq`, whose ``finished`` and ``on_block`` let a killed run go on.
+    :func:`hessian_tools.spectra.slq.blockwise_slq`, whose ``finished`` and ``on_block`` let a killed run go on.
     """
     spectra = blockwise_slq(
         problem_or_hessian, partition, num_probes=num_probes, num_steps=num_steps, seed=seed, finished=finished,

@@ -28,7 +28,8 @@ from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem
 from hessian_tools.spectra.probes import draw_probes
-from hessian_tools.spectra.quadrature import Estimate, Settings
+from hessian_tools.spectra.quadrature import Estimate
+from hessian_tools.spectra.slq import Settings
 from hessian_tools.structure.dense import MOST_ENTRIES, Columns, cuts_of, dense_block, problem_of
 from hessian_tools.structure.draws import BlockGrid, Draw
 

@@ -82,13 +82,16 @@ def main() -> None:
     unit = operations(forward)
     rows = [
         ("whole Hessian, graph recorded, 8 probes", full_product(case, 8, True)),
-        ("whole Hessian, linear program, 8 probes", full_product(case, 8, True, "linear program")),
+        (
+            "whole Hessian, tangent program, 8 probes",
+            full_product(case, 8, True, "tangent program"),
+        ),
         ("whole Hessian, graph rebuilt, 8 probes", full_product(case, 8, False)),
         ("whole Hessian, graph rebuilt, 1 probe", full_product(case, 1, False)),
         ("one weight block (mean), 4 probes", block_product(case, 4)),
         (
-            "one weight block (mean), linear program, 4 probes",
-            block_product(case, 4, "linear program"),
+            "one weight block (mean), tangent program, 4 probes",
+            block_product(case, 4, "tangent program"),
         ),
         ("one weight block (mean), 1 probe", block_product(case, 1)),
         ("one weight block (mean), backward into all leaves, 1 probe", into_all_leaves(case)),

@@ -34,7 +34,7 @@ WAYS = {
         "record": True,
         "segments": LAYERED,
     },
-    "linear program": {"route": "linear program"},
+    "tangent program": {"route": "tangent program"},
 }
 MODELS = ("resnet18", "gpt")
 PROBES = (1, 8)
@@ -51,7 +51,7 @@ def measured(model: str, way: str, probes: int, device: str, smoke: bool) -> dic
         )
         operator.matmat(
             vectors
-        )  # with a linear program's trace, its comparison and whatever libraries load once
+        )  # with a tangent program's trace, its comparison and whatever libraries load once
         operator.release()
         taken = peak_bytes(operator.device, lambda: operator.matmat(vectors)) + vectors.nbytes
     return {

@@ -47,7 +47,7 @@ def run(start: float) -> None:
     """The run itself; prints the table."""
     from hessian_tools.app import cli
     from hessian_tools.curvature.engine import double_backward, engine
-    from hessian_tools.curvature.tangent import route as linear_route
+    from hessian_tools.curvature.tangent import route as tangent_route
     from hessian_tools.plots import spectra as plotting
     from hessian_tools.spectra import slq
 
@@ -57,12 +57,12 @@ def run(start: float) -> None:
     double_backward.DoubleBackward._differentiated = clocked(
         spent, "second-order passes", differentiated
     )
-    linear_route.Program.__call__ = clocked(
-        spent, "second-order passes", linear_route.Program.__call__
+    tangent_route.Program.__call__ = clocked(
+        spent, "second-order passes", tangent_route.Program.__call__
     )
     engine.choose = clocked(spent, "planning", engine.choose)
-    engine.Engine._linearise = clocked(
-        spent, "tracing and checking the linear program", engine.Engine._linearise
+    engine.Engine._take_tangent = clocked(
+        spent, "tracing and checking the tangent program", engine.Engine._take_tangent
     )
     cli.verify = clocked(spent, "verification", cli.verify)
     slq.lanczos = clocked(spent, "Lanczos besides the products", slq.lanczos)

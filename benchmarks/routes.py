@@ -1,10 +1,10 @@
 """What each way of computing products brings: time in forward passes, in one process, taking turns.
 
 `python benchmarks/routes.py [--models gpt resnet18] [--compile] [--rounds 5]` prints a table and writes
-benchmarks/results/routes.json. Rows: double backward and linear programs, one and eight probes at once, with and
+benchmarks/results/routes.json. Rows: double backward and tangent programs, one and eight probes at once, with and
 without keeping freed memory (`hessian_tools.curvature.engine.memory.keep_freed_memory`); `vmap(jvp(grad))` as functorch computes it;
 and, with --compile (minutes, needs a C++ compiler), that pass traced, its constant part taken out, and compiled by
-torch.compile: what fused elementwise kernels would bring beyond the linear program.
+torch.compile: what fused elementwise kernels would bring beyond the tangent program.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def ways(case: Case, with_compiled: bool) -> dict[str, tuple[int, Callable[[], A
         PROBES, problem.num_parameters, generator=torch.Generator().manual_seed(0)
     )
     operators = {
-        r: ht.HessianOperator(problem, route=r) for r in ("double backward", "linear program")
+        r: ht.HessianOperator(problem, route=r) for r in ("double backward", "tangent program")
     }
 
     def keeping(operator: ht.HessianOperator, rows: int, kept: bool) -> Callable[[], Tensor]:

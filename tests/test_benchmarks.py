@@ -318,8 +318,8 @@ def test_a_whole_run_is_divided_up(tmp_path, monkeypatch, capsys):
 
 
 def test_planned_peaks_are_held_against_the_process(tmp_path, monkeypatch, capsys):
-    found = peaks.measured("gpt", "linear program", 2, "cpu", smoke=True)
-    assert found["planned"] > 0 and found["taken"] > 0 and "linear program" in found["plan"]
+    found = peaks.measured("gpt", "tangent program", 2, "cpu", smoke=True)
+    assert found["planned"] > 0 and found["taken"] > 0 and "tangent program" in found["plan"]
     out, row = tmp_path / "peaks.json", {"planned": 1000, "taken": 1100, "plan": "some"}
     done = SimpleNamespace(returncode=0, stdout=f"noise\n{json.dumps(row)}\n")
     monkeypatch.setattr(peaks.subprocess, "run", lambda command, **options: done)

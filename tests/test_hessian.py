@@ -422,7 +422,7 @@ def test_a_linear_program_takes_over_once_it_pays(name, monkeypatch):
     assert operator.route.startswith("double backward")
     monkeypatch.setitem(engine._WORTH_TRACING, "cpu", operator._engine._made)
     assert relative_error(operator.matmat(vectors), expected) < 1e-10
-    assert operator.route.startswith("linear program") and operator.plan.recorded
+    assert operator.route.startswith("tangent program") and operator.plan.recorded
     for cut in ht.partition(problem.model, "neuron").cuts[:3]:
         rows = torch.randn(2 * cut.num_blocks, cut.block_size, dtype=torch.float64)
         reference = (
@@ -447,7 +447,7 @@ def test_a_sums_first_term_is_written_over_whatever_was_in_memory():
 
 @pytest.mark.parametrize("blockwise", [False, True])
 def test_long_runs_are_announced(blockwise, monkeypatch):
-    """SLQ says how many products will come, so a linear program takes over at once: one product is left to compare."""
+    """SLQ says how many products will come, so a tangent program takes over at once: one product is left to compare."""
     operator, steps = ht.HessianOperator(network("mlp"), memory="1GiB"), 9
     blocks = list(ht.partition(operator.problem.model, "weights"))[:2] if blockwise else []
     whole_run = operator._engine._cost(steps * max(1, len(blocks)), not blockwise)
@@ -459,7 +459,7 @@ def test_long_runs_are_announced(blockwise, monkeypatch):
         ht.blockwise_slq(operator, blocks, **options)
     else:
         ht.slq(operator, **options)
-    assert operator.route.startswith("linear program") and len(asked) == 1
+    assert operator.route.startswith("tangent program") and len(asked) == 1
 
 
 class Detached(nn.Module):
@@ -484,8 +484,8 @@ def test_a_linear_program_with_another_product_is_refused():
     assert (
         "double backward" in operator.route and "is not that of double backward" in operator.route
     )
-    with pytest.raises(ValueError, match="route='linear program' cannot be had: its product"):
-        ht.HessianOperator(problem, memory="1GiB", route="linear program").matmat(vectors)
+    with pytest.raises(ValueError, match="route='tangent program' cannot be had: its product"):
+        ht.HessianOperator(problem, memory="1GiB", route="tangent program").matmat(vectors)
     with pytest.raises(ValueError, match="route is 'fast'"):
         ht.HessianOperator(problem, route="fast")
 
@@ -493,7 +493,7 @@ def test_a_linear_program_with_another_product_is_refused():
 def test_a_linear_program_that_runs_out_of_memory_gives_way(monkeypatch):
     problem = network("gpt")
     vectors = torch.randn(4, problem.num_parameters, dtype=torch.float64)
-    operator = ht.HessianOperator(problem, memory="1GiB", route="linear program")
+    operator = ht.HessianOperator(problem, memory="1GiB", route="tangent program")
     expected, calls = operator.matmat(vectors), []
 
     def failing(self, cotangents, values):
@@ -507,7 +507,7 @@ def test_a_linear_program_that_runs_out_of_memory_gives_way(monkeypatch):
     assert relative_error(found, expected) < 1e-10
 
 
-@pytest.mark.parametrize("route", ["double backward", "linear program"])
+@pytest.mark.parametrize("route", ["double backward", "tangent program"])
 def test_a_jobs_passes_and_operations(route, monkeypatch):
     """A longer blockwise job calls the model no more often, and each further product costs what a block's may."""
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from hessian_tools.spectra.quadrature import Quadrature
 class HessianTools(Contender):
     name, package, rebuilds = "hessian_tools", "hessian_tools", False
     how = (
-        "HessianOperator(route='linear program').matmat and .block, warm; slq and spectral_density, blockwise_slq with "
+        "HessianOperator(route='tangent program').matmat and .block, warm; slq and spectral_density, blockwise_slq with "
         "defaults"
     )
 
@@ -33,7 +33,7 @@ class HessianTools(Contender):
     @cached_property
     def settled(self) -> ht.HessianOperator:
         """What the default comes to after some products, for jobs that time a product on its own."""
-        return ht.HessianOperator(self.case.problem(), route="linear program")
+        return ht.HessianOperator(self.case.problem(), route="tangent program")
 
     @cached_property
     def blocks(self) -> ht.Partition:

@@ -58,7 +58,7 @@ class HessianOperator(SymmetricOperator):
             budget decide.
         precision: of float32 matrix products and convolutions on CUDA: "ieee" (true float32), "tf32" (faster), or "as
             given", as the process is set (PyTorch's own: TF32 for convolutions). See :mod:`hessian_tools.curvature.engine.precision`.
-        route: "double backward"; "linear program", which is faster, but must be traced (seconds) and checked against
+        route: "double backward"; "tangent program", which is faster, but must be traced (seconds) and checked against
             the former; "auto" changes from the first to the second, if it can, once products have cost enough, or at
             once where :meth:`expect` says that they will.
 

@@ -2,7 +2,7 @@
 
 It goes through micro-batches and chunks of rows as the plan says (:mod:`hessian_tools.curvature.engine.plan`: what is recorded, cut and
 recomputed); a route does the differentiation on one micro-batch (:mod:`hessian_tools.curvature.engine.double_backward`). Once products
-have cost, or are announced to cost, enough to pay for tracing, and where memory allows, a linear program takes over
+have cost, or are announced to cost, enough to pay for tracing, and where memory allows, a tangent program takes over
 (:mod:`hessian_tools.curvature.tangent.route`), after it has given the same product. Another route is another class with
 ``products``, ``holds``, ``release`` and ``name``.
 """
@@ -36,14 +36,14 @@ from hessian_tools.curvature.engine.precision import Arithmetic
 from hessian_tools.curvature.engine.recompute import LAYERED, NONE, STREAMED, Segments
 from hessian_tools.curvature.engine.trials import Trials
 from hessian_tools.curvature.tangent.graph import Untraceable
-from hessian_tools.curvature.tangent.route import Linearised
+from hessian_tools.curvature.tangent.route import TangentRoute
 from hessian_tools.problem.problem import Problem, batch_length
 
 Spread = Callable[[slice], Sequence[Tensor | None]]  # None: zero
 Collect = Callable[[slice, Sequence[Tensor | None], float], None]
 Todo = list[tuple[float, Any, int]]  # weight in L, micro-batch, rows that are done
-ROUTES = ("auto", "linear program", "double backward")
-# operations of products, made or announced, after which "auto" traces: a linear program saves by then the seconds that
+ROUTES = ("auto", "tangent program", "double backward")
+# operations of products, made or announced, after which "auto" traces: a tangent program saves by then the seconds that
 # tracing takes; counted, so that runs agree
 _WORTH_TRACING = {"cpu": 7e11, "cuda": 1e14}
 
@@ -67,9 +67,9 @@ class Engine:
         self.budget = budget_bytes(memory, problem.device)
         self.trials = Trials(problem, arithmetic, self.budget)
         self.double_backward = DoubleBackward(problem)
-        self.route: DoubleBackward | Linearised = self.double_backward
-        self.without_linear: Plan | None = None  # the plan to go back to from a linear program
-        self.not_linear = ""  # why no linear program is used
+        self.route: DoubleBackward | TangentRoute = self.double_backward
+        self.without_tangent: Plan | None = None  # the plan to go back to from a tangent program
+        self.no_tangent = ""  # why no tangent program is used
         self._made = self._expected = 0.0  # operations of products, by counted cost
         refused = self.trials.refused
         if (
@@ -99,8 +99,8 @@ class Engine:
         """
         if self.problem.device.type == "cpu":
             keep_freed_memory()
-        if self._linear_is_due(count, len(names) == len(self.problem.parameters)):
-            self._linearise()
+        if self._tangent_is_due(count, len(names) == len(self.problem.parameters)):
+            self._take_tangent()
         todo = [(weight, batch, 0) for weight, batch in self.plan.pieces]
         while todo and count:
             weight, batch, first = todo[0]
@@ -134,13 +134,13 @@ class Engine:
 
     @property
     def described(self) -> str:
-        why = f" (no linear program: {self.not_linear})" if self.not_linear else ""
+        why = f" (no tangent program: {self.no_tangent})" if self.no_tangent else ""
         return f"{self.route.name}{why}; {self.plan}; {self.arithmetic}"
 
     def _adopt(self, plan: Plan) -> None:
         if self.route is not self.double_backward:
             self.route.release()
-        self.plan, self.without_linear, self.route, route = (
+        self.plan, self.without_tangent, self.route, route = (
             plan,
             None,
             self.double_backward,
@@ -150,12 +150,12 @@ class Engine:
             route.release()
             route.recorded, route.segments = plan.recorded, plan.segments
 
-    def _linear_is_due(self, rows: int, whole: bool) -> bool:
-        """Whether to change to a linear program now; counts the work of the product that comes."""
+    def _tangent_is_due(self, rows: int, whole: bool) -> bool:
+        """Whether to change to a tangent program now; counts the work of the product that comes."""
         if (
             self.route is not self.double_backward
             or self.wanted == "double backward"
-            or self.not_linear
+            or self.no_tangent
         ):
             return False
         if self.wanted == "auto":
@@ -176,38 +176,38 @@ class Engine:
         examples = sum(batch_length(batch) or 1 for _, batch in self.plan.pieces)
         return rows * examples * self.trials.example_operations * (6 if whole else 1.3)
 
-    def _linearise(self) -> None:
-        """Takes a linear program as the route if there is one, it fits the budget and it gives the same product."""
+    def _take_tangent(self) -> None:
+        """Takes a tangent program as the route if there is one, it fits the budget and it gives the same product."""
         problem, plan, batches = self.problem, self.plan, [batch for _, batch in self.plan.pieces]
         try:
-            linear = Linearised(problem, batches)
-            graphs = linear.graph_bytes
-            row = linear.row_bytes + 2 * problem.num_parameters * problem.dtype.itemsize
+            tangent = TangentRoute(problem, batches)
+            graphs = tangent.graph_bytes
+            row = tangent.row_bytes + 2 * problem.num_parameters * problem.dtype.itemsize
             rows = min(MAX_ROWS, (int(PRODUCT_SHARE * self.budget) - graphs) // row)
             if rows < 1:
                 needed = format_bytes((graphs + row) / PRODUCT_SHARE)
                 raise Untraceable(f"its constants and a probe's pass need a budget of {needed}")
-            self._compare(linear, batches[0])
+            self._compare(tangent, batches[0])
         except Untraceable as reason:
-            if self.wanted == "linear program":
+            if self.wanted == "tangent program":
                 raise ValueError(
-                    f"route='linear program' cannot be had: {reason}; pass route='auto'"
+                    f"route='tangent program' cannot be had: {reason}; pass route='auto'"
                 ) from reason
-            self.not_linear = str(reason)
+            self.no_tangent = str(reason)
             return
-        left = max(0, self.budget - graphs - max(linear.recording_bytes, rows * row))
-        self.without_linear, self.route = plan, linear
+        left = max(0, self.budget - graphs - max(tangent.recording_bytes, rows * row))
+        self.without_tangent, self.route = plan, tangent
         self.plan = replace(
-            plan, recorded=True, segments=NONE, rows=rows, graph_bytes=graphs, recording_bytes=linear.recording_bytes,
+            plan, recorded=True, segments=NONE, rows=rows, graph_bytes=graphs, recording_bytes=tangent.recording_bytes,
             pass_bytes=0, row_bytes=row, krylov_bytes=left,
         )  # fmt: skip
 
-    def _compare(self, linear: Linearised, batch: Any) -> None:
+    def _compare(self, tangent: TangentRoute, batch: Any) -> None:
         """Untraceable where a random product by double backward is another; its graphs are freed before the second."""
         parameters, generator = self.problem.parameters, torch.Generator().manual_seed(0)
         vectors = [torch.randn(1, *p.shape, generator=generator).to(p) for p in parameters.values()]
         found: list[list[Tensor]] = []
-        for route in (self.double_backward, linear):
+        for route in (self.double_backward, tangent):
             with (
                 self.arithmetic.active(),
                 closing(route.products(batch, list(parameters), [vectors])) as products,
@@ -235,8 +235,8 @@ class Engine:
         half = min(plan.rows, rows) // 2
         if half:
             plan, step = replace(plan, rows=half), f"{half} probes at once"
-        elif self.without_linear is not None:
-            self.not_linear, plan, step = "out of memory", self.without_linear, "double backward"
+        elif self.without_tangent is not None:
+            self.no_tangent, plan, step = "out of memory", self.without_tangent, "double backward"
         elif plan.recorded and not all(self.route.holds(batch) for _, batch in plan.pieces):
             plan, step = self._changed(plan, recorded=False), "graphs rebuilt for every product"
         elif (cut := self._halved(plan, todo, (longest + 1) // 2)) is not None:
@@ -253,7 +253,7 @@ class Engine:
         if not any(note.startswith("out of memory") for note in plan.notes):
             told = f"{failure}: goes on with {step}; `route` tells of further steps"
             warnings.warn(told, RuntimeWarning, stacklevel=5)
-        if half and self.without_linear is not None:
+        if half and self.without_tangent is not None:
             self.plan = replace(plan, notes=(*plan.notes, note))
         else:
             self._adopt(replace(plan, notes=(*plan.notes, note)))

@@ -1,4 +1,4 @@
-"""Products with second derivatives by a linear program: the gradient's graph, differentiated forward once and for all.
+"""Products with second derivatives by a tangent program: the gradient's graph, differentiated forward once and for all.
 
 For fixed weights the map from a tangent of the parameters to the tangent of the gradient, v -> H v, is linear. It is
 compiled here from the gradient's graph (:mod:`hessian_tools.curvature.tangent.graph`) into a list of linear steps:

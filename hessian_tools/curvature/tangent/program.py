@@ -1,4 +1,4 @@
-"""Linear programs: what a linearised gradient is compiled into, and how it runs.
+"""Tangent programs: what a linearised gradient is compiled into, and how it runs.
 
 Letters: k probes. A tangent of a value of shape s is a tensor (k, *s).
 """

@@ -1,4 +1,4 @@
-"""Route: products by linear programs, traced once for each shape of micro-batch (:mod:`hessian_tools.curvature.tangent.linearize`).
+"""Route: products by tangent programs, traced once for each shape of micro-batch (:mod:`hessian_tools.curvature.tangent.linearize`).
 
 The same interface as :class:`hessian_tools.curvature.engine.double_backward.DoubleBackward`, and the same operations counted (6 F a
 probe of the whole Hessian), but less memory traffic: no graph is walked, elementwise chains are one pass a term.
@@ -18,7 +18,7 @@ from hessian_tools.problem.problem import Problem, tensors_of, with_tensors
 MOST_SHAPES = 4  # of micro-batches; each is traced on its own
 
 
-class Linearised:
+class TangentRoute:
     """Second derivatives of a Problem's loss on given micro-batches, constants kept for all products.
 
     Raises:
@@ -26,7 +26,7 @@ class Linearised:
             batches of too many shapes.
     """
 
-    name = "linear program"
+    name = "tangent program"
 
     def __init__(self, problem: Problem, batches: Sequence[Any]) -> None:
         self.problem = problem

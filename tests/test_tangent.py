@@ -1,4 +1,4 @@
-"""Linear programs against dense double backward: networks, single operations, counted operations and bytes."""
+"""Tangent programs against dense double backward: networks, single operations, counted operations and bytes."""
 
 import problems
 import pytest
@@ -12,14 +12,14 @@ import hessian_tools as ht
 from hessian_tools.curvature.engine.memory import measuring
 from hessian_tools.curvature.tangent.graph import Untraceable, traced_gradient
 from hessian_tools.curvature.tangent.linearize import Linearisation
-from hessian_tools.curvature.tangent.route import Linearised
+from hessian_tools.curvature.tangent.route import TangentRoute
 from hessian_tools.problem.networks import NanoGPT
 
 
 def products(problem, names, vectors, route=None) -> list[torch.Tensor]:
     """Pooled over the batches, zeros filled in."""
     route, total = (
-        route or Linearised(problem, problem.batches),
+        route or TangentRoute(problem, problem.batches),
         [torch.zeros_like(v) for v in vectors],
     )
     for weight, batch in zip(problem.weights, problem.batches, strict=True):
@@ -59,7 +59,7 @@ def test_whole_hessian(name):
 @pytest.mark.parametrize("name", ["gpt", "batchnorm-batch", "hf-gpt2"])
 def test_diagonal_blocks(name):
     problem = network(name)
-    dense, first, route = dense_hessian(problem), 0, Linearised(problem, problem.batches)
+    dense, first, route = dense_hessian(problem), 0, TangentRoute(problem, problem.batches)
     for parameter, tensor in problem.parameters.items():
         size = tensor.numel()
         block = dense[first : first + size, first : first + size]
@@ -150,7 +150,7 @@ def test_taps_that_only_see_padding_are_not_multiplied(side, convolutions):
     )
     nodes = traced_gradient(problem, problem.batches[0]).nodes
     assert sum("convolution" in str(node.target) for node in nodes) == convolutions
-    route = Linearised(problem, problem.batches)
+    route = TangentRoute(problem, problem.batches)
     vectors = [torch.randn(1, *p.shape) for p in problem.parameters.values()]
     list(route.products(problem.batches[0], list(problem.parameters), [vectors]))
     with FlopCounterMode(display=False) as counter:
@@ -163,7 +163,7 @@ def test_taps_that_only_see_padding_are_not_multiplied(side, convolutions):
 
 def test_what_cannot_be_traced_is_refused_with_its_reason():
     with pytest.raises(Untraceable, match="sigmoid_"):
-        Linearised(network("lstm"), network("lstm").batches)
+        TangentRoute(network("lstm"), network("lstm").batches)
     problem = ht.Problem(
         Own(lambda w: w if w.sum() > 0 else -w), lambda m, b: (m(b) ** 2).mean(), [torch.ones(1)]
     )
@@ -173,13 +173,13 @@ def test_what_cannot_be_traced_is_refused_with_its_reason():
 
 def test_an_optimizers_step_is_seen():
     problem = network("mlp")
-    route, names = Linearised(problem, problem.batches), list(problem.parameters)
+    route, names = TangentRoute(problem, problem.batches), list(problem.parameters)
     vectors = shaped(problem, flat(problem, 1))
     (before,) = route.products(problem.batches[0], names, [vectors])
     with torch.no_grad():
         problem.parameters["0.weight"].mul_(2.0)
     (after,) = route.products(problem.batches[0], names, [vectors])
-    (expected,) = Linearised(problem, problem.batches).products(
+    (expected,) = TangentRoute(problem, problem.batches).products(
         problem.batches[0], names, [vectors]
     )
     assert not torch.allclose(before[0], after[0])
@@ -202,7 +202,7 @@ def operations(call) -> int:
 
 def test_counted_operations_are_the_floor():
     problem = gpt_problem()
-    route, batch = Linearised(problem, problem.batches), problem.batches[0]
+    route, batch = TangentRoute(problem, problem.batches), problem.batches[0]
 
     def forward():
         with problem.evaluating(), torch.no_grad():
@@ -227,7 +227,7 @@ def test_bytes_foretold_are_the_bytes_taken():
     problem = gpt_problem()
     probes, names = 3, list(problem.parameters)
     vectors = shaped(problem, flat(problem, probes))
-    route = Linearised(problem, problem.batches)
+    route = TangentRoute(problem, problem.batches)
     with measuring(problem.device, 1 << 40) as live:
         live.restart()
         for _ in route.products(problem.batches[0], names, []):

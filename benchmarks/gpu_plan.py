@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from hessian_tools.app.report import table
 from hessian_tools.curvature.engine.memory import format_bytes
-from hessian_tools.problem.problem import LossFunction
+from hessian_tools.problem.losses import LossFunction
 
 VECTOR_BYTES = 4  # Lanczos vectors are float32
 WORK_VECTORS = 5  # of a probe, besides its basis

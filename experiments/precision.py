@@ -39,7 +39,7 @@ import hessian_tools as ht
 from hessian_tools.app import report
 from hessian_tools.app.runs import RunFolder
 from hessian_tools.problem import zoo
-from hessian_tools.problem.problem import to_device
+from hessian_tools.problem.batches import to_device
 
 # name -> knobs of zoo.load; data cut so that one core does a variant in minutes
 MODELS = {"gpt-nano": {"num_examples": 2, "context": 32}, "vit-nano": {"num_examples": 4, "image_size": 16},

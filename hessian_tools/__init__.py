@@ -26,7 +26,8 @@ from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
 from hessian_tools.heterogeneity.adaptive import AdaptiveJS0, adaptive_js0
 from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
 from hessian_tools.heterogeneity.verdict import Verdict
-from hessian_tools.problem.problem import Problem, cross_entropy, huggingface, mse
+from hessian_tools.problem.losses import cross_entropy, huggingface, mse
+from hessian_tools.problem.problem import Problem
 from hessian_tools.results import load, save
 from hessian_tools.spectra.density import SpectralDensity, spectral_density
 from hessian_tools.spectra.lanczos import LanczosResult, lanczos

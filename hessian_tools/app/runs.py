@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from hessian_tools.errors import NumericalError
-from hessian_tools.problem.problem import Problem, tensors_of, to_device
+from hessian_tools.problem.batches import tensors_of, to_device
+from hessian_tools.problem.problem import Problem
 from hessian_tools.problem.vision import repair
 from hessian_tools.results import Journal, load, load_json, save, write_atomically
 

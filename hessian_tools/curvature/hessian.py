@@ -20,7 +20,8 @@ from hessian_tools.curvature.engine.precision import PRECISIONS, arithmetic
 from hessian_tools.curvature.engine.recompute import Segments
 from hessian_tools.curvature.operators import SymmetricOperator
 from hessian_tools.curvature.verification import Verification, verify
-from hessian_tools.problem.problem import Problem, batch_length
+from hessian_tools.problem.batches import batch_length
+from hessian_tools.problem.problem import Problem
 
 
 class _Sum:

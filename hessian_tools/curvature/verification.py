@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hessian_tools.blocks.partition import Block, partition
-from hessian_tools.problem.problem import Problem, batch_length, to_device
+from hessian_tools.problem.batches import batch_length, to_device
+from hessian_tools.problem.problem import Problem
 
 if TYPE_CHECKING:
     from hessian_tools.curvature.hessian import HessianOperator

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from hessian_tools.problem import data as real_data
+from hessian_tools.problem.losses import LossFunction, cross_entropy
 from hessian_tools.problem.networks import MLP, MLPMixer, NanoGPT, SmallResNet, SmallVGG
-from hessian_tools.problem.problem import LossFunction, cross_entropy
 from hessian_tools.problem.vision import repair, torchvision
 
 Build = Callable[[int, int], nn.Module]  # (number of classes, size) -> model

@@ -37,7 +37,8 @@ from hessian_tools.curvature.engine.recompute import LAYERED, NONE, STREAMED, Se
 from hessian_tools.curvature.engine.trials import Trials
 from hessian_tools.curvature.tangent.graph import Untraceable
 from hessian_tools.curvature.tangent.route import TangentRoute
-from hessian_tools.problem.problem import Problem, batch_length
+from hessian_tools.problem.batches import batch_length
+from hessian_tools.problem.problem import Problem
 
 Spread = Callable[[slice], Sequence[Tensor | None]]  # None: zero
 Collect = Callable[[slice, Sequence[Tensor | None], float], None]

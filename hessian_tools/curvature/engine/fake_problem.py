@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hessian_tools.problem.problem import Problem, tensors_of, with_tensors
+from hessian_tools.problem.batches import tensors_of, with_tensors
+from hessian_tools.problem.problem import Problem
 
 
 class Unimaginable(Exception):

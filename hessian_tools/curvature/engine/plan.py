@@ -22,7 +22,8 @@ from typing import Any
 
 from hessian_tools.curvature.engine.memory import format_bytes
 from hessian_tools.curvature.engine.recompute import LAYERED, NONE, STREAMED, Segments
-from hessian_tools.problem.problem import Problem, batch_length
+from hessian_tools.problem.batches import batch_length
+from hessian_tools.problem.problem import Problem
 
 MAX_ROWS = 64  # more probes at once bring no further speed and cost memory
 PRODUCT_SHARE = 0.6  # of the budget, for graphs and passes; the rest is for Lanczos vectors

@@ -15,7 +15,8 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hessian_tools.problem.problem import Problem, tensors_of, with_tensors
+from hessian_tools.problem.batches import tensors_of, with_tensors
+from hessian_tools.problem.problem import Problem
 
 _ATEN = torch.ops.aten
 # kept whole: linearised.py has a better rule for them than for their pieces

@@ -13,7 +13,8 @@ from torch import Tensor
 from hessian_tools.curvature.tangent.graph import Untraceable, traced_gradient
 from hessian_tools.curvature.tangent.linearize import Linearisation
 from hessian_tools.curvature.tangent.program import Program
-from hessian_tools.problem.problem import Problem, tensors_of, with_tensors
+from hessian_tools.problem.batches import tensors_of, with_tensors
+from hessian_tools.problem.problem import Problem
 
 MOST_SHAPES = 4  # of micro-batches; each is traced on its own
 

@@ -1,0 +1,136 @@
+"""How a model is evaluated: so that second derivatives exist, and so that it comes back unchanged.
+
+Every context manager here sees to one concern and puts back what it changed, also after an
+exception; :func:`evaluating` enters them all.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# attention kernels of transformers that have no second derivative
+ONCE_DIFFERENTIABLE_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, batch_stats: bool | None) -> Iterator[None]:
+    """``model`` as it is differentiated; derivatives are taken inside, too."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(buffers_put_back(model))
+        stack.enter_context(batch_norm_mode(model, batch_stats))
+        stack.enter_context(twice_differentiable_attention(model))
+        stack.enter_context(fast_path_off())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(cudnn_off())
+        # the fused kernels of scaled_dot_product_attention have no second derivative
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+@contextlib.contextmanager
+def buffers_put_back(model: nn.Module) -> Iterator[None]:
+    """What happens to the values of buffers inside is undone."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in before:
+                # writing raises the version, which a graph that has saved the buffer would refuse
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def batch_norm_mode(model: nn.Module, batch_stats: bool | None) -> Iterator[None]:
+    """BatchNorm by each batch's own statistics (True), by the running ones (False), or as it is.
+
+    The running statistics never change.
+    """
+    norms = [] if batch_stats is None else list(batch_norms(model).values())
+    before = [(norm, norm.training, norm.track_running_stats) for norm in norms]
+    try:
+        for norm in norms:
+            norm.training = bool(batch_stats)
+            if batch_stats:
+                # without tracking, neither the running statistics nor their counter is touched
+                norm.track_running_stats = False
+        yield
+    finally:
+        for norm, training, tracking in before:
+            norm.training = training
+            norm.track_running_stats = tracking
+
+
+@contextlib.contextmanager
+def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
+    """Models of transformers use a kernel of PyTorch where theirs has no second derivative."""
+    kernels = [(c, getattr(c, "_attn_implementation", None)) for c in transformers_configs(model)]
+    switched = [pair for pair in kernels if pair[1] in ONCE_DIFFERENTIABLE_ATTENTION]
+    try:
+        for config, _ in switched:
+            config._attn_implementation = "sdpa"
+        yield
+    finally:
+        for config, kernel in switched:
+            config._attn_implementation = kernel
+
+
+@contextlib.contextmanager
+def fast_path_off() -> Iterator[None]:
+    """Without the fused inference kernels of nn.MultiheadAttention and nn.TransformerEncoder."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
+def cudnn_off() -> Iterator[None]:
+    """Without cuDNN, whose recurrent layers have no second derivative."""
+    # torch.backends.cudnn.flags would also switch TF32 on, and raises where the process has set
+    # TF32 by operation
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
+
+
+def transformers_configs(model: nn.Module) -> list[Any]:
+    """The configs that modules of transformers share; Any, as that library is optional."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in configs if config is not None}.values())
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers of ``model`` by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def stated_batch_stats(model: nn.Module, batch_stats: bool | None) -> bool | None:
+    """``batch_stats`` as it applies to ``model``: None without BatchNorm.
+
+    Where no BatchNorm layer has running statistics, batch statistics are the only choice. Raises
+    ValueError where there is a choice and ``batch_stats`` is None.
+    """
+    norms = batch_norms(model)
+    if not norms:
+        return None
+    if batch_stats is not None:
+        return batch_stats
+    if any(norm.track_running_stats for norm in norms.values()):
+        first = next(iter(norms)) or "the model itself"
+        raise ValueError(
+            f"model has BatchNorm ({first} and {len(norms) - 1} more); say batch_stats=True (each "
+            "batch's own statistics, as in training) or batch_stats=False (the running ones)"
+        )
+    return True

@@ -5,15 +5,12 @@ libraries (torchvision, transformers, matplotlib) are imported only when a model
 """
 
 from hessian_tools import quadratic
-from hessian_tools.blocks.adam_mini_names import adam_mini_names
-from hessian_tools.blocks.param_groups import (
-    AdamMiniArguments,
-    StateSavings,
-    adam_mini_arguments,
-    param_groups,
-    state_savings,
-)
-from hessian_tools.blocks.partition import Block, Partition, alternatives, partition
+from hessian_tools.blocks.adam_mini import adam_mini_names
+from hessian_tools.blocks.adam_mini_arguments import AdamMiniArguments, adam_mini_arguments
+from hessian_tools.blocks.block import Block
+from hessian_tools.blocks.param_groups import StateSavings, param_groups, state_savings
+from hessian_tools.blocks.partition import Partition
+from hessian_tools.blocks.presets import alternatives, partition
 from hessian_tools.curvature.engine.recompute import Segments
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.curvature.operators import (

@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from hessian_tools.blocks.adam_mini_names import Keywords
-from hessian_tools.blocks.block import Cut, Part, Partition
-from hessian_tools.blocks.param_groups import AdamMiniArguments, StateSavings
+from hessian_tools.blocks.adam_mini import Keywords
+from hessian_tools.blocks.adam_mini_arguments import AdamMiniArguments
+from hessian_tools.blocks.block import Cut, Part
+from hessian_tools.blocks.param_groups import StateSavings
+from hessian_tools.blocks.partition import Partition
 from hessian_tools.curvature.verification import Check, Verification
 from hessian_tools.heterogeneity.adaptive import AdaptiveJS0, Round, Uncertainty
 from hessian_tools.heterogeneity.js import JSHeterogeneity, Reading, ScaleSpread

@@ -4,8 +4,8 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, D, F, V, gemma, gpt2, llama, qwen3
 
-from hessian_tools.blocks.adam_mini_names import Keywords, adam_mini_names
-from hessian_tools.blocks.partition import partition
+from hessian_tools.blocks.adam_mini import Keywords, adam_mini_names
+from hessian_tools.blocks.presets import partition
 
 # By the published rules and the tiny models' names and shapes, by hand: tensors that a step crashes on.
 CRASHES = {

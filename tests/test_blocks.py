@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools.blocks.block import Cut, Part, Partition, check_disjoint
-from hessian_tools.blocks.partition import partition
+from hessian_tools.blocks.block import Cut, Part
+from hessian_tools.blocks.ownership import check_disjoint
+from hessian_tools.blocks.partition import Partition
+from hessian_tools.blocks.presets import partition
 
 
 def model():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import HEADS, D, F, V, gpt2, llama, mixtral, phi3
 
-from hessian_tools.blocks.partition import alternatives, partition
+from hessian_tools.blocks.presets import alternatives, partition
 
 C_FC = "transformer.h.0.mlp.c_fc.weight"
 

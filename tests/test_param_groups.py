@@ -7,15 +7,15 @@ import torch
 from architectures import ARCHITECTURES, HEADS, KV, D, F, gpt2, llama, mixtral
 from torch import nn
 
-from hessian_tools.blocks.adam_mini_names import adam_mini_names
+from hessian_tools.blocks.adam_mini import adam_mini_names
+from hessian_tools.blocks.adam_mini_arguments import adam_mini_arguments
 from hessian_tools.blocks.block import Cut, Part
 from hessian_tools.blocks.param_groups import (
-    adam_mini_arguments,
     param_groups,
     patterns,
     state_savings,
 )
-from hessian_tools.blocks.partition import partition
+from hessian_tools.blocks.presets import partition
 
 
 def blocks_by_entry(cuts, tensors):

@@ -8,7 +8,9 @@ from problems import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from hessian_tools.blocks.partition import PRESETS, Block, Cut, Part, Partition, partition
+from hessian_tools.blocks.block import Block, Cut, Part
+from hessian_tools.blocks.partition import Partition
+from hessian_tools.blocks.presets import PRESETS, partition
 
 D, HEADS = 32, 4
 SIZES = {

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hessian_tools as ht
-from hessian_tools.blocks.block import check_disjoint
+from hessian_tools.blocks.ownership import check_disjoint
 from hessian_tools.structure.check import units
 from hessian_tools.structure.mass import ELEMENTS, WHOLE, cutting
 from hessian_tools.structure.suggestion import composed

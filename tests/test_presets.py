@@ -7,8 +7,10 @@ import torch
 from architectures import ARCHITECTURES, HEADS, KV, D, F, V, hf, inputs
 from torch import nn
 
-from hessian_tools.blocks.block import Partition, check_disjoint
-from hessian_tools.blocks.partition import KINDS, PRESETS, WAYS, Survey, alternatives, partition
+from hessian_tools.blocks.ownership import check_disjoint
+from hessian_tools.blocks.partition import Partition
+from hessian_tools.blocks.presets import PRESETS, alternatives, partition
+from hessian_tools.blocks.survey import KINDS, WAYS, Survey
 
 PARTIAL = ("weights", "official", "adam_mini_names")  # presets that say what they leave out
 

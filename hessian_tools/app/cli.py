@@ -28,7 +28,8 @@ from hessian_tools.app.options import (
     verify,
 )
 from hessian_tools.app.runs import RunFolder
-from hessian_tools.blocks.partition import PRESETS, Partition, partition
+from hessian_tools.blocks.partition import Partition
+from hessian_tools.blocks.presets import PRESETS, partition
 from hessian_tools.curvature.engine.precision import PRECISIONS
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.errors import NumericalError

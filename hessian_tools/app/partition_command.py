@@ -30,7 +30,8 @@ from hessian_tools.app.partition_text import (
     summary,
 )
 from hessian_tools.app.runs import RunFolder
-from hessian_tools.blocks.partition import PRESETS, Partition, partition
+from hessian_tools.blocks.partition import Partition
+from hessian_tools.blocks.presets import PRESETS, partition
 from hessian_tools.blocks.specification import AXES
 from hessian_tools.curvature.engine.precision import PRECISIONS
 from hessian_tools.curvature.hessian import HessianOperator

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from hessian_tools.blocks.param_groups import adam_mini_arguments, patterns
+from hessian_tools.blocks.adam_mini_arguments import adam_mini_arguments
+from hessian_tools.blocks.param_groups import patterns
 from hessian_tools.problem.problem import Problem
 from hessian_tools.structure.conditioning import BlockConditioning, BlockExtremes
 from hessian_tools.structure.report import PartitionReport

@@ -1,234 +1,181 @@
-"""Partitions of a model's parameters into named, disjoint blocks: presets as data, and a user's own.
+"""A partition: disjoint, named blocks in order, and its JSON."""
 
-A preset is an entry of PRESETS: what it does in words, its source, and a way to cut (of :data:`WAYS`) for every kind
-of tensor (of :data:`KINDS`; "vector" is any of fewer than two dimensions, "else" the rest). Kinds are told by module
-types, shapes and behaviour (:mod:`hessian_tools.blocks.survey`), never by parameter names; only ``adam_mini_names``
-reads names, because that is what it is about.
-"""
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hessian_tools.blocks.adam_mini_names import published_cuts
-from hessian_tools.blocks.attention import is_transposed
-from hessian_tools.blocks.block import Block, Cut, Part, Partition, close_names
-from hessian_tools.blocks.specification import SEMANTIC, Spec, chosen, own_cuts
-from hessian_tools.blocks.survey import KINDS, MATRICES, WAYS, Site, Survey, together
+from hessian_tools.blocks.block import Block, Cut, Part
+from hessian_tools.blocks.ownership import check_disjoint
 
-__all__ = [
-    "KINDS",
-    "PRESETS",
-    "WAYS",
-    "Block",
-    "Cut",
-    "Part",
-    "Partition",
-    "Preset",
-    "Survey",
-    "alternatives",
-    "partition",
-]
+FORMAT = 1  # of the JSON
 
 
 @dataclass(frozen=True)
-class Preset:
-    """One entry of PRESETS."""
+class Partition:
+    """Disjoint blocks in order: iterates over Blocks, indexed by name."""
 
-    says: str  # what it does
-    source: str  # who published it
-    rules: Mapping[str, str] = field(default_factory=dict)  # kind -> way
-    otherwise: Mapping[str, str] | None = None  # the rules for models without attention, if others
-    cuts: Callable[[Survey], Iterable[Cut]] | None = None  # in place of rules
+    cuts: tuple[Cut, ...]
+    preset: str = ""  # "" for own blocks
+    notes: tuple[str, ...] = ()  # what was left whole or out and why, one line each
 
-    def __call__(self, survey: Survey) -> list[Cut]:
-        """The cuts of a model."""
-        if self.cuts is not None:
-            return list(self.cuts(survey))
-        rules = self.rules
-        if self.otherwise is not None and not survey.is_transformer:
-            survey.notes.append(
-                "no attention found: the model is no Transformer, so other rules hold (see the preset)"
+    def __post_init__(self) -> None:
+        for name in ("cuts", "notes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for cut in self.cuts for name in cut.names)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Block]:
+        return {block.name: block for block in self}
+
+    def __len__(self) -> int:
+        return sum(cut.num_blocks for cut in self.cuts)
+
+    def __iter__(self) -> Iterator[Block]:
+        return (cut[i] for cut in self.cuts for i in range(cut.num_blocks))
+
+    def __contains__(self, item: object) -> bool:
+        return (item.name if isinstance(item, Block) else item) in self._by_name
+
+    def __getitem__(self, name: str) -> Block:
+        if name not in self._by_name:
+            raise KeyError(f"no block is named {name!r}{close_names(name, examples(self.cuts))}")
+        return self._by_name[name]
+
+    def to_json(self, path: str | os.PathLike) -> Path:
+        """Writes the cuts (no values of parameters) to ``path``, a readable JSON file; returns the path."""
+        document = {
+            "format": FORMAT,
+            "preset": self.preset,
+            "notes": self.notes,
+            "cuts": list(map(_plain, self.cuts)),
+        }
+        path, temporary = Path(path), Path(f"{path}.tmp")
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike, model: nn.Module) -> "Partition":
+        """The partition in a file of :meth:`to_json`, for ``model``.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: other content, a tensor that ``model`` does not have trainable or has in another shape, a cut
+                that does not fit its tensor, blocks of one name, or overlapping blocks.
+        """
+        try:
+            document = json.loads(Path(path).read_bytes())
+            if document["format"] != FORMAT:
+                raise ValueError(f"format is {document['format']!r}, not {FORMAT}")
+            cuts = [_cut(plain) for plain in document["cuts"]]
+            partition = cls(
+                tuple(cuts), str(document["preset"]), tuple(map(str, document["notes"]))
             )
-            rules = self.otherwise
-        return [cut for site in survey.sites for cut in survey.cuts(site, rules)]
-
-
-def _layer(survey: Survey) -> Iterable[Cut]:
-    for path, sites in groupby(survey.sites, key=lambda site: site.name.rpartition(".")[0]):
-        yield together(sites, path or "(root)")
-
-
-def _official(survey: Survey) -> Iterable[Cut]:
-    count = len(survey.attention.layers)
-    if not count:
-        survey.notes.append(
-            "no stack of transformer layers found: every tensor of two or more dimensions is a block"
-        )
-        return PRESETS["weights"](survey)
-    tokens = [site for site in survey.sites if survey.kinds[site.name] in ("embedding", "tied")][:1]
-    used = (
-        {None, 0, count // 4, 7 * count // 12, count - 1}
-        if tokens
-        else {None, 0, count // 2, count - 1}
-    )
-
-    def is_used(site: Site) -> bool:
-        matrix = len(site.shape) > 1 and (
-            isinstance(site.module, MATRICES) or is_transposed(site.module)
-        )
-        return site in tokens or (matrix and survey.layer_of(site.name) in used)
-
-    used_sites = filter(is_used, survey.sites)
-    return [
-        cut
-        for site in used_sites
-        for cut in (survey.cuts(site, SEMANTIC) if tokens else [site.uncut()])
-    ]
-
-
-OURS = "ours"
-ZHANG = "Zhang et al., Adam-mini: Use Fewer Learning Rates To Gain More, arXiv 2406.16793"
-ZHAO = (
-    "Zhao et al., Deconstructing What Makes a Good Optimizer for Language Models, arXiv 2407.07972"
-)
-TABLES = {"embedding": "rows", "tied": "rows", "output": "rows"}
-
-PRESETS: dict[str, Preset] = {
-    "tensor": Preset("one block a tensor", "PyTorch's own", {"else": "whole"}),
-    "semantic": Preset("one block a tensor, with fused query/key/value tensors split", OURS, SEMANTIC),
-    "weights": Preset(
-        "semantic, without tensors of fewer than two dimensions", OURS, {"vector": "skip", "else": "roles"}
-    ),
-    "layer": Preset("all of a module's own tensors together, named by its path", OURS, cuts=_layer),
-    "head": Preset(
-        "semantic, with query, key, value and the output projection's inputs split by head", OURS, {"else": "heads"}
-    ),
-    "neuron": Preset(
-        "semantic, with matrices split by output: rows of linear layers (columns of transposed ones), output channels "
-        "of convolutions, rows of embeddings, each expert's rows",
-        OURS, {"else": "rows"},
-    ),
-    "token": Preset(
-        "semantic, with token embedding and output layer split by token", OURS, {**TABLES, "else": "roles"}
-    ),
-    "element": Preset("every entry by itself: Adam's own", "Kingma & Ba, arXiv 1412.6980", {"else": "elements"}),
-    "adam_mini": Preset(
-        "embedding and output by token, query and key by head, value, attention output, MLP and experts by output "
-        "neuron, else one block a tensor (fused biases by role); without attention one block a tensor",
-        f"{ZHANG}, Algorithm 3; experts and biases by its principle, one block a dense sub-block",
-        {**TABLES, "q": "heads", "k": "heads", "v": "rows", "o": "rows", "mlp": "rows", "experts": "rows",
-         "bias": "roles", "else": "whole"},
-        otherwise={"else": "whole"},
-    ),
-    "adam_mini_names": Preset(
-        "what the published Adam-mini 1.1.1 does with these names and shapes; tensors it crashes on are in no block",
-        f"{ZHANG}; the adam-mini package, version 1.1.1", cuts=published_cuts,
-    ),
-    "adalayer": Preset("one block a tensor: one scalar second moment each", ZHAO, {"else": "whole"}),
-    "adalayer_star": Preset(
-        "adalayer with query, key and value apart, and one scalar a logit in the last layer", f"{ZHAO} (Adalayer*)",
-        {"tied": "rows", "output": "rows", "output bias": "elements", "else": "roles"},
-    ),
-    "official": Preset(
-        "the matrices sampled for the published spectra", "Zhang et al. 2024, arXiv 2402.16788", cuts=_official
-    ),
-    "model": Preset(
-        "everything as one block, the whole Hessian", OURS, cuts=lambda survey: [together(survey.sites, "(model)")]
-    ),
-}  # fmt: skip
-
-
-def partition(
-    model: nn.Module, spec: str | Spec = "semantic", *, only: str | Sequence[str] | None = None
-) -> Partition:
-    """Cuts the trainable parameters of ``model`` into named, disjoint blocks.
-
-    Args:
-        model: any ``nn.Module``. Parameters without gradient are left out; tied ones appear under their first name.
-        spec: the name of an entry of PRESETS (each says what it does), or own blocks, see below.
-        only: globs (``*``, ``?``) over block and parameter names; other blocks of the preset are left out.
-
-    ``official`` is from the source for GPT-2 (token embedding; q, k, v, attention output and both MLP matrices of
-    layers 0, 3, 7, 11 of 12) and for ViT (patch embedding and head; qkv uncut, attention output and both MLP matrices
-    of layers 0, 6, 11 of 12). Ours: with a token embedding, layers 0, L/4, 7L/12, L-1 of L, else 0, L/2, L-1; every
-    linear or convolution weight outside the layers counts as an embedding or head; query, key and value that are
-    separate tensors (HF's ViT) stay separate; without transformer layers, as ``weights``.
-
-    ``adam_mini`` leaves tables of positions and segments, convolutions (patch embeddings), class tokens, norms and what
-    else Algorithm 3 does not name whole, and takes every linear layer that is no query or key as MLP.
-
-    Own blocks, with axes as in :mod:`hessian_tools.blocks.specification` ("whole", "head", "row", "column", numbers ...):
-        a list of parameter names (whole tensors), Blocks, and globs that choose semantic blocks;
-        a dict {block name: parameter name or (parameter name, tuple of slices)};
-        a dict {glob over parameter names: axis}: the first glob that matches a tensor decides (special ones first);
-        a function (name, parameter, module) -> axis or a Cut of that tensor;
-        a ``torch.optim.Optimizer``: one block a param group, since a group shares one learning rate.
-    Tensors that these do not mention are in no block.
-
-    Returns:
-        a Partition; its ``notes`` say what was left whole and why.
-    Raises:
-        ValueError: an unknown preset or axis, a name or glob that matches nothing (with close matches), slices that do
-            not fit, overlapping blocks (naming both), a model without trainable parameters.
-        TypeError: any other kind of argument.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    survey = Survey(model)
-    if not survey.sites:
-        raise ValueError(
-            "model has no parameter that requires grad; call requires_grad_() on those to be studied"
-        )
-    if isinstance(spec, str):
-        if spec not in PRESETS:
+            repeated = _repeated_name(cuts)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise ValueError(
-                f"spec is {spec!r}; presets are {', '.join(PRESETS)}, and own names or globs go in a list"
-            )
-        cuts, preset = list(PRESETS[spec](survey)), spec
-    else:
-        cuts, preset = own_cuts(survey, spec), ""
-    if only is not None:
-        cuts = chosen(cuts, [only] if isinstance(only, str) else only)
-    return Partition(tuple(cuts), preset, tuple(survey.notes))
+                f"{path} is no partition written by Partition.to_json: {error!r}"
+            ) from error
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        for part in (part for cut in cuts for part in cut.parts):
+            if shapes.get(part.parameter) != part.shape:
+                has = (
+                    f"has it in shape {shapes[part.parameter]}"
+                    if part.parameter in shapes
+                    else "has no such tensor"
+                )
+                raise ValueError(
+                    f"{path} cuts {part.parameter!r} of shape {part.shape}, but the model {has} to train"
+                )
+        if repeated:
+            raise ValueError(f"{path} has several blocks named {repeated!r}; names must differ")
+        check_disjoint(cuts, str(path))
+        return partition
 
-
-def alternatives(model: nn.Module | Survey, parameter: str) -> dict[str, Cut]:
-    """Every cut of one tensor that makes sense, by what it follows; each covers the whole tensor.
-
-    ``whole``; ``rows``: output neurons, output channels or tokens (columns of transposed layers); ``columns``: inputs;
-    ``heads`` (of an output projection: runs of its inputs); ``roles``: query, key and value of a fused tensor, if they
-    are of one size; ``experts``; ``elements``. A tensor whose axes are not known has ``axis 0``, ``axis 1`` ... instead
-    of rows and columns. Cuts into one block are left out, except ``whole``, and so are those that repeat another.
-
-    ``model`` may be a Survey of it, which saves looking again for every tensor.
-
-    Raises:
-        ValueError: ``parameter`` names no trainable parameter (with close matches).
-    """
-    survey = model if isinstance(model, Survey) else Survey(model)
-    sites = {site.name: site for site in survey.sites}
-    if parameter not in sites:
-        raise ValueError(
-            f"parameter is {parameter!r}, no trainable parameter{close_names(parameter, sites)}"
+    def __repr__(self) -> str:
+        return (
+            f"Partition({self.preset or 'own blocks'}: {len(self)} blocks in {len(self.cuts)} cuts)"
         )
-    site = sites[parameter]
-    found: dict[str, Cut] = {}
-    for name, cut in survey.equal_cuts(site):
-        if not found or (
-            cut.num_blocks > 1 and all(_pieces(cut) != _pieces(other) for other in found.values())
-        ):
-            found[name] = cut
-    return found
 
 
-def _pieces(cut: Cut) -> tuple[Any, ...]:
-    """What tells one cut of a whole tensor from another, whatever its blocks are called."""
-    part = cut.parts[0]
-    kept = [axis for axis, size in enumerate(part.view) if size > 1]
-    return tuple(part.view[axis] for axis in kept), tuple(
-        i for i, axis in enumerate(kept) if axis in part.axes
+def _repeated_name(cuts: Sequence[Cut]) -> str:
+    """A name of two blocks, or ""; without making the names of every cut, which takes seconds for millions."""
+    by_stem: dict[str, list[Cut]] = {}
+    for cut in cuts:
+        by_stem.setdefault(cut.name.partition("[")[0], []).append(cut)
+    counted = [
+        c
+        for found in by_stem.values()
+        for c in found
+        if len(found) > 1 or len(c.labels) > 1 or not c.counter
+    ]
+    names = Counter(name for cut in counted for name in cut.names)
+    return next((name for name, count in names.items() if count > 1), "")
+
+
+def _plain(cut: Cut) -> dict[str, Any]:
+    parts = [{**vars(part), "index": [(s.start, s.stop) for s in part.index]} for part in cut.parts]
+    return {**vars(cut), "parts": parts}
+
+
+def _cut(plain: Mapping[str, Any]) -> Cut:
+    """Of what JSON holds. Raises ValueError or TypeError where it does not fit together."""
+    parts = tuple(map(_part, plain["parts"]))
+    cut = Cut(parts, str(plain["name"]), tuple(map(str, plain["labels"])), str(plain["counter"]), plain["per_label"],
+              plain["first"])  # fmt: skip
+    if not parts or len({part.num_blocks for part in parts}) > 1:
+        raise ValueError(f"the parts of {cut.name!r} have different numbers of blocks")
+    if (
+        cut.first < 0
+        or cut.per_label < 1
+        or cut.first + cut.num_blocks > len(cut.labels) * cut.per_label
+    ):
+        raise ValueError(f"{cut.name!r} has fewer labels than blocks")
+    return cut
+
+
+def _part(plain: Mapping[str, Any]) -> Part:
+    index = tuple(slice(int(start), int(stop)) for start, stop in plain["index"])
+    shape, view, axes = (tuple(map(int, plain[key])) for key in ("shape", "view", "axes"))
+    window = plain["window"] and (int(plain["window"][0]), int(plain["window"][1]))
+    part = Part(str(plain["parameter"]), shape, view, index, axes, window)
+    inside = len(index) == len(view) and all(
+        0 <= s.start < s.stop <= n for s, n in zip(index, view, strict=True)
     )
+    if not inside or math.prod(view) != math.prod(shape) or len(set(axes)) < len(axes):
+        raise ValueError(
+            f"the view {view} and index of {part.parameter!r} do not fit its shape {shape}"
+        )
+    if any(not 0 <= axis < len(view) for axis in axes):
+        raise ValueError(f"the axes {axes} of {part.parameter!r} are none of its view {view}")
+    if window and not 0 <= window[0] < window[1] <= replace(part, window=None).num_blocks:
+        raise ValueError(f"the window {window} of {part.parameter!r} lies outside its blocks")
+    return part
+
+
+def examples(cuts: Iterable[Cut]) -> Iterator[str]:
+    """Names of tensors and of some of their blocks, to find close ones among."""
+    # Comparing thousands of names takes seconds.
+    return (
+        name
+        for cut in cuts
+        for name in (*cut.parameters, *cut.chunk(0, min(cut.num_blocks, 32)).names)
+    )
+
+
+def close_names(name: str, known: Iterable[str]) -> str:
+    """The end of an error's sentence: those of ``known`` that resemble ``name``."""
+    near = get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
+    return f"; close: {', '.join(near)}" if near else ""

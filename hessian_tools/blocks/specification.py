@@ -27,7 +27,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hessian_tools.blocks.attention import whole
-from hessian_tools.blocks.block import Block, Cut, Part, check_disjoint, close_names, examples
+from hessian_tools.blocks.block import Block, Cut, Part
+from hessian_tools.blocks.ownership import check_disjoint
+from hessian_tools.blocks.partition import close_names, examples
 from hessian_tools.blocks.survey import Site, Survey, together
 
 Axis = str | int | tuple[int, ...] | None
@@ -42,7 +44,7 @@ AXES = ("whole", "role", "head", "row", "column", "expert", "element")
 
 
 def own_cuts(survey: Survey, spec: Spec) -> list[Cut]:
-    """The cuts of ``spec``, for what :func:`hessian_tools.blocks.partition` says of it."""
+    """The cuts of ``spec``, for what :func:`hessian_tools.blocks.presets.partition` says of it."""
     sites = {site.name: site for site in survey.sites}
     if isinstance(spec, Optimizer):
         cuts = _of_groups(survey, spec)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hessian_tools.blocks.partition import Block, Cut
+from hessian_tools.blocks.block import Block, Cut
 from hessian_tools.curvature.engine.engine import ROUTES, Engine
 from hessian_tools.curvature.engine.plan import Plan, Wishes
 from hessian_tools.curvature.engine.precision import PRECISIONS, arithmetic

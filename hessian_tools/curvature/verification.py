@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hessian_tools.blocks.partition import Block, partition
+from hessian_tools.blocks.block import Block
+from hessian_tools.blocks.presets import partition
 from hessian_tools.problem.batches import batch_length, to_device
 from hessian_tools.problem.problem import Problem
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hessian_tools.blocks.block import Block, Cut, Partition
+from hessian_tools.blocks.block import Block, Cut
 from hessian_tools.blocks.param_groups import state_savings
-from hessian_tools.blocks.partition import partition
+from hessian_tools.blocks.partition import Partition
+from hessian_tools.blocks.presets import partition
 from hessian_tools.blocks.specification import SEMANTIC
 from hessian_tools.blocks.survey import Survey
 from hessian_tools.curvature.hessian import HessianOperator

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
-from hessian_tools.blocks.partition import Cut
+from hessian_tools.blocks.block import Cut
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem

@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
-from hessian_tools.blocks.partition import Block, Cut, Partition, partition
+from hessian_tools.blocks.block import Block, Cut
+from hessian_tools.blocks.partition import Partition
+from hessian_tools.blocks.presets import partition
 from hessian_tools.curvature.engine.engine import Spread
 from hessian_tools.curvature.engine.memory import AUTO_SHARE, format_bytes, free_bytes
 from hessian_tools.curvature.hessian import HessianOperator

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hessian_tools.blocks.partition import Cut
+from hessian_tools.blocks.block import Cut
 from hessian_tools.spectra.probes import keyed_stream
 
 _EVEN = 0.25  # share of draws that is made evenly

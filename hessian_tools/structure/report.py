@@ -3,8 +3,8 @@
 import textwrap
 from dataclasses import dataclass
 
-from hessian_tools.blocks.block import Partition
 from hessian_tools.blocks.param_groups import StateSavings
+from hessian_tools.blocks.partition import Partition
 from hessian_tools.structure.judgement import CONTRADICTED, VERDICTS, Levels, Statement, error_rates
 from hessian_tools.structure.mass import WHOLE
 from hessian_tools.tables import plus_minus, table

@@ -1,6 +1,6 @@
 """A partition made of the ways that suit each tensor, or each role of a fused one.
 
-Ways are the names of :func:`hessian_tools.blocks.partition.alternatives`; where a tensor is judged by roles, a way means that
+Ways are the names of :func:`hessian_tools.blocks.presets.alternatives`; where a tensor is judged by roles, a way means that
 role alone.
 """
 
@@ -11,7 +11,8 @@ import numpy as np
 from torch import nn
 
 from hessian_tools.blocks.attention import is_transposed
-from hessian_tools.blocks.block import Block, Cut, Part, Partition
+from hessian_tools.blocks.block import Block, Cut, Part
+from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.survey import Site, Survey
 
 _BY = {"whole": "", "heads": "head", "rows": "row"}

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hessian_tools.blocks.block import Cut, Partition
+from hessian_tools.blocks.block import Cut
+from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.survey import Site, Survey
 
 DIM, HEADS = 2048, 32  # the published defaults

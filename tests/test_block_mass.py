@@ -7,25 +7,28 @@ from problems import dense_hessian, network
 from test_partition_check import planted
 
 import hessian_tools as ht
-from hessian_tools.structure.check import units
-from hessian_tools.structure.mass import ELEMENTS, WHOLE, Draws, Pilots, cutting
+from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, cutting, judged_regions
+from hessian_tools.structure.mass import Draws, Pilots
 from hessian_tools.structure.probing import cost, measure
 
 
 def masses(problem, claim="rows", exact=False, seed=0, **counts):
-    region, cuttings, _ = next(units(problem, ht.partition(problem.model, {"*": claim})))
+    blocks = ht.partition(problem.model, {"*": claim})
+    judged = next(judged_regions(problem.model, blocks))
     told = []
     counts = {"num_probes": 8, "num_blocks": 16} | counts
     mass = measure(
         ht.HessianOperator(problem),
-        region,
-        cuttings,
+        judged.block,
+        judged.cuttings,
         seed=seed,
         exact=exact,
         on_products=told.append,
         **counts,
     )
-    assert sum(told) == mass.num_matvecs and (exact or mass.num_matvecs <= cost(cuttings, **counts))
+    assert sum(told) == mass.num_matvecs and (
+        exact or mass.num_matvecs <= cost(judged.cuttings, **counts)
+    )
     return mass
 
 
@@ -141,10 +144,12 @@ def test_blocks_without_mass_are_never_drawn():
 def test_a_float32_network_is_measured_as_its_float64_matrix_says():
     problem = network("gpt", torch.float32)
     blocks = ht.partition(problem.model, {"blocks.0.fc.weight": "rows"})
-    region, cuttings, _ = next(units(problem, blocks))
+    judged = next(judged_regions(problem.model, blocks))
     counts = {"num_probes": 8, "num_blocks": 64, "seed": 0, "on_products": lambda count: None}
-    mass = measure(ht.HessianOperator(problem), region, cuttings, exact=False, **counts)
-    dense = ht.dense_block(problem, [region]).matrix
+    mass = measure(
+        ht.HessianOperator(problem), judged.block, judged.cuttings, exact=False, **counts
+    )
+    dense = ht.dense_block(problem, [judged.block]).matrix
     truth = by_hand(dense, 32, 8)
     for name in ("rows", "columns", ELEMENTS):
         found = mass.share(name)
@@ -162,7 +167,9 @@ def test_pairs_of_pilots_are_unbiased_for_squares():
     found = []
     for _ in range(4000):
         mass = stream.exponential(size=3)
-        found.append(Pilots(mass, np.outer(mass, mass), {})._pairs(np.outer(mass, mass), None))
+        found.append(
+            Pilots(mass, np.outer(mass, mass), {})._mean_over_pairs(np.outer(mass, mass), None)
+        )
     assert np.mean(found) == pytest.approx(1.0, abs=0.1)
 
 

@@ -1,7 +1,5 @@
 """Suggested cuts are the very blocks that were judged: same entries, nothing twice, nothing outside their tensor."""
 
-from types import SimpleNamespace
-
 import architectures
 import pytest
 import torch
@@ -9,8 +7,7 @@ from torch import nn
 
 import hessian_tools as ht
 from hessian_tools.blocks.ownership import check_disjoint
-from hessian_tools.structure.check import units
-from hessian_tools.structure.mass import ELEMENTS, WHOLE, cutting
+from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, cutting, judged_regions
 from hessian_tools.structure.suggestion import composed
 
 
@@ -33,8 +30,10 @@ MOST = 1100  # blocks of a cut whose names are looked at
 def test_every_way_is_suggested_as_it_was_judged(build, claim):
     model = build()
     claimed = ht.partition(model, claim)
-    judged = [(region, {c.name: c for c in ways if c.num_blocks <= MOST})
-              for region, ways, _ in units(SimpleNamespace(model=model), claimed)]  # fmt: skip
+    judged = [
+        (found.block, {way.name: way for way in found.cuttings if way.num_blocks <= MOST})
+        for found in judged_regions(model, claimed)
+    ]
     for way in {name: None for _, ways in judged for name in ways}:
         regions = {region.name: region for region, ways in judged if way in ways}
         made = composed(model, list(regions.values()), dict.fromkeys(regions, way), claimed)
@@ -66,7 +65,7 @@ def test_a_suggestion_of_inputs_for_one_role_covers_that_role():
     """The role is one of three places of an axis of the stored (16, 3 16) tensor, its inputs the places of another."""
     model = architectures.gpt2()
     claimed = ht.partition(model, "semantic", only="*h.0.attn.c_attn.weight*")
-    regions = [region for region, _, _ in units(SimpleNamespace(model=model), claimed)]
+    regions = [judged.block for judged in judged_regions(model, claimed)]
     ways = dict(
         zip((region.name for region in regions), ("columns", "elements", "rows"), strict=True)
     )

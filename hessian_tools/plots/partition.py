@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 
 from hessian_tools.plots.spectra import MAX_LABELS, shortened, titled, written
 from hessian_tools.structure.coupling import Coupling
+from hessian_tools.structure.cuttings import ELEMENTS, WHOLE
 from hessian_tools.structure.dense import DenseBlock
-from hessian_tools.structure.mass import ELEMENTS, WHOLE
 from hessian_tools.structure.report import PartitionReport
 
 MOST_ROWS = 80  # tensors of one picture

@@ -7,29 +7,26 @@ go across roles) is judged by itself against every way to cut it: :mod:`hessian_
 a block over several tensors is judged in each of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from hessian_tools.blocks.block import Block, Cut
+from hessian_tools.blocks.block import Block
 from hessian_tools.blocks.param_groups import state_savings
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import partition
-from hessian_tools.blocks.specification import SEMANTIC
-from hessian_tools.blocks.survey import Survey
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.problem.problem import Problem
+from hessian_tools.structure.cuttings import CLAIMED, WHOLE, Cutting, judged_regions
 from hessian_tools.structure.dense import problem_of
 from hessian_tools.structure.judgement import CONTRADICTED, FOLLOWS, Levels, judge
-from hessian_tools.structure.mass import ELEMENTS, WHOLE, BlockMass, Cutting, cutting
+from hessian_tools.structure.mass import BlockMass
 from hessian_tools.structure.probing import cost, measure
 from hessian_tools.structure.report import CutEvidence, PartitionReport, TensorReport
 from hessian_tools.structure.suggestion import composed
 
 Measurements = dict[tuple[Any, ...], BlockMass]
-CLAIMED = "claimed"  # the name of a cut that is none of the alternatives
 EXACT_WORTH = 4
 MOST_EXACT = 4096  # entries of a tensor that exact=True takes: 128 MiB, and as many products
 
@@ -70,7 +67,8 @@ def check_partition(
     done, levels, regions = dict(finished or {}), Levels(alpha, contrast, diagonal), []
     with tqdm(total=planned_products(problem, blocks, num_probes, num_blocks, exact, done), unit="HVP",
               disable=None if progress else True, dynamic_ncols=True) as bar:  # fmt: skip
-        for region, cuttings, claim in units(problem, blocks):
+        for judged in judged_regions(problem.model, blocks):
+            region, cuttings, claim = judged.block, judged.cuttings, judged.claim
             if region.name not in done:
                 bar.set_postfix_str(region.name)
                 settings: dict[str, Any] = {"num_probes": num_probes, "num_blocks": num_blocks, "seed": seed,
@@ -104,50 +102,10 @@ def planned_products(
 ) -> int:  # fmt: skip
     """Products that :func:`check_partition` will spend on tensors not yet ``finished``, at most."""
     return sum(
-        region.numel if _is_exact(region, cuttings, num_probes, num_blocks, exact)
-        else cost(cuttings, num_probes, num_blocks)
-        for region, cuttings, _ in units(problem, blocks) if region.name not in (finished or {})
+        judged.block.numel if _is_exact(judged.block, judged.cuttings, num_probes, num_blocks, exact)
+        else cost(judged.cuttings, num_probes, num_blocks)
+        for judged in judged_regions(problem.model, blocks) if judged.name not in (finished or {})
     )  # fmt: skip
-
-
-def units(problem: Problem, blocks: Partition) -> Iterator[tuple[Block, list[Cutting], str]]:
-    """What is judged by itself: the region, every way to cut it, and the name of the one claimed.
-
-    A region is a role of a fused tensor where the claimed blocks respect roles, else a tensor.
-    """
-    survey = Survey(problem.model)
-    for site in survey.sites:
-        cuts = [cut for cut in blocks.cuts if site.name in cut.parameters]
-        if not cuts:
-            continue
-        tensor = site.uncut()[0]
-        roles = [cut[i] for cut in survey.cuts(site, SEMANTIC) for i in range(cut.num_blocks)]
-        claimed = cutting(CLAIMED, cuts, tensor)
-        apart = cutting("roles", [role.as_cut() for role in roles], tensor)
-        assert claimed is not None and apart is not None
-        for region in roles if claimed.is_inside(apart) else [tensor]:
-            if (own := cutting(CLAIMED, cuts, region)) is not None:
-                yield region, *_ways(dict(survey.equal_cuts(site)), region, own)
-
-
-def _ways(known: Mapping[str, Cut], region: Block, claimed: Cutting) -> tuple[list[Cutting], str]:
-    """Every way to cut the region, no two alike, and the name of the one that is as ``claimed``."""
-    nothing = torch.empty(0, dtype=torch.int64)
-    found = [Cutting(WHOLE, nothing, 1)]
-    if region.numel > 1:
-        found.append(Cutting(ELEMENTS, nothing, region.numel))
-    claim = next((way.name for way in found if way.num_blocks == claimed.num_blocks), CLAIMED)
-    made = (cutting(name, [cut], region) for name, cut in known.items()
-            if name not in (WHOLE, ELEMENTS))  # fmt: skip
-    for way in [*made, claimed]:
-        if way is None or way.num_blocks in (1, region.numel):
-            continue
-        twin = next((w for w in found if w.num_blocks == way.num_blocks and w.is_inside(way)), None)
-        if way is claimed and twin is not None:
-            claim = twin.name
-        if twin is None:
-            found.append(way)
-    return found, claim
 
 
 def _report(region: Block, mass: BlockMass, claim: str, levels: Levels) -> TensorReport:

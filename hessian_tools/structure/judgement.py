@@ -1,58 +1,82 @@
-"""The verdict on a cut of one tensor: rules over tests of significance on :class:`hessian_tools.structure.mass.BlockMass`.
+"""The verdict on a cut of one tensor: rules over significance tests.
 
-Every statement is a one-sided t-test at ``alpha`` divided by the number of tests made for the tensor (Bonferroni), in
-both directions: it holds ("yes"), it does not ("no"), or neither is significant ("unclear").
+What is tested is a :class:`hessian_tools.structure.mass.BlockMass`. Every statement is a one-sided
+t-test at ``alpha`` divided by the number of tests made for the tensor (Bonferroni), in both
+directions: it holds ("yes"), it does not ("no"), or neither is significant ("unclear").
 
-- X *splits* the blocks of a coarser cut Y: its contrast within them exceeds ``contrast`` (4: entries inside are twice
-  as large, rms, as those outside, or: neighbouring blocks are coupled by less than one half). "elements" split Y where
-  the diagonal has more than the share ``diagonal`` of the mass in Y's blocks: a single entry is always a dense block,
-  so what stands beside the diagonal counts by all of it together.
+- X *splits* the blocks of a coarser cut Y: its contrast within them exceeds ``contrast`` (4:
+  entries inside are twice as large, rms, as those outside, or: neighbouring blocks are coupled by
+  less than one half). "elements" split Y where the diagonal has more than the share ``diagonal`` of
+  the mass in Y's blocks: a single entry is always a dense block, so what stands beside the diagonal
+  counts by all of it together.
 - X is *supported*: it splits the finest supported cuts around it (the whole tensor is supported).
-- A *beats* X, a cut of another axis: A splits the whole tensor, holds more mass at the same number of blocks
-  (neighbours of the cut that has more go together), and X does not split the tensor, or the odds of A's share are
-  ``contrast`` times those of X's.
+- A *beats* X, a cut of another axis: A splits the whole tensor, holds more mass at the same number
+  of blocks (neighbours of the cut that has more go together), and X does not split the tensor, or
+  the odds of A's share are ``contrast`` times those of X's.
 
-The verdict is the first of these that holds: ``too coarse`` (a supported finer cut splits X's blocks), ``wrong axis``
-(X is not supported, and is beaten), ``too fine`` (X is not supported), ``too coarse`` (X is supported and any finer cut
-splits its blocks), ``wrong axis`` (X is beaten), ``follows`` (X is supported, no finer cut splits its blocks, nothing
-beats it). It is ``undecided`` where that hangs on an unclear test.
+The verdict is that of the first rule in ``_RULES`` whose condition holds.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from itertools import combinations
 
 from scipy.special import stdtr
 
-from hessian_tools.structure.mass import ELEMENTS, WHOLE, BlockMass, Measured
+from hessian_tools.structure.cuttings import ELEMENTS, WHOLE
+from hessian_tools.structure.mass import BlockMass, Measured
 
-FOLLOWS, TOO_COARSE, TOO_FINE, WRONG_AXIS, UNDECIDED = (
-    "follows",
-    "too coarse",
-    "too fine",
-    "wrong axis",
-    "undecided",
-)
+FOLLOWS = "follows"
+TOO_COARSE = "too coarse"
+TOO_FINE = "too fine"
+WRONG_AXIS = "wrong axis"
+UNDECIDED = "undecided"
 VERDICTS = (FOLLOWS, TOO_COARSE, TOO_FINE, WRONG_AXIS, UNDECIDED)
 CONTRADICTED = (TOO_COARSE, TOO_FINE, WRONG_AXIS)
-# Measured, results/partition_error_rates/table.txt: (wrong, of how many) at the defaults of check_partition
+
+# Measured at the defaults of check_partition, (wrong, of how many):
+# results/partition_error_rates/table.txt
 CONTRADICTED_THOUGH_RIGHT = (0, 1900)
 ACCEPTED_THOUGH_WRONG = (0, 5700)
 TAKEN_FOR_ANOTHER_WRONG = (170, 5700)
+
 _RESOLUTION = 1e-6  # of a share: smaller differences are rounding, and decide nothing
 _ROUNDING = 0.1  # an asymmetry of this much of the norm: the products have no digits left
 
 
 def error_rates() -> str:
-    """What is known of how often a verdict is wrong, in words."""
-    (a, right), (b, wrong), (c, _) = (
-        CONTRADICTED_THOUGH_RIGHT,
-        ACCEPTED_THOUGH_WRONG,
-        TAKEN_FOR_ANOTHER_WRONG,
-    )
+    """How often a verdict was wrong where the right one was known, in words."""
+    contradicted, right = CONTRADICTED_THOUGH_RIGHT
+    accepted, wrong = ACCEPTED_THOUGH_WRONG
+    mistaken, _ = TAKEN_FOR_ANOTHER_WRONG
     return (
-        f"on planted Hessians {a} of {right:,} right claims were contradicted, {b} of {wrong:,} wrong ones accepted, "
-        f"{c} taken for another kind of wrong (experiments/partition_error_rates.py, default settings)"
+        f"on planted Hessians {contradicted} of {right:,} right claims were contradicted, "
+        f"{accepted} of {wrong:,} wrong ones accepted, {mistaken} taken for another kind of wrong "
+        "(experiments/partition_error_rates.py, default settings)"
     )
+
+
+class Answer(StrEnum):
+    """An answer in Kleene's three-valued logic: ``&`` is and, ``|`` or, ``~`` not."""
+
+    NO = "no"
+    UNCLEAR = "unclear"
+    YES = "yes"
+
+    @property
+    def _rank(self) -> int:
+        return list(Answer).index(self)
+
+    def __and__(self, other: "Answer") -> "Answer":
+        return min(self, other, key=lambda answer: answer._rank)
+
+    def __or__(self, other: "Answer") -> "Answer":
+        return max(self, other, key=lambda answer: answer._rank)
+
+    def __invert__(self) -> "Answer":
+        return list(Answer)[-1 - self._rank]
 
 
 @dataclass(frozen=True)
@@ -74,11 +98,11 @@ class Statement:
     level: float
 
     @property
-    def answer(self) -> str:
-        """ "yes", "no" or "unclear"."""
-        return (
-            "yes" if self.p_true < self.level else "no" if self.p_false < self.level else "unclear"
-        )
+    def answer(self) -> Answer:
+        """Whether the statement holds, at ``level``."""
+        if self.p_true < self.level:
+            return Answer.YES
+        return Answer.NO if self.p_false < self.level else Answer.UNCLEAR
 
 
 @dataclass(frozen=True)
@@ -94,156 +118,223 @@ class Judgement:
 
 def judge(mass: BlockMass, cut: str, levels: Levels) -> Judgement:
     """The verdict on ``cut``, one of ``mass.cuts``."""
+    nothing_to_judge = _obstacle(mass)
+    if nothing_to_judge:
+        return Judgement(cut, UNDECIDED, nothing_to_judge, UNDECIDED, ())
+    significance = _Significance(levels.alpha / max(1, _number_of_tests(mass)))
+    verdict, reason = _Judge(mass, levels, significance.answer).decide(cut)
+    likely, _ = _Judge(mass, levels, _answer_of_estimate).decide(cut)
+    return Judgement(cut, verdict, reason, likely, tuple(significance.statements.values()))
+
+
+def _obstacle(mass: BlockMass) -> str:
+    """Why nothing can be said of this tensor; "" where something can."""
     if mass.norm == 0:
-        reason = (
+        return (
             "its Hessian is exactly zero on this data, so nothing couples and nothing can be told"
         )
-        return Judgement(cut, UNDECIDED, reason, UNDECIDED, ())
     if mass.asymmetry > _ROUNDING:
-        reason = f"products are rounding noise (asymmetric by {mass.asymmetry:.2g} of their norm); try float64"
-        return Judgement(cut, UNDECIDED, reason, UNDECIDED, ())
-    court = _Court(mass, levels)
-    verdict, reason = court.decided(cut)
-    sure = _Court(mass, levels, certain=True)
-    return Judgement(cut, verdict, reason, sure.decided(cut)[0], tuple(court.tests.values()))
-
-
-class _Court:
-    """The rules; ``certain`` takes estimates for the truth."""
-
-    def __init__(self, mass: BlockMass, levels: Levels, certain: bool = False) -> None:
-        self.mass, self.levels, self.certain = mass, levels, certain
-        self.tests: dict[str, Statement] = {}
-        finer = sum(len(coarser) for coarser in mass.inside.values())
-        axes = len(
-            [
-                1
-                for one in mass.cuts
-                for other in mass.cuts
-                if one < other and self._is_other_axis(one, other)
-            ]
-        )
-        self.level = levels.alpha / max(1, finer + 2 * axes)
-        self.known: dict[str, tuple[str, str]] = {}
-
-    def decided(self, cut: str) -> tuple[str, str]:
-        supported, words = self.supported(cut)
-        finer = {f: self.splits(f, cut) for f in self.mass.cuts if cut in self.mass.inside[f]}
-        rivals = {r: self.beats(r, cut) for r in self.mass.cuts if self._is_other_axis(r, cut)}
-        splitting, winning = _those(finer, "yes"), _those(rivals, "yes")
-        if right := [f for f in splitting if self.supported(f)[0] == "yes"]:
-            return TOO_COARSE, self._inside(right, cut)
-        if supported == "no" and winning:
-            return WRONG_AXIS, self._rival(winning, cut)
-        if supported == "no":
-            doubtful = "".join(
-                f"; whether {r} hold more is not significant" for r in _those(rivals, "unclear")
-            )
-            return TOO_FINE, f"{words}{doubtful}"
-        if splitting and supported == "yes":
-            return TOO_COARSE, self._inside(splitting, cut)
-        if winning:
-            return WRONG_AXIS, self._rival(winning, cut)
-        unclear = [f"whether {f} split its blocks" for f in _those(finer, "unclear")]
-        unclear += (
-            [f"whether {r} hold more" for r in _those(rivals, "unclear")]
-            if supported == "yes"
-            else []
-        )
-        if supported == "yes" and not unclear:
-            return FOLLOWS, self._follows(cut)
-        unclear = ([words] if supported != "yes" else []) + unclear
         return (
-            UNDECIDED,
-            f"not significant: {'; '.join(unclear)}; more blocks and probes would tell",
+            f"products are rounding noise (asymmetric by {mass.asymmetry:.2g} of their norm); "
+            "try float64"
         )
+    return ""
 
-    def supported(self, cut: str) -> tuple[str, str]:
-        """The answer, and what it rests on in words."""
-        if cut not in self.known:
-            self.known[cut] = ("yes", "") if cut == WHOLE else self._supported(cut)
-        return self.known[cut]
 
-    def _supported(self, cut: str) -> tuple[str, str]:
-        around = {y: self.supported(y)[0] for y in self.mass.inside[cut]}
-        candidates = [y for y, answer in around.items() if answer != "no"]
-        sure = [y for y in candidates if around[y] == "yes"]
-        finest = [y for y in sure if not any(y in self.mass.inside[z] for z in sure)]
-        asked = finest + [y for y in candidates if y not in sure]
-        answers = {y: self.splits(cut, y) for y in asked}
-        for y in finest:
-            if answers[y] == "no":
-                return "no", self._coupled(cut, y)
-        doubtful = [y for y, answer in answers.items() if answer != "yes"]
-        if doubtful:
-            return "unclear", f"whether {cut} split {_blocks_of(doubtful[0])}"
-        return "yes", ""
+def _number_of_tests(mass: BlockMass) -> int:
+    """One for each cut within a coarser one, two for each pair of cuts of different axes."""
+    nested = sum(len(coarser) for coarser in mass.inside.values())
+    crossing = sum(_is_other_axis(mass, one, other) for one, other in combinations(mass.cuts, 2))
+    return nested + 2 * crossing
 
-    def splits(self, finer: str, coarser: str) -> str:
-        gap = self.mass.above(finer, coarser, self.levels.contrast, self.levels.diagonal)
-        return self._test(f"{finer} split {_blocks_of(coarser)}", gap)
 
-    def beats(self, rival: str, cut: str) -> str:
-        if cut in (WHOLE, ELEMENTS) or rival in (WHOLE, ELEMENTS):
-            return "no"
-        one, other = self.mass.matched(rival, cut)
-        rules = [
-            self.splits(rival, WHOLE),
-            self._test(f"{one} hold more than {other}", self.mass.lead(rival, cut)),
+def _is_other_axis(mass: BlockMass, one: str, other: str) -> bool:
+    """Whether neither of two different cuts refines the other."""
+    return one not in (other, *mass.inside[other]) and other not in mass.inside[one]
+
+
+class _Significance:
+    """Answers statements by t-tests at one level, and keeps the tests by their words."""
+
+    def __init__(self, level: float) -> None:
+        self.level = level
+        self.statements: dict[str, Statement] = {}
+
+    def answer(self, words: str, gap: Measured) -> Answer:
+        """Whether ``gap``, what ``words`` say is positive, is."""
+        if words not in self.statements:
+            self.statements[words] = self._tested(words, gap)
+        return self.statements[words].answer
+
+    def _tested(self, words: str, gap: Measured) -> Statement:
+        if math.isnan(gap.value):  # there is no mass to compare
+            return Statement(words, 0.5, 0.5, self.level)
+        deviations = gap.value / max(gap.standard_error, _RESOLUTION)
+        freedom = min(gap.freedom, 1e9)  # stdtr gives nan at infinity
+        p_true = float(stdtr(freedom, -deviations))
+        p_false = float(stdtr(freedom, deviations))
+        return Statement(words, p_true, p_false, self.level)
+
+
+def _answer_of_estimate(words: str, gap: Measured) -> Answer:
+    """The answer that takes the estimate for the truth."""
+    return Answer.YES if gap.value > _RESOLUTION else Answer.NO
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """The answers that the verdict on one cut hangs on."""
+
+    supported: Answer
+    objection: str  # why the cut is not supported, or why that is unclear; "" if it is
+    finer: Mapping[str, Answer]  # cut that refines it -> whether it splits its blocks
+    rivals: Mapping[str, Answer]  # cut of another axis -> whether it beats this one
+    supported_splitting: Sequence[str]  # the finer cuts that split it and are supported themselves
+
+    @property
+    def splitting(self) -> list[str]:
+        return _those(self.finer, Answer.YES)
+
+    @property
+    def winning(self) -> list[str]:
+        return _those(self.rivals, Answer.YES)
+
+    @property
+    def open_questions(self) -> list[str]:
+        """What keeps the cut from following, in words."""
+        questions = [
+            f"whether {cut} split its blocks" for cut in _those(self.finer, Answer.UNCLEAR)
         ]
-        if "no" in rules:
-            return "no"
-        odds = f"{one} have {self.levels.contrast:g} times the odds of {other}"
-        poor = {"yes": "no", "no": "yes"}.get(self.splits(cut, WHOLE), "unclear")
-        far = self._test(odds, self.mass.lead(rival, cut, self.levels.contrast))
-        either = "yes" if "yes" in (poor, far) else "no" if poor == far == "no" else "unclear"
-        return "no" if either == "no" else "yes" if {*rules, either} == {"yes"} else "unclear"
+        if self.supported is not Answer.YES:
+            return [self.objection, *questions]
+        return questions + [
+            f"whether {cut} hold more" for cut in _those(self.rivals, Answer.UNCLEAR)
+        ]
 
-    def _test(self, statement: str, gap: Measured) -> str:
-        if self.certain:
-            return "yes" if gap.value > _RESOLUTION else "no"
-        if statement not in self.tests:
-            if gap.value != gap.value:  # no mass there
-                below = above = 0.5
-            else:
-                deviations = gap.value / max(gap.standard_error, _RESOLUTION)
-                above, below = (
-                    float(stdtr(min(gap.freedom, 1e9), sign * deviations)) for sign in (-1, 1)
-                )
-            self.tests[statement] = Statement(statement, above, below, self.level)
-        return self.tests[statement].answer
 
-    def _is_other_axis(self, one: str, other: str) -> bool:
-        return (
-            one != other
-            and one not in self.mass.inside[other]
-            and other not in self.mass.inside[one]
-        )
+# (verdict, condition), read from the top: the first whose condition holds is the verdict.
+_RULES: tuple[tuple[str, Callable[[_Findings], bool]], ...] = (
+    # a supported finer cut splits the blocks
+    (TOO_COARSE, lambda found: bool(found.supported_splitting)),
+    # the cut is not supported, and a cut of another axis beats it, or none does
+    (WRONG_AXIS, lambda found: found.supported is Answer.NO and bool(found.winning)),
+    (TOO_FINE, lambda found: found.supported is Answer.NO),
+    # any finer cut splits the blocks of a supported cut
+    (TOO_COARSE, lambda found: found.supported is Answer.YES and bool(found.splitting)),
+    # a cut of another axis beats one that is, or may be, supported
+    (WRONG_AXIS, lambda found: bool(found.winning)),
+    # the cut is supported, and surely nothing splits its blocks or beats it
+    (FOLLOWS, lambda found: not found.open_questions),
+    (UNDECIDED, lambda found: True),
+)
 
-    def _coupled(self, cut: str, coarser: str) -> str:
-        return f"{self._held(cut, coarser)}: neighbouring blocks are strongly coupled"
 
-    def _inside(self, splitting: Sequence[str], cut: str) -> str:
-        best = max(splitting, key=lambda f: self.mass.excess(f, cut).value)
-        return self._held(best, cut)
+class _Judge:
+    """Applies the rules to one tensor; ``answer`` decides a statement from its words and gap."""
 
-    def _rival(self, winning: Sequence[str], cut: str) -> str:
-        best = max(winning, key=lambda r: self.mass.lead(r, cut).value)
-        one, other = self.mass.matched(best, cut)
-        return f"{one} hold {self.mass.share(one).value:.0%} of the mass, {other} {self.mass.share(other).value:.0%}"
+    def __init__(
+        self, mass: BlockMass, levels: Levels, answer: Callable[[str, Measured], Answer]
+    ) -> None:
+        self.mass = mass
+        self.levels = levels
+        self.answer = answer
+        self.known_support: dict[str, tuple[Answer, str]] = {WHOLE: (Answer.YES, "")}
 
-    def _follows(self, cut: str) -> str:
+    def decide(self, cut: str) -> tuple[str, str]:
+        """The verdict on ``cut`` and its reason."""
+        findings = self.findings(cut)
+        verdict = next(verdict for verdict, holds in _RULES if holds(findings))
+        return verdict, self.reason(verdict, cut, findings)
+
+    def findings(self, cut: str) -> _Findings:
+        mass = self.mass
+        supported, objection = self.supported(cut)
+        finer = {name: self.splits(name, cut) for name in mass.cuts if cut in mass.inside[name]}
+        others = [name for name in mass.cuts if _is_other_axis(mass, name, cut)]
+        rivals = {name: self.beats(name, cut) for name in others}
+        splitting = _those(finer, Answer.YES)
+        support = {name: self.supported(name)[0] for name in splitting}
+        return _Findings(supported, objection, finer, rivals, _those(support, Answer.YES))
+
+    def supported(self, cut: str) -> tuple[Answer, str]:
+        """Whether ``cut`` is supported, and in words what speaks against it."""
+        if cut not in self.known_support:
+            self.known_support[cut] = self._supported(cut)
+        return self.known_support[cut]
+
+    def _supported(self, cut: str) -> tuple[Answer, str]:
+        around = {coarser: self.supported(coarser)[0] for coarser in self.mass.inside[cut]}
+        finest = self._finest(_those(around, Answer.YES))
+        # A cut whose support is unclear may be the finest supported one around this.
+        asked = [*finest, *_those(around, Answer.UNCLEAR)]
+        splits = {coarser: self.splits(cut, coarser) for coarser in asked}
+        for coarser in finest:
+            if splits[coarser] is Answer.NO:
+                held = self._held(cut, coarser)
+                return Answer.NO, f"{held}: neighbouring blocks are strongly coupled"
+        for coarser in asked:
+            if splits[coarser] is not Answer.YES:
+                return Answer.UNCLEAR, f"whether {cut} split {_blocks_of(coarser)}"
+        return Answer.YES, ""
+
+    def _finest(self, cuts: Sequence[str]) -> list[str]:
+        """Those of ``cuts`` that no other of them refines."""
+        coarser = {name for cut in cuts for name in self.mass.inside[cut]}
+        return [cut for cut in cuts if cut not in coarser]
+
+    def splits(self, finer: str, coarser: str) -> Answer:
+        gap = self.mass.above(finer, coarser, self.levels.contrast, self.levels.diagonal)
+        return self.answer(f"{finer} split {_blocks_of(coarser)}", gap)
+
+    def beats(self, rival: str, cut: str) -> Answer:
+        if {WHOLE, ELEMENTS} & {cut, rival}:
+            return Answer.NO
+        one, other = self.mass.matched(rival, cut)
+        splits = self.splits(rival, WHOLE)
+        holds_more = self.answer(f"{one} hold more than {other}", self.mass.lead(rival, cut))
+        if splits & holds_more is Answer.NO:
+            return Answer.NO
+        contrast = self.levels.contrast
+        lead = self.mass.lead(rival, cut, contrast)
+        is_poor = ~self.splits(cut, WHOLE)
+        is_far = self.answer(f"{one} have {contrast:g} times the odds of {other}", lead)
+        return splits & holds_more & (is_poor | is_far)
+
+    def reason(self, verdict: str, cut: str, findings: _Findings) -> str:
+        """What a verdict rests on, in words."""
+        if verdict == TOO_COARSE:
+            splitting = findings.supported_splitting or findings.splitting
+            return self._held(max(splitting, key=lambda f: self.mass.excess(f, cut).value), cut)
+        if verdict == WRONG_AXIS:
+            return self._held_by_rival(findings.winning, cut)
+        if verdict == TOO_FINE:
+            doubtful = _those(findings.rivals, Answer.UNCLEAR)
+            doubts = [f"; whether {rival} hold more is not significant" for rival in doubtful]
+            return "".join([findings.objection, *doubts])
+        if verdict == UNDECIDED:
+            questions = "; ".join(findings.open_questions)
+            return f"not significant: {questions}; more blocks and probes would tell"
         if cut == WHOLE:
             return "no finer cut splits it"
         return f"{self._held(cut, WHOLE)}; no finer cut splits them"
 
+    def _held_by_rival(self, winning: Sequence[str], cut: str) -> str:
+        best = max(winning, key=lambda rival: self.mass.lead(rival, cut).value)
+        one, other = self.mass.matched(best, cut)
+        held, own = self.mass.share(one).value, self.mass.share(other).value
+        return f"{one} hold {held:.0%} of the mass, {other} {own:.0%}"
+
     def _held(self, finer: str, coarser: str) -> str:
-        share, expected = self.mass.share(finer, coarser).value, self.mass.expected(finer, coarser)
-        return f"{finer} hold {share:.1%} of the mass in {_blocks_of(coarser)}, {expected:.1%} expected without structure"
+        share = self.mass.share(finer, coarser).value
+        expected = self.mass.expected(finer, coarser)
+        return (
+            f"{finer} hold {share:.1%} of the mass in {_blocks_of(coarser)}, "
+            f"{expected:.1%} expected without structure"
+        )
 
 
-def _those(answers: dict[str, str], wanted: str) -> list[str]:
-    return [name for name, answer in answers.items() if answer == wanted]
+def _those(answers: Mapping[str, Answer], wanted: Answer) -> list[str]:
+    return [name for name, answer in answers.items() if answer is wanted]
 
 
 def _blocks_of(cut: str) -> str:

@@ -1,228 +1,264 @@
-"""Measures :class:`hessian_tools.structure.mass.BlockMass` of one region: by probing, or from its dense matrix.
+"""Measures :class:`hessian_tools.structure.mass.BlockMass` of one region: by probing, or from its
+dense matrix.
 
-Letters as there: n entries of the region, B blocks of a cut, S draws, K pilots, C cuts, r rows (vectors).
+Letters as there: n entries of the region, B blocks of a cut, S draws, K pilots, C cuts, r vectors.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hessian_tools.blocks.block import Block
 from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.operators import SymmetricOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.spectra.probes import draw_probes, keyed_stream
-from hessian_tools.structure.mass import ELEMENTS, WHOLE, BlockMass, Cutting, Draws, Pilots
+from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, Cutting, Nesting
+from hessian_tools.structure.mass import BlockMass, Draws, Floats, Pilots
 
 _EVEN = 0.1  # share of the draws that is made evenly
-_MOST_ROWS = 64  # vectors in one product
-_VECTORS = 4  # of a row, at a time: itself, its product, squares in float64
+_MOST_VECTORS = 64  # in one product
+_COPIES = 4  # of a vector, at a time: itself, its product, squares in float64
 _TINY = torch.finfo(torch.float64).tiny  # for blocks without mass, which have no share in anything
 _ROWS = 512  # of a dense matrix that are squared at a time
 
 
 def measure(
-    hessian: HessianOperator, region: Block, cuttings: Sequence[Cutting], *, num_probes: int, num_blocks: int,
-    seed: int, exact: bool, on_products: Callable[[int], None],
-) -> BlockMass:  # fmt: skip
-    """Masses of ``cuttings`` (with "whole" and "elements", no two alike) of ``region``, and of their groups.
+    hessian: HessianOperator,
+    region: Block,
+    cuttings: Sequence[Cutting],
+    *,
+    num_probes: int,
+    num_blocks: int,
+    seed: int,
+    exact: bool,
+    on_products: Callable[[int], None],
+) -> BlockMass:
+    """Masses of ``cuttings`` of ``region``, and of groups of neighbouring blocks.
 
+    Args:
+        cuttings: "whole", "elements" and others, no two alike.
+        num_probes, num_blocks: products with all of the region, and with single blocks of each of
+            the finest cuts.
+        exact: take the dense matrix instead.
+        on_products: called with the number of products as they are spent.
     Raises:
         NumericalError: for a product with NaN or inf.
     """
-    others = [c for c in cuttings if c.name not in (WHOLE, ELEMENTS)]
-    inside = {
-        c.name: tuple(o.name for o in cuttings if o is not c and _refines(c, o)) for c in cuttings
-    }
-    groups: dict[str, Cutting] = {}
-    for one, other in combinations(others, 2):
-        more, fewer = (one, other) if one.num_blocks > other.num_blocks else (other, one)
-        if more.num_blocks > fewer.num_blocks > 1 and fewer.name not in inside[more.name]:
-            group = more.grouped(fewer.num_blocks)
-            groups[group.name] = group
-    every = [*cuttings, *groups.values()]
-    bases = [c for c in others if not any(c.name in inside[finer.name] for finer in others)]
-    around = {
-        base.name: [
-            c for c in every if c.name == WHOLE or (c.name != ELEMENTS and base.is_inside(c))
-        ]
-        for base in bases
-    }
-    base_of = {c.name: base for base in reversed(around) for c in around[base] if c.name != WHOLE}
+    nesting = Nesting(cuttings)
     operator = hessian.block(region)
-    probing = _Probing(operator, region.name, seed, hessian.krylov_bytes, on_products)
-    pairs = [(c, o) for c in cuttings for o in cuttings if o.name in inside[c.name]]
+    room = hessian.krylov_bytes // (_COPIES * operator.size * 8)
+    at_once = max(1, min(_MOST_VECTORS, room))
+    products = _Products(operator, region.name, seed, at_once, on_products)
     if exact:
-        pilots, draws, asymmetry, spent = probing.exactly(pairs, every, bases)
+        evidence = _exact_evidence(products, nesting)
     else:
-        pilots, asymmetry, masses = probing.pilots(num_probes, pairs, bases)
-        draws = {base.name: probing.draws(base, around[base.name], every, masses[base.name], num_blocks)
-                 for base in bases} if pilots.mass.mean() else {}  # fmt: skip
-        spent = num_probes + sum(len(found.masses) for found in draws.values())
-    counts = {c.name: c.num_blocks for c in every}
+        evidence = _probed_evidence(products, nesting, num_probes, num_blocks)
     return BlockMass(
-        region.name, operator.size, counts, inside, base_of, draws, pilots, asymmetry, exact, spent
+        region.name,
+        operator.size,
+        {cut.name: cut.num_blocks for cut in nesting.with_groups},
+        nesting.inside,
+        nesting.base_of,
+        evidence.draws,
+        evidence.pilots,
+        evidence.asymmetry,
+        exact,
+        evidence.num_products,
     )
 
 
 def cost(cuttings: Sequence[Cutting], num_probes: int, num_blocks: int) -> int:
     """Products that :func:`measure` spends, at most, without ``exact``."""
-    others = [c for c in cuttings if c.name not in (WHOLE, ELEMENTS)]
-    bases = [
-        c
-        for c in others
-        if not any(o is not c and o.num_blocks > c.num_blocks and o.is_inside(c) for o in others)
-    ]
-    return num_probes + sum(_rows_of(base.num_blocks, num_blocks) for base in bases)
+    bases = Nesting(cuttings).bases
+    return num_probes + sum(_num_draws(base.num_blocks, num_blocks) for base in bases)
 
 
-def _refines(finer: Cutting, coarser: Cutting) -> bool:
-    if ELEMENTS in (finer.name, coarser.name) or WHOLE in (finer.name, coarser.name):
-        return finer.name == ELEMENTS or coarser.name == WHOLE
-    return finer.num_blocks > coarser.num_blocks and finer.is_inside(coarser)
+def _num_draws(blocks: int, num_blocks: int) -> int:
+    """Products with the blocks of a cut: all of them equally often, at least twice, where that is
+    not more than ``num_blocks``."""
+    if 2 * blocks > num_blocks:
+        return num_blocks
+    return blocks * max(2, num_blocks // blocks)
 
 
-def _rows_of(blocks: int, num_blocks: int) -> int:
-    """Products for the blocks of a cut: all of them at least twice where that is not more than ``num_blocks``."""
-    return blocks * max(2, num_blocks // blocks) if 2 * blocks <= num_blocks else num_blocks
+@dataclass(frozen=True)
+class _Evidence:
+    """What :class:`BlockMass` is made of."""
+
+    draws: dict[str, Draws]  # by base
+    pilots: Pilots
+    asymmetry: float
+    num_products: int
 
 
-class _Probing:
-    """Products with one region's block, and what is summed up from them."""
+@dataclass(frozen=True)
+class _Products:
+    """Products with the diagonal block of one region."""
 
-    def __init__(
-        self, operator: Any, name: str, seed: int, memory: int, told: Callable[[int], None]
-    ) -> None:
-        self.operator, self.name, self.seed, self.told = operator, name, seed, told
-        self.rows = max(1, min(_MOST_ROWS, memory // (_VECTORS * operator.size * 8)))
+    operator: SymmetricOperator
+    name: str  # of the region
+    seed: int
+    at_once: int  # vectors in one product
+    on_products: Callable[[int], None]
 
-    def pilots(
-        self, count: int, pairs: Sequence[tuple[Cutting, Cutting]], bases: Sequence[Cutting]
-    ) -> tuple[Pilots, float, dict[str, np.ndarray]]:
-        """The pilots, their asymmetry, and the mean mass of each block of ``bases``."""
-        size, like = self.operator.size, self.operator
-        z = draw_probes(
-            "rademacher", self.seed, f"{self.name}, pilots", count, size, dtype=like.dtype
-        )
-        y = torch.cat([self._products(rows.to(like.device)).cpu() for rows in z.split(self.rows)])
-        crossed = np.array([[float((one.double() * other).sum()) for other in y] for one in z])
-        diagonal = _gram(
-            z.mul_(y)
-        )  # in place, as is the next: of a large tensor there is room for two such arrays
-        mass = np.array([float(row.double().square().sum()) for row in y])
-        squares, mean = y.square_(), mass.mean()
-        sums = {
-            c.name: _sums(squares, c)
-            for pair in pairs
-            for c in pair
-            if c.name not in (ELEMENTS, WHOLE)
-        }
-        sums |= {base.name: _sums(squares, base) for base in bases}
-        overlaps = {}
-        for finer, coarser in pairs:
-            own = squares if finer.name == ELEMENTS else sums[finer.name]
-            weights = None
-            if coarser.name != WHOLE:
-                weights = (
-                    sums[coarser.name]
-                    .mean(0)
-                    .clamp_min(_TINY)
-                    .reciprocal()[_parents(finer, coarser)]
-                )
-            overlaps[finer.name, coarser.name] = _gram(own, weights) / (
-                mean if coarser.name == WHOLE and mean else 1.0
-            )
-        asymmetry = np.sqrt(np.square(crossed - crossed.T).sum() / max(1, count * (count - 1)))
-        pilots = Pilots(mass, diagonal, overlaps)
-        masses = {base.name: sums[base.name].mean(0).numpy() for base in bases}
-        return pilots, float(asymmetry / np.sqrt(mean)) if mean else 0.0, masses
-
-    def draws(
-        self,
-        base: Cutting,
-        around: Sequence[Cutting],
-        every: Sequence[Cutting],
-        masses: np.ndarray,
-        num_blocks: int,
-    ) -> Draws:
-        """Masses of all blocks of ``base``, or of drawn ones, within each cut ``around`` them."""
-        count, total = _rows_of(base.num_blocks, num_blocks), base.num_blocks
-        if 2 * total <= num_blocks:
-            blocks = np.repeat(np.arange(total), count // total)
-            weights, strata = np.full(count, total / count), blocks
-        else:
-            chances = (1 - _EVEN) * masses / masses.sum() + _EVEN * (masses > 0) / (
-                masses > 0
-            ).sum()
-            stream = np.random.Generator(keyed_stream(self.seed, self.name, base.name))
-            blocks = stream.choice(total, count, p=chances / chances.sum())
-            weights, strata = 1 / (count * chances[blocks]), np.zeros(count, int)
-        found = np.full((count, len(every)), np.nan)
-        columns = [next(i for i, c in enumerate(every) if c is cut) for cut in around]
-        for first in range(0, count, self.rows):
-            chosen = blocks[first : first + self.rows]
-            places = [torch.nonzero(base.labels == int(block)).flatten() for block in chosen]
-            z = torch.zeros(len(chosen), self.operator.size, dtype=self.operator.dtype)
-            for row, entries in enumerate(places):
-                label = f"{self.name}, {base.name}, draw {first + row}"
-                z[row, entries] = draw_probes(
-                    "rademacher", self.seed, label, 1, len(entries), dtype=z.dtype
-                )[0]
-            y = self._products(z.to(self.operator.device)).cpu()
-            for row, entries in enumerate(places):
-                squares = y[row].double().square()
-                masses_around = [_around(squares, c, entries[0]) for c in around]
-                found[first + row, columns] = np.array(masses_around) * weights[first + row]
-        return Draws(found, strata)
-
-    def exactly(
-        self,
-        pairs: Sequence[tuple[Cutting, Cutting]],
-        every: Sequence[Cutting],
-        bases: Sequence[Cutting],
-    ) -> tuple[Pilots, dict[str, Draws], float, int]:
-        """The same from the dense matrix, without any error."""
-        size = self.operator.size
-        dense = torch.cat([self._products(units) for units in self._units()]).double().cpu()
-        squares = ((dense + dense.T) / 2).square()
-        norm, column = float(squares.sum()), squares.sum(1)
-        difference = float((dense - dense.T).norm())
-        inside = {c.name: norm if c.name == WHOLE else float(squares.diagonal().sum()) if c.name == ELEMENTS
-                  else _inside(squares, c.labels) for c in every}  # fmt: skip
-        sums = {c.name: _sums(column[None], c)[0] for c in every}
-        overlaps = {}
-        for finer, coarser in pairs:
-            around = sums[coarser.name][_parents(finer, coarser)].clamp_min(_TINY)
-            own = sums[finer.name]
-            overlaps[finer.name, coarser.name] = np.array([[float((own * own / around).sum())]])
-        diagonal = np.array([[inside[ELEMENTS]]]) if ELEMENTS in inside else np.zeros((1, 1))
-        row = Draws(np.array([[inside[c.name] for c in every]]), np.zeros(1, int))
-        pilots = Pilots(np.array([norm]), diagonal, overlaps)
-        return (
-            pilots,
-            {base.name: row for base in bases},
-            difference / norm**0.5 if norm else 0.0,
-            size,
-        )
-
-    def _units(self) -> Iterator[Tensor]:
-        size, like = self.operator.size, self.operator
-        for numbers in torch.arange(size, device=like.device).split(self.rows):
-            units = torch.zeros(len(numbers), size, dtype=like.dtype, device=like.device)
-            units[torch.arange(len(numbers)), numbers] = 1
-            yield units
-
-    def _products(self, vectors: Tensor) -> Tensor:
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """(r, n) -> (r, n). Raises NumericalError where one is not finite."""
         products = self.operator.matmat(vectors)
         if not bool(torch.isfinite(products).all()):
             raise NumericalError(
-                f"a product with the Hessian of {self.name} is NaN or inf; check the loss and the dtype's range"
+                f"a product with the Hessian of {self.name} is NaN or inf; "
+                "check the loss and the dtype's range"
             )
-        self.told(len(vectors))
+        self.on_products(len(vectors))
         return products
+
+    def signs(self, label: str, count: int, size: int) -> Tensor:
+        """(count, size) random signs that belong to this region and ``label``."""
+        key = f"{self.name}, {label}"
+        dtype = self.operator.dtype
+        return draw_probes("rademacher", self.seed, key, count, size, dtype=dtype)
+
+
+def _probed_evidence(
+    products: _Products, nesting: Nesting, num_probes: int, num_blocks: int
+) -> _Evidence:
+    pilots, asymmetry, column_masses = _pilots(products, nesting, num_probes)
+    draws: dict[str, Draws] = {}
+    if pilots.mass.mean():
+        for base in nesting.bases:
+            sample = _sample(products, base, column_masses[base.name], num_blocks)
+            draws[base.name] = _draws(products, nesting, base, sample)
+    spent = num_probes + sum(len(drawn.masses) for drawn in draws.values())
+    return _Evidence(draws, pilots, asymmetry, spent)
+
+
+def _pilots(
+    products: _Products, nesting: Nesting, count: int
+) -> tuple[Pilots, float, dict[str, Floats]]:
+    """Pilots, their asymmetry, and by base the mean mass of each block's columns, (B,)."""
+    operator = products.operator
+    z = products.signs("pilots", count, operator.size)
+    y = torch.cat([products(rows.to(operator.device)).cpu() for rows in z.split(products.at_once)])
+    crossed = _crossed(z, y)
+    mass = np.array([float(row.double().square().sum()) for row in y])
+    mean = mass.mean()
+    # Both in place: of a large tensor there is room for two such arrays.
+    diagonal = _gram(z.mul_(y))
+    squares = y.square_()
+    sums = {cut.name: _sums(squares, cut) for cut in nesting.others}
+    overlaps = {}
+    for finer, coarser in nesting.pairs:
+        finer_sums = squares if finer.name == ELEMENTS else sums[finer.name]
+        if coarser.name == WHOLE:
+            overlap = _gram(finer_sums) / (mean if mean else 1.0)
+        else:
+            coarser_means = sums[coarser.name].mean(0).clamp_min(_TINY)
+            overlap = _gram(finer_sums, coarser_means.reciprocal()[_parents(finer, coarser)])
+        overlaps[finer.name, coarser.name] = overlap
+    difference = np.sqrt(np.square(crossed - crossed.T).sum() / max(1, count * (count - 1)))
+    asymmetry = float(difference / np.sqrt(mean)) if mean else 0.0
+    column_masses = {base.name: sums[base.name].mean(0).numpy() for base in nesting.bases}
+    return Pilots(mass, diagonal, overlaps), asymmetry, column_masses
+
+
+def _crossed(vectors: Tensor, products: Tensor) -> Floats:
+    """(K, K) inner products z_i' y_j, equal to those of (j, i) for a symmetric matrix."""
+    return np.array([[float((z.double() * y).sum()) for y in products] for z in vectors])
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Blocks of one cut, each to be probed once."""
+
+    blocks: NDArray[np.int64]  # (S,)
+    weights: Floats  # (S,) with which their masses add up to those of all blocks
+    strata: NDArray[np.int64]  # (S,) rows of one stratum are alike
+
+
+def _sample(products: _Products, base: Cutting, masses: Floats, num_blocks: int) -> _Sample:
+    """All blocks of ``base`` equally often, or some drawn by ``masses`` (B,)."""
+    total = base.num_blocks
+    count = _num_draws(total, num_blocks)
+    if 2 * total <= num_blocks:
+        blocks = np.repeat(np.arange(total), count // total)
+        return _Sample(blocks, np.full(count, total / count), blocks)
+    has_mass = masses > 0
+    chances = (1 - _EVEN) * masses / masses.sum() + _EVEN * has_mass / has_mass.sum()
+    stream = np.random.Generator(keyed_stream(products.seed, products.name, base.name))
+    blocks = stream.choice(total, count, p=chances / chances.sum())
+    return _Sample(blocks, 1 / (count * chances[blocks]), np.zeros(count, int))
+
+
+def _draws(products: _Products, nesting: Nesting, base: Cutting, sample: _Sample) -> Draws:
+    """The masses of the blocks in ``sample`` within each cut around ``base``."""
+    around = {cut.name: cut for cut in nesting.around(base)}
+    table = np.full((len(sample.blocks), len(nesting.with_groups)), np.nan)
+    columns = [i for i, cut in enumerate(nesting.with_groups) if cut.name in around]
+    for first in range(0, len(table), products.at_once):
+        chosen = sample.blocks[first : first + products.at_once]
+        entries = [torch.nonzero(base.labels == int(block)).flatten() for block in chosen]
+        z = _signs_on_blocks(products, base, entries, first)
+        y = products(z.to(products.operator.device)).cpu()
+        for row, (product, inside) in enumerate(zip(y, entries, strict=True), start=first):
+            squares = product.double().square()
+            masses = [_mass_around(squares, cut, inside[0]) for cut in around.values()]
+            table[row, columns] = np.array(masses) * sample.weights[row]
+    return Draws(table, sample.strata)
+
+
+def _signs_on_blocks(
+    products: _Products, base: Cutting, entries: Sequence[Tensor], first: int
+) -> Tensor:
+    """(r, n) vectors, each with random signs at the ``entries`` of one block, of the draws from
+    number ``first`` on."""
+    z = torch.zeros(len(entries), products.operator.size, dtype=products.operator.dtype)
+    for row, inside in enumerate(entries):
+        label = f"{base.name}, draw {first + row}"
+        z[row, inside] = products.signs(label, 1, len(inside))[0]
+    return z
+
+
+def _exact_evidence(products: _Products, nesting: Nesting) -> _Evidence:
+    """The same from the dense matrix, without any error."""
+    size = products.operator.size
+    dense = torch.cat([products(units) for units in _units(products)]).double().cpu()
+    squares = ((dense + dense.T) / 2).square()
+    norm = float(squares.sum())
+    difference = float((dense - dense.T).norm())
+    inside = {cut.name: _mass_inside(squares, cut) for cut in nesting.with_groups}
+    overlaps = _exact_overlaps(squares.sum(1), nesting)
+    diagonal = np.array([[inside.get(ELEMENTS, 0.0)]])
+    row = Draws(np.array([list(inside.values())]), np.zeros(1, int))
+    return _Evidence(
+        {base.name: row for base in nesting.bases},
+        Pilots(np.array([norm]), diagonal, overlaps),
+        difference / norm**0.5 if norm else 0.0,
+        size,
+    )
+
+
+def _units(products: _Products):
+    size, like = products.operator.size, products.operator
+    for numbers in torch.arange(size, device=like.device).split(products.at_once):
+        units = torch.zeros(len(numbers), size, dtype=like.dtype, device=like.device)
+        units[torch.arange(len(numbers)), numbers] = 1
+        yield units
+
+
+def _exact_overlaps(column_masses: Tensor, nesting: Nesting) -> dict[tuple[str, str], Floats]:
+    """(finer, coarser) -> (1, 1) sum of m_d^2 / m_c, from the masses (n,) of single columns."""
+    sums = {cut.name: _sums(column_masses[None], cut)[0] for cut in nesting.cuttings}
+    overlaps = {}
+    for finer, coarser in nesting.pairs:
+        own = sums[finer.name]
+        around = sums[coarser.name][_parents(finer, coarser)].clamp_min(_TINY)
+        overlaps[finer.name, coarser.name] = np.array([[float((own * own / around).sum())]])
+    return overlaps
 
 
 def _sums(squares: Tensor, cut: Cutting) -> Tensor:
@@ -231,14 +267,27 @@ def _sums(squares: Tensor, cut: Cutting) -> Tensor:
         return squares.double().sum(1, keepdim=True)
     if cut.name == ELEMENTS:
         return squares
-    return torch.stack(
-        [torch.bincount(cut.labels, row.double(), cut.num_blocks) for row in squares]
-    )
+    sums = [torch.bincount(cut.labels, row.double(), cut.num_blocks) for row in squares]
+    return torch.stack(sums)
 
 
-def _around(squares: Tensor, cut: Cutting, entry: Tensor) -> float:
+def _mass_around(squares: Tensor, cut: Cutting, entry: Tensor) -> float:
     """Sum of (n,) ``squares`` over the block of ``cut`` that holds ``entry``."""
-    return float((squares if cut.name == WHOLE else squares[cut.labels == cut.labels[entry]]).sum())
+    if cut.name == WHOLE:
+        return float(squares.sum())
+    return float(squares[cut.labels == cut.labels[entry]].sum())
+
+
+def _mass_inside(squares: Tensor, cut: Cutting) -> float:
+    """Mass inside the blocks of ``cut`` of a dense (n, n) matrix of squares."""
+    if cut.name == WHOLE:
+        return float(squares.sum())
+    if cut.name == ELEMENTS:
+        return float(squares.diagonal().sum())
+    total = 0.0
+    for rows, labels in zip(squares.split(_ROWS), cut.labels.split(_ROWS), strict=True):
+        total += float((rows * (labels[:, None] == cut.labels)).sum())
+    return total
 
 
 def _parents(finer: Cutting, coarser: Cutting) -> Tensor:
@@ -247,21 +296,14 @@ def _parents(finer: Cutting, coarser: Cutting) -> Tensor:
         return torch.zeros(finer.num_blocks, dtype=torch.int64)
     if finer.name == ELEMENTS:
         return coarser.labels
-    return torch.zeros(finer.num_blocks, dtype=torch.int64).scatter_(
-        0, finer.labels, coarser.labels
-    )
+    parents = torch.zeros(finer.num_blocks, dtype=torch.int64)
+    return parents.scatter_(0, finer.labels, coarser.labels)
 
 
-def _gram(vectors: Tensor, weights: Tensor | None = None) -> np.ndarray:
+def _gram(vectors: Tensor, weights: Tensor | None = None) -> Floats:
     """(K, n) -> (K, K) inner products, weighted by (n,) ``weights``, summed in float64."""
-    found = np.zeros((len(vectors), len(vectors)))
+    gram = np.zeros((len(vectors), len(vectors)))
     for i, one in enumerate(vectors):
-        one = one.double() if weights is None else one * weights
-        found[i, i:] = found[i:, i] = [float((one * other).sum()) for other in vectors[i:]]
-    return found
-
-
-def _inside(squares: Tensor, labels: Tensor) -> float:
-    """Mass of a dense matrix of squares inside the blocks of ``labels``."""
-    parts = zip(squares.split(_ROWS), labels.split(_ROWS), strict=True)
-    return sum(float((rows * (own[:, None] == labels)).sum()) for rows, own in parts)
+        wide = one.double() if weights is None else one * weights
+        gram[i, i:] = gram[i:, i] = [float((wide * other).sum()) for other in vectors[i:]]
+    return gram

@@ -1,13 +1,33 @@
-"""What :func:`hessian_tools.structure.check.check_partition` finds, and how it reads."""
+"""What :func:`hessian_tools.structure.check.check_partition` reports, and how it reads."""
 
 import textwrap
 from dataclasses import dataclass
 
 from hessian_tools.blocks.param_groups import StateSavings
 from hessian_tools.blocks.partition import Partition
-from hessian_tools.structure.judgement import CONTRADICTED, VERDICTS, Levels, Statement, error_rates
-from hessian_tools.structure.mass import WHOLE
+from hessian_tools.structure.cuttings import WHOLE
+from hessian_tools.structure.judgement import (
+    CONTRADICTED,
+    FOLLOWS,
+    VERDICTS,
+    Levels,
+    Statement,
+    error_rates,
+)
 from hessian_tools.tables import plus_minus, table
+
+_WIDTH = 118  # columns of reasons
+_TITLES = (
+    "tensor",
+    "cut",
+    "blocks",
+    "mass inside",
+    "unstructured",
+    "contrast",
+    "best cut",
+    "its mass",
+    "verdict",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +57,9 @@ class TensorReport:
     verdict: str  # "follows" | "too coarse" | "too fine" | "wrong axis" | "undecided"
     reason: str
     likely: str  # by the estimates alone
-    suggested: str  # the cut to take: one that follows, or the claim, or where that is contradicted what likely follows
+    # The cut to take: one that follows, or the claim, or where that is contradicted what likely
+    # follows.
+    suggested: str
     evidence: tuple[CutEvidence, ...]
     tests: tuple[Statement, ...]  # all that the verdict on the claim rests on
     norm: float  # |H_tt|_F of the mean loss
@@ -45,12 +67,11 @@ class TensorReport:
     num_matvecs: int
 
     def __getitem__(self, cut: str) -> CutEvidence:
-        for found in self.evidence:
-            if found.cut == cut:
-                return found
-        raise KeyError(
-            f"{self.name} has no cut {cut!r}; its cuts are {', '.join(e.cut for e in self.evidence)}"
-        )
+        for evidence in self.evidence:
+            if evidence.cut == cut:
+                return evidence
+        cuts = ", ".join(evidence.cut for evidence in self.evidence)
+        raise KeyError(f"{self.name} has no cut {cut!r}; its cuts are {cuts}")
 
     @property
     def claimed(self) -> CutEvidence:
@@ -59,7 +80,10 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class PartitionReport:
-    """Verdicts on a partition; indexed by the tensor's name, ``report["transformer.wte.weight"].verdict``."""
+    """Verdicts on a partition.
+
+    Indexed by the tensor's name: ``report["transformer.wte.weight"].verdict``.
+    """
 
     tensors: tuple[TensorReport, ...]
     preset: str  # "" for own blocks
@@ -72,12 +96,11 @@ class PartitionReport:
     route: str
 
     def __getitem__(self, name: str) -> TensorReport:
-        for found in self.tensors:
-            if found.name == name:
-                return found
-        raise KeyError(
-            f"no tensor is named {name!r}; the report has {', '.join(t.name for t in self.tensors[:8])}, ..."
-        )
+        for tensor in self.tensors:
+            if tensor.name == name:
+                return tensor
+        names = ", ".join(tensor.name for tensor in self.tensors[:8])
+        raise KeyError(f"no tensor is named {name!r}; the report has {names}, ...")
 
     @property
     def verdict(self) -> dict[str, str]:
@@ -87,7 +110,8 @@ class PartitionReport:
     @property
     def counts(self) -> dict[str, int]:
         """Tensors by verdict."""
-        return {verdict: sum(t.verdict == verdict for t in self.tensors) for verdict in VERDICTS}
+        verdicts = [tensor.verdict for tensor in self.tensors]
+        return {verdict: verdicts.count(verdict) for verdict in VERDICTS}
 
     @property
     def reliability(self) -> str:
@@ -100,38 +124,48 @@ class PartitionReport:
         return tuple(t.name for t in self.tensors if t.verdict in CONTRADICTED)
 
     def __str__(self) -> str:
-        """A row a tensor: its cut, share inside with its error, what is expected, the best cut ("?": by estimates
-        alone, not significantly), the verdict; then the reasons."""
-        titles = (
-            "tensor,cut,blocks,mass inside,unstructured,contrast,best cut,its mass,verdict".split(
-                ","
-            )
-        )
-        rows = []
-        for tensor in self.tensors:
-            own, best = tensor.claimed, tensor[tensor.suggested]
-            doubt = "" if best.verdict == "follows" else "?"
-            rows.append([
-                tensor.name, own.cut, f"{own.num_blocks:,}", _share(own.share, own.share_error), f"{own.expected:.1%}",
-                "" if own.cut == WHOLE else f"{own.contrast:.3g}", f"{best.cut}{doubt}" if best is not own else "",
-                _share(best.share, best.share_error) if best is not own else "", tensor.verdict,
-            ])  # fmt: skip
+        """A row a tensor, then the reasons of all verdicts but "follows".
+
+        A row holds the cut, its share with its error, what is expected, the best cut ("?": by
+        estimates alone, not significantly) and the verdict.
+        """
+        rows = [_row(tensor) for tensor in self.tensors]
         reasons = [
-            textwrap.fill(f"{tensor.name}: {tensor.verdict}: {tensor.reason}", 118, subsequent_indent="    ")
-            for tensor in self.tensors if tensor.verdict != "follows"
-        ]  # fmt: skip
+            textwrap.fill(f"{t.name}: {t.verdict}: {t.reason}", _WIDTH, subsequent_indent="    ")
+            for t in self.tensors
+            if t.verdict != FOLLOWS
+        ]
         counted = ", ".join(f"{count} {verdict}" for verdict, count in self.counts.items() if count)
-        products = f"{self.num_matvecs} Hessian-vector products"
-        return "\n".join(
-            [
-                table(titles, rows, left=2),
-                *reasons,
-                *(f"note: {n}" for n in self.notes),
-                f"{counted}; {products}",
-                textwrap.fill(self.reliability, 118),
-            ]
-        )
+        lines = [
+            table(_TITLES, rows, left=2),
+            *reasons,
+            *(f"note: {note}" for note in self.notes),
+            f"{counted}; {self.num_matvecs} Hessian-vector products",
+            textwrap.fill(self.reliability, _WIDTH),
+        ]
+        return "\n".join(lines)
 
 
-def _share(share: float, error: float) -> str:
-    return f"{share:.1%}" if not error else f"{plus_minus(100 * share, 100 * error)} %"
+def _row(tensor: TensorReport) -> list[str]:
+    claimed = tensor.claimed
+    best = tensor[tensor.suggested]
+    best_cells = ["", ""]
+    if best is not claimed:
+        doubt = "" if best.verdict == FOLLOWS else "?"
+        best_cells = [f"{best.cut}{doubt}", _share(best)]
+    return [
+        tensor.name,
+        claimed.cut,
+        f"{claimed.num_blocks:,}",
+        _share(claimed),
+        f"{claimed.expected:.1%}",
+        "" if claimed.cut == WHOLE else f"{claimed.contrast:.3g}",
+        *best_cells,
+        tensor.verdict,
+    ]
+
+
+def _share(evidence: CutEvidence) -> str:
+    if not evidence.share_error:
+        return f"{evidence.share:.1%}"
+    return f"{plus_minus(100 * evidence.share, 100 * evidence.share_error)} %"

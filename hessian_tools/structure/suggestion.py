@@ -1,7 +1,7 @@
 """A partition made of the ways that suit each tensor, or each role of a fused one.
 
-Ways are the names of :func:`hessian_tools.blocks.presets.alternatives`; where a tensor is judged by roles, a way means that
-role alone.
+Ways are the names of :func:`hessian_tools.blocks.presets.alternatives`; where a tensor is
+judged by roles, a way means that role alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,9 @@ from hessian_tools.blocks.attention import is_transposed
 from hessian_tools.blocks.block import Block, Cut, Part
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.survey import Site, Survey
+from hessian_tools.structure.cuttings import ELEMENTS, WHOLE
 
-_BY = {"whole": "", "heads": "head", "rows": "row"}
+_COUNTERS = {"whole": "", "heads": "head", "rows": "row"}  # of the ways to cut along a role's axis
 
 
 def composed(
@@ -23,7 +24,6 @@ def composed(
     regions: Sequence[Block],
     ways: Mapping[str, str],
     claimed: Partition,
-    notes: Sequence[str] = (),
 ) -> Partition:
     """``regions`` (whole tensors or roles, by their names in ``ways``) cut as ``ways`` say.
 
@@ -31,49 +31,47 @@ def composed(
     """
     survey = Survey(model)
     sites = {site.name: site for site in survey.sites}
-    cuts = [
-        cut
-        for region in regions
-        for cut in _cuts(survey, sites[region.parameter], region, ways[region.name], claimed)
-    ]
-    return Partition(tuple(cuts), "", tuple(notes))
+    cuts: list[Cut] = []
+    for region in regions:
+        cuts += _cuts(survey, sites[region.parameter], region, ways[region.name], claimed)
+    return Partition(tuple(cuts))
 
 
 def _cuts(survey: Survey, site: Site, region: Block, way: str, claimed: Partition) -> list[Cut]:
-    part = _region(region.as_cut().parts[0])
-    is_role = region.name != site.name
     known = dict(survey.equal_cuts(site))
-    if way not in known and way != "whole":
-        return [
-            cut
-            for cut in claimed.cuts
-            if cut.parameters == (site.name,) and (not is_role or _lies_in(cut, region))
-        ]
+    is_role = region.name != site.name
+    if way not in known and way != WHOLE:
+        of_tensor = [cut for cut in claimed.cuts if cut.parameters == (site.name,)]
+        return [cut for cut in of_tensor if not is_role or _lies_in(cut, region)]
     if not is_role:
         return [known[way]]
-    projection = survey.attention.projections[site.name]
     transposed = len(site.shape) > 1 and is_transposed(site.module)
-    if way in _BY:
-        role = next(role for role in projection.roles if region.name.endswith(f"[{role}]"))
-        return [
-            site.cut(int(transposed), found, _BY[way])
-            for found in projection.regions(_BY[way], (role,))
-        ]
-    axes = (
-        tuple(range(len(part.view)))
-        if way == "elements"
-        else (0 if transposed else len(part.view) - 1,)
-    )
+    if way not in _COUNTERS:
+        return [_cut_of_region(site, region, way, transposed)]
+    projection = survey.attention.projections[site.name]
+    role = next(role for role in projection.roles if region.name.endswith(f"[{role}]"))
+    counter = _COUNTERS[way]
+    parts = projection.regions(counter, (role,))
+    return [site.cut(int(transposed), part, counter) for part in parts]
+
+
+def _cut_of_region(site: Site, region: Block, way: str, transposed: bool) -> Cut:
+    """The single entries of a role, or a block an input."""
+    part = _uncut(region.as_cut().parts[0])
+    last = len(part.view) - 1
+    inputs = 0 if transposed else last
+    axes = tuple(range(last + 1)) if way == ELEMENTS else (inputs,)
     pieces = replace(part, axes=axes)
     label = region.name[len(site.name) + 1 : -1]
-    return [Cut((pieces,), site.name, (label,), way.removesuffix("s"), pieces.num_blocks)]
+    return Cut((pieces,), site.name, (label,), way.removesuffix("s"), pieces.num_blocks)
 
 
-def _region(part: Part) -> Part:
+def _uncut(part: Part) -> Part:
     """A part of one piece, as a region that is not cut."""
     starts = [part.index[axis].start for axis in part.axes]
     grid = [part.index[axis].stop - start for axis, start in zip(part.axes, starts, strict=True)]
-    index, places = list(part.index), np.unravel_index(part.window[0] if part.window else 0, grid)
+    places = np.unravel_index(part.window[0] if part.window else 0, grid)
+    index = list(part.index)
     for axis, start, place in zip(part.axes, starts, places, strict=True):
         index[axis] = slice(start + int(place), start + int(place) + 1)
     return replace(part, index=tuple(index), axes=(), window=None)

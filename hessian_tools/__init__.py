@@ -13,7 +13,7 @@ from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import alternatives, partition
 from hessian_tools.curvature.engine.recompute import Segments
 from hessian_tools.curvature.hessian import HessianOperator
-from hessian_tools.curvature.operators import (
+from hessian_tools.curvature.symmetric import (
     DenseOperator,
     DiagonalOperator,
     ScipyOperator,

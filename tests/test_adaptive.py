@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_quadrature import FakeCut, FakeHessian, FakePartition, random_symmetric, same
 
-from hessian_tools.curvature.operators import DenseOperator
+from hessian_tools.curvature.symmetric import DenseOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.heterogeneity import adaptive
 from hessian_tools.heterogeneity.adaptive import adaptive_js0

@@ -22,7 +22,7 @@ from test_results import same
 import hessian_tools as ht
 from hessian_tools import results
 from hessian_tools.app import cli, runs
-from hessian_tools.curvature.hessian import StackedBlocks
+from hessian_tools.curvature.operators import StackedBlocks
 from hessian_tools.plots import spectra as plotting
 from hessian_tools.problem import zoo
 

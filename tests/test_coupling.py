@@ -11,8 +11,9 @@ from problems import gpt, network
 from torch import Tensor, nn
 
 import hessian_tools as ht
+from hessian_tools.curvature.operators import Columns
 from hessian_tools.structure.coupling import PILOT, PLACES, layer_namer
-from hessian_tools.structure.dense import Columns, cuts_of
+from hessian_tools.structure.dense import cuts_of
 from hessian_tools.structure.draws import BlockGrid
 
 SEEDS = 60

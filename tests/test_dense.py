@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian_tools as ht
+from hessian_tools.curvature.operators import Columns
 from hessian_tools.structure import dense, matrix_file
-from hessian_tools.structure.dense import Columns
 from hessian_tools.structure.matrix_file import MatrixFile
 
 

@@ -20,7 +20,7 @@ ORDER = (
 LAZY = {
     "problem.zoo": {"transformers"},
     "problem.data": {"tokenizers", "PIL"},
-    "curvature.operators": {"scipy.sparse.linalg"},
+    "curvature.symmetric": {"scipy.sparse.linalg"},
     "app.cli": {"hessian_tools.plots"},
     "app.partition_command": {"hessian_tools.plots"},
     "app.quadratic_command": {"hessian_tools.plots"},

@@ -7,7 +7,7 @@ from scipy.linalg import eigvalsh_tridiagonal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessian_tools.curvature.engine.memory import measuring
-from hessian_tools.curvature.operators import DenseOperator, DiagonalOperator
+from hessian_tools.curvature.symmetric import DenseOperator, DiagonalOperator
 from hessian_tools.spectra.lanczos import lanczos, resume, ritz
 from hessian_tools.spectra.probes import draw_probes
 

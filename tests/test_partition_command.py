@@ -8,6 +8,7 @@ from test_cli import run
 
 import hessian_tools as ht
 from hessian_tools.app import partition_command
+from hessian_tools.curvature.operators import StackedBlocks
 from hessian_tools.plots import partition as partition_plotting
 from hessian_tools.structure import check as partition_check
 
@@ -206,8 +207,6 @@ def test_bad_input_is_code_2_in_one_line(arguments, message, capsys):
 
 
 def test_a_numerical_failure_is_code_3(monkeypatch, capsys):
-    monkeypatch.setattr(
-        ht.hessian.StackedBlocks, "matmat", lambda self, vectors: vectors * torch.inf
-    )
+    monkeypatch.setattr(StackedBlocks, "matmat", lambda self, vectors: vectors * torch.inf)
     assert run("partition", "--model", "own.py:rows", *FAST) == 3
     assert "product with the Hessian of fc.weight is NaN or inf" in capsys.readouterr().err

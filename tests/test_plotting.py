@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import hessian_tools as ht
-from hessian_tools.curvature.operators import DiagonalOperator
+from hessian_tools.curvature.symmetric import DiagonalOperator
 from hessian_tools.plots import spectra as plotting
 from hessian_tools.spectra.density import Axis
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessian_tools as ht
 from hessian_tools.curvature.engine.precision import Arithmetic, arithmetic, tf32
-from hessian_tools.curvature.operators import SymmetricOperator
+from hessian_tools.curvature.symmetric import SymmetricOperator
 from hessian_tools.spectra.lanczos import lanczos
 from hessian_tools.spectra.probes import draw_probes
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hessian_tools.curvature.operators import DenseOperator, DiagonalOperator
+from hessian_tools.curvature.symmetric import DenseOperator, DiagonalOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.spectra.lanczos import ritz
 from hessian_tools.spectra.probes import draw_probes

@@ -9,7 +9,7 @@ import torch
 
 import hessian_tools as ht
 from hessian_tools.app import report
-from hessian_tools.curvature.operators import DiagonalOperator
+from hessian_tools.curvature.symmetric import DiagonalOperator
 
 
 def spectra(blocks, notes=()):

@@ -14,7 +14,7 @@ import torch
 
 import hessian_tools as ht
 from hessian_tools import quadratic, results
-from hessian_tools.curvature.operators import DiagonalOperator
+from hessian_tools.curvature.symmetric import DiagonalOperator
 from hessian_tools.curvature.verification import Check, Verification
 from hessian_tools.heterogeneity.adaptive import Round, Uncertainty
 from hessian_tools.results import Journal, load, save, write_atomically

@@ -33,10 +33,12 @@ import numpy as np
 from scipy.stats import chi2
 from tqdm import tqdm
 
-from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.hessian import as_operator
+from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.heterogeneity.comparison import DEFAULTS, READINGS, Comparison, jackknife
 from hessian_tools.heterogeneity.growing import GrowingSpectra
 from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
+from hessian_tools.problem.problem import Problem
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.spectra.slq import Settings, names_and_cuts, notes_on, solved, truncated
 
@@ -110,7 +112,7 @@ class AdaptiveJS0:
 
 
 def adaptive_js0(
-    problem_or_hessian: Any, partition: Any, *, tolerance: float = 0.05,
+    curvature: Problem | CurvatureOperator, partition: Any, *, tolerance: float = 0.05,
     reading: str | Sequence[str] = "unnormalised", max_matvecs: int = 1000, max_steps: int = 100, seed: int = 0,
     probes: str = "rademacher", reorthogonalize: str = "full", exact: bool | str = "auto",
     finished: Mapping[str, Quadrature] | None = None, on_block: Callable[[str, Quadrature], None] | None = None,
@@ -123,7 +125,7 @@ def adaptive_js0(
     begins again, which its ``num_matvecs`` counts and ``notes`` tell. A seed gives the probes of :func:`blockwise_slq`.
 
     Args:
-        problem_or_hessian, partition: see :func:`hessian_tools.blockwise_slq`.
+        curvature, partition: see :func:`hessian_tools.blockwise_slq`.
         tolerance: of the sum of standard error, bias and change over the last steps, relative to the mean.
         reading: one or several of "bounded", "unnormalised", "log", "wasserstein" and "scale" (the spread of block
             scales), all of which must meet the tolerance.
@@ -142,11 +144,7 @@ def adaptive_js0(
     asked = (reading,) if isinstance(reading, str) else tuple(reading)
     _check(tolerance, asked, max_matvecs, max_steps, exact)
     settings = Settings(max_matvecs, max_steps, seed, probes, reorthogonalize, exact)
-    hessian = (
-        problem_or_hessian
-        if hasattr(problem_or_hessian, "stacked")
-        else HessianOperator(problem_or_hessian)
-    )
+    hessian = as_operator(curvature)
     names, cuts = names_and_cuts(partition)
     if len(names) < 2:
         raise ValueError(f"partition holds {len(names)} block; heterogeneity compares at least two")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.spectra.lanczos import LanczosResult, LanczosState, lanczos, resume
 from hessian_tools.spectra.probes import draw_probes
 from hessian_tools.spectra.quadrature import Quadrature
@@ -30,7 +31,7 @@ class GrowingSpectra:
     """The blocks of a run: their quadratures so far, and the Lanczos vectors kept to go on from."""
 
     def __init__(
-        self, hessian: Any, partition: Any, settings: Settings, finished: Mapping[str, Quadrature],
+        self, hessian: CurvatureOperator, partition: Any, settings: Settings, finished: Mapping[str, Quadrature],
         on_block: Callable[[str, Quadrature], None] | None, bar: Any,
     ) -> None:  # fmt: skip
         self.hessian, self.settings, self.on_block, self.bar = hessian, settings, on_block, bar

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hessian_tools.curvature.hessian import HessianOperator
-from hessian_tools.curvature.operators import SymmetricOperator
+from hessian_tools.curvature.hessian import as_operator
+from hessian_tools.curvature.operators import CurvatureOperator
+from hessian_tools.curvature.symmetric import SymmetricOperator
 from hessian_tools.errors import NumericalError
+from hessian_tools.problem.problem import Problem
 from hessian_tools.spectra.exact import dense_bytes, exact_quadratures
 from hessian_tools.spectra.lanczos import REORTHOGONALIZE, LanczosResult, lanczos, ritz
 from hessian_tools.spectra.probes import PROBE_KINDS, draw_probes
@@ -82,7 +84,7 @@ class Settings:
 
 
 def slq(
-    operator: Any, *, num_probes: int, num_steps: int, seed: int = 0, probes: str = "rademacher",
+    operator: SymmetricOperator, *, num_probes: int, num_steps: int, seed: int = 0, probes: str = "rademacher",
     reorthogonalize: str = "full", name: str = "", exact: bool | str = "auto",
 ) -> Quadrature:  # fmt: skip
     """Stochastic Lanczos quadrature of one symmetric operator (size n; ``matmat``, ``dtype``, ``device``).
@@ -100,13 +102,12 @@ def slq(
         NumericalError: for a product with NaN or inf, naming the Lanczos step (or column) where it appeared first.
     """
     settings = Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
-    if hasattr(operator, "expect"):
-        operator.expect(settings.matvecs(operator.size))
+    operator.expect(settings.matvecs(operator.size))
     return dict(_solve(operator, (name,), operator.size, settings))[name]
 
 
 def blockwise_slq(
-    problem_or_hessian: Any, partition: Any, *, num_probes: int = 4, num_steps: int = 40, seed: int = 0,
+    curvature: Problem | CurvatureOperator, partition: Any, *, num_probes: int = 4, num_steps: int = 40, seed: int = 0,
     probes: str = "rademacher", reorthogonalize: str = "full", exact: bool | str = "auto",
     finished: Mapping[str, Quadrature] | None = None, on_block: Callable[[str, Quadrature], None] | None = None,
     progress: bool = True,
@@ -118,7 +119,7 @@ def blockwise_slq(
     with "local" re-orthogonalisation, says so in its ``reorthogonalize`` and in ``notes``, and warns.
 
     Args:
-        problem_or_hessian: a Problem, or an operator with ``stacked(cut)`` such as HessianOperator.
+        curvature: a Problem (its Hessian) or any curvature operator.
         partition: a Partition or a list of its Blocks.
         finished: results of an earlier run with the same arguments, by name: these blocks are not computed again.
         on_block: called with name and Quadrature as each block is done, also before an error is raised for another.
@@ -130,18 +131,13 @@ def blockwise_slq(
         NumericalError: for a product with NaN or inf, naming the block and the Lanczos step where it appeared first.
     """
     settings = Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
-    hessian = (
-        problem_or_hessian
-        if hasattr(problem_or_hessian, "stacked")
-        else HessianOperator(problem_or_hessian)
-    )
+    hessian = as_operator(curvature)
     names, cuts = names_and_cuts(partition)
     done = {name: finished[name] for name in names if name in finished} if finished else {}
     total = sum(
         settings.matvecs(cut.block_size) for cut in cuts for name in cut.names if name not in done
     )
-    if hasattr(hessian, "expect"):
-        hessian.expect(total, len(names))
+    hessian.expect(total, len(names))
     with tqdm(
         total=total, unit="HVP", disable=None if progress else True, dynamic_ncols=True
     ) as bar:
@@ -157,7 +153,11 @@ def blockwise_slq(
 
 
 def solved(
-    hessian: Any, cuts: Iterable[Any], done: Collection[str], settings: Settings, bar: Any
+    hessian: CurvatureOperator,
+    cuts: Iterable[Any],
+    done: Collection[str],
+    settings: Settings,
+    bar: Any,
 ) -> Iterator[tuple[str, Quadrature]]:
     """The blocks of ``cuts`` that are not in ``done``, as they come; blocks of one cut go through together."""
     for chunk, chosen in (c for cut in cuts for c in _chunks(cut, done, settings, hessian)):
@@ -196,7 +196,7 @@ def names_and_cuts(partition: Any) -> tuple[list[str], Iterable[Any]]:
 
 
 def _chunks(
-    cut: Any, done: Collection[str], settings: Settings, hessian: Any
+    cut: Any, done: Collection[str], settings: Settings, hessian: CurvatureOperator
 ) -> Iterator[tuple[Any, Settings]]:
     """The unfinished runs of ``cut`` in pieces that fit the memory budget, each with its settings."""
     size, k, budget = cut.block_size, settings.num_probes, hessian.krylov_bytes

@@ -16,10 +16,10 @@ from hessian_tools.blocks.block import Block
 from hessian_tools.blocks.param_groups import state_savings
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import partition
-from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.hessian import as_operator, problem_of
+from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.problem.problem import Problem
 from hessian_tools.structure.cuttings import CLAIMED, WHOLE, Cutting, judged_regions
-from hessian_tools.structure.dense import problem_of
 from hessian_tools.structure.judgement import CONTRADICTED, FOLLOWS, Levels, judge
 from hessian_tools.structure.mass import BlockMass
 from hessian_tools.structure.probing import cost, measure
@@ -32,7 +32,7 @@ MOST_EXACT = 4096  # entries of a tensor that exact=True takes: 128 MiB, and as 
 
 
 def check_partition(
-    problem_or_hessian: Problem | HessianOperator, partition: Any = "adam_mini", *, seed: int = 0, num_probes: int = 8,
+    curvature: Problem | CurvatureOperator, partition: Any = "adam_mini", *, seed: int = 0, num_probes: int = 8,
     num_blocks: int = 32, exact: bool | None = None, alpha: float = 0.05, contrast: float = 4.0, diagonal: float = 0.5,
     measured: Measurements | None = None, finished: Mapping[str, TensorReport] | None = None,
     on_tensor: Callable[[str, TensorReport], None] | None = None, progress: bool = True,
@@ -57,13 +57,9 @@ def check_partition(
         NumericalError: for a product with NaN or inf, naming the tensor.
     """
     _validate(num_probes, num_blocks, alpha, contrast, diagonal)
-    problem = problem_of(problem_or_hessian)
+    problem = problem_of(curvature)
     blocks = _partition(problem, partition)
-    hessian = (
-        problem_or_hessian
-        if isinstance(problem_or_hessian, HessianOperator)
-        else HessianOperator(problem)
-    )
+    hessian = as_operator(curvature)
     done, levels, regions = dict(finished or {}), Levels(alpha, contrast, diagonal), []
     with tqdm(total=planned_products(problem, blocks, num_probes, num_blocks, exact, done), unit="HVP",
               disable=None if progress else True, dynamic_ncols=True) as bar:  # fmt: skip

@@ -18,17 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from hessian_tools.blocks.block import Cut
-from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.hessian import in_float64, problem_of
+from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.errors import NumericalError
+from hessian_tools.problem.gradient import mean_gradient
 from hessian_tools.problem.problem import Problem
 from hessian_tools.spectra.quadrature import Quadrature
 from hessian_tools.spectra.slq import blockwise_slq
-from hessian_tools.structure.dense import cuts_of, in_float64, problem_of
+from hessian_tools.structure.dense import cuts_of
 
 MOST_ENTRIES = 1024  # default limit on n of a block
 _BYTES = 1 << 28  # dense blocks held at a time
@@ -152,7 +153,7 @@ def adam_conditioning(
 
 
 def block_conditioning(
-    problem_or_hessian: Problem | HessianOperator, partition: Any, *, max_size: int = MOST_ENTRIES,
+    curvature: Problem | CurvatureOperator, partition: Any, *, max_size: int = MOST_ENTRIES,
     num_blocks: int | None = None, seed: int = 0, eps: float = 0.0, relative_floor: float | None = None,
     memory: str | int = "auto", progress: bool = True,
 ) -> BlockConditioning:  # fmt: skip
@@ -174,7 +175,7 @@ def block_conditioning(
         raise ValueError(
             f"max_size is {max_size} and num_blocks {num_blocks}; at least 1 is needed"
         )
-    cuts, notes = cuts_of(partition, problem_of(problem_or_hessian)), []
+    cuts, notes = cuts_of(partition, problem_of(curvature)), []
     for cut in cuts:
         if cut.block_size > max_size:
             notes.append(
@@ -189,7 +190,7 @@ def block_conditioning(
         )
     generator = np.random.default_rng(seed)
     chosen = [chunk for cut in small for chunk in _chosen(cut, num_blocks, generator)]
-    hessian, arithmetic = in_float64(problem_or_hessian, memory)
+    hessian, arithmetic = in_float64(curvature, memory)
     gradient, found, errors = mean_gradient(hessian.problem), [], []
     total = sum(chunk.num_blocks * chunk.block_size for chunk in chosen)
     with tqdm(
@@ -214,7 +215,7 @@ def block_conditioning(
 
 
 def block_extremes(
-    problem_or_hessian: Problem | HessianOperator, partition: Any, *, num_steps: int = 12, num_probes: int = 1,
+    curvature: Problem | CurvatureOperator, partition: Any, *, num_steps: int = 12, num_probes: int = 1,
     seed: int = 0, finished: Mapping[str, Quadrature] | None = None,
     on_block: Callable[[str, Quadrature], None] | None = None, progress: bool = True,
 ) -> BlockExtremes:  # fmt: skip
@@ -224,7 +225,7 @@ def block_extremes(
     :func:`hessian_tools.spectra.slq.blockwise_slq`, whose ``finished`` and ``on_block`` let a killed run go on.
     """
     spectra = blockwise_slq(
-        problem_or_hessian, partition, num_probes=num_probes, num_steps=num_steps, seed=seed, finished=finished,
+        curvature, partition, num_probes=num_probes, num_steps=num_steps, seed=seed, finished=finished,
         on_block=on_block, progress=progress,
     )  # fmt: skip
     blocks = list(spectra.values())
@@ -241,19 +242,6 @@ def block_extremes(
     )  # fmt: skip
 
 
-def mean_gradient(problem: Problem) -> dict[str, Tensor]:
-    """The gradient of the mean loss by parameter, zeros where it does not depend on one."""
-    parameters = list(problem.parameters.values())
-    total = [torch.zeros_like(p) for p in parameters]
-    for weight, batch in zip(problem.weights, problem.batches, strict=True):
-        with problem.evaluating(), torch.enable_grad():
-            found = torch.autograd.grad(problem.batch_loss(batch), parameters, allow_unused=True)
-        for sum_, gradient in zip(total, found, strict=True):
-            if gradient is not None:
-                sum_.add_(gradient.detach(), alpha=weight)
-    return dict(zip(problem.parameters, total, strict=True))
-
-
 def _chosen(cut: Cut, num_blocks: int | None, generator: np.random.Generator) -> Iterator[Cut]:
     """Runs of blocks of ``cut``, all or some drawn, each small enough for memory."""
     together = max(1, _BYTES // (3 * 8 * cut.block_size**2))
@@ -266,7 +254,7 @@ def _chosen(cut: Cut, num_blocks: int | None, generator: np.random.Generator) ->
             yield cut.chunk(int(piece[0]), int(piece[-1]) + 1)
 
 
-def _dense_blocks(hessian: HessianOperator, cut: Cut, bar: Any) -> tuple[np.ndarray, np.ndarray]:
+def _dense_blocks(hessian: CurvatureOperator, cut: Cut, bar: Any) -> tuple[np.ndarray, np.ndarray]:
     """(B, n, n) symmetrised diagonal blocks of a cut, and (B,) how far from symmetric they were."""
     operator, size, count = hessian.stacked(cut), cut.block_size, cut.num_blocks
     dense = np.empty((count, size, size))

@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from hessian_tools.blocks.attention import find_attention, is_inside
 from hessian_tools.curvature.engine.memory import format_bytes
-from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.hessian import as_operator, problem_of
+from hessian_tools.curvature.operators import Columns, CurvatureOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem
 from hessian_tools.spectra.probes import draw_probes
 from hessian_tools.spectra.quadrature import Estimate
 from hessian_tools.spectra.slq import Settings
-from hessian_tools.structure.dense import MOST_ENTRIES, Columns, cuts_of, dense_block, problem_of
+from hessian_tools.structure.dense import MOST_ENTRIES, cuts_of, dense_block
 from hessian_tools.structure.draws import BlockGrid, Draw
 
 PLACES = ("block", "tensor", "layer", "across")
@@ -216,7 +217,7 @@ class Coupling:
 
 
 def coupling(
-    problem_or_hessian: Problem | HessianOperator, partition: Any, *, num_probes: int = 4, seed: int = 0,
+    curvature: Problem | CurvatureOperator, partition: Any, *, num_probes: int = 4, seed: int = 0,
     num_blocks: int | None = None, probes: str = "rademacher", exact: bool | str = "auto", num_pilot: int = 4,
     layers: Callable[[str], str] | None = None, finished: Mapping[str, np.ndarray] | None = None,
     on_column: Callable[[str, np.ndarray], None] | None = None, progress: bool = True,
@@ -246,17 +247,13 @@ def coupling(
         raise ValueError(
             f"num_blocks is {num_blocks} and num_pilot {num_pilot}; at least 1 and 0 are needed"
         )
-    problem = problem_of(problem_or_hessian)
+    problem = problem_of(curvature)
     grid = BlockGrid(cuts_of(partition, problem), layers or layer_namer(problem.model), num_blocks)
     spent = num_probes * grid.num_columns + (num_pilot if grid.drawn.any() else 0)
     if exact is True or (exact == "auto" and grid.num_entries <= min(spent, MOST_ENTRIES)):
-        return _exact(problem_or_hessian, grid, seed, progress)
+        return _exact(curvature, grid, seed, progress)
     _refuse_too_large(grid, num_probes)
-    hessian = (
-        problem_or_hessian
-        if isinstance(problem_or_hessian, HessianOperator)
-        else HessianOperator(problem)
-    )
+    hessian = as_operator(curvature)
     done = dict(finished or {})
 
     def keep(label: str, column: np.ndarray) -> None:
@@ -267,7 +264,7 @@ def coupling(
     with tqdm(
         total=spent, unit="HVP", disable=None if progress else True, dynamic_ncols=True
     ) as bar:
-        columns = Columns(hessian, grid.cuts)
+        columns = hessian.columns(grid.cuts)
         if grid.drawn.any() and num_pilot and PILOT not in done:
             keep(PILOT, _pilot(columns, seed, num_pilot, bar))
         draws = grid.draws(seed, done.get(PILOT))
@@ -374,9 +371,11 @@ def _squared_norms(products: Tensor, columns: Columns) -> np.ndarray:
     return torch.stack(rows).square().cpu().numpy()
 
 
-def _exact(problem_or_hessian: Any, grid: BlockGrid, seed: int, progress: bool) -> Coupling:
+def _exact(
+    curvature: Problem | CurvatureOperator, grid: BlockGrid, seed: int, progress: bool
+) -> Coupling:
     """All blocks, from the dense matrix."""
-    dense = dense_block(problem_or_hessian, list(grid.cuts), progress=progress)
+    dense = dense_block(curvature, list(grid.cuts), progress=progress)
     mass, every = dense.mass, np.arange(len(grid.names))
     return Coupling(
         dense.names, grid.groups, grid.layers, grid.group_of, grid.num_blocks, every, np.ones(len(every)),

@@ -9,7 +9,6 @@ Letters: B blocks, n entries of all blocks together, r rows (vectors) that go th
 import hashlib
 import os
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,9 @@ from tqdm import tqdm
 from hessian_tools.blocks.block import Block, Cut
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import partition
-from hessian_tools.curvature.engine.engine import Spread
 from hessian_tools.curvature.engine.memory import AUTO_SHARE, format_bytes, free_bytes
-from hessian_tools.curvature.hessian import HessianOperator
-from hessian_tools.curvature.verification import float64_copy
+from hessian_tools.curvature.hessian import in_float64, problem_of
+from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem
 from hessian_tools.structure.matrix_file import MatrixFile
@@ -86,14 +84,14 @@ class DenseBlock:
 
 
 def dense_block(
-    problem_or_hessian: Problem | HessianOperator, blocks: Any, *, partition: Partition | str | None = None,
+    curvature: Problem | CurvatureOperator, blocks: Any, *, partition: Partition | str | None = None,
     max_size: int = MOST_ENTRIES, path: str | os.PathLike | None = None, memory: str | int = "auto",
     progress: bool = True,
 ) -> DenseBlock:  # fmt: skip
     """The dense Hessian of the mean loss over any set of blocks, every sub-block between them included.
 
     Args:
-        problem_or_hessian: a Problem or a HessianOperator. One that is not in float64 is copied in float64; where no
+        curvature: a Problem (its Hessian) or any curvature operator. One that is not in float64 is copied in float64; where no
             copy can be made, products are in its own arithmetic, with a warning and told in ``arithmetic``.
         blocks: a Partition, a Cut, a Block, a list of Blocks and Cuts in any order, names of blocks of ``partition``
             (or of a preset); without it, what ``ht.partition`` takes: a preset or a list of parameter names and globs.
@@ -109,10 +107,10 @@ def dense_block(
         TypeError: anything else as ``blocks``.
         NumericalError: for a product with NaN or inf, naming the block.
     """
-    cuts = cuts_of(blocks, problem_of(problem_or_hessian), partition)
+    cuts = cuts_of(blocks, problem_of(curvature), partition)
     size = sum(cut.num_blocks * cut.block_size for cut in cuts)
     _refuse_too_large(size, max_size, path)
-    hessian, arithmetic = in_float64(problem_or_hessian, memory)
+    hessian, arithmetic = in_float64(curvature, memory)
     names = tuple(name for cut in cuts for name in cut.names)
     sizes = [cut.block_size for cut in cuts for _ in range(cut.num_blocks)]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -146,87 +144,6 @@ def dense_block(
     return DenseBlock(
         names, offsets, store.matrix, error, size, arithmetic, "" if path is None else str(path)
     )
-
-
-class Columns:
-    """Products H_ij z_j of vectors on one block with every block of some cuts, block after block.
-
-    Only the tensors that ``cuts`` lie in are live. ``size``: n, entries of all their blocks.
-    """
-
-    def __init__(self, hessian: HessianOperator, cuts: Sequence[Cut]) -> None:
-        self.hessian, self.cuts = hessian, tuple(cuts)
-        self.names = list(dict.fromkeys(name for cut in cuts for name in cut.parameters))
-        self.size = sum(cut.num_blocks * cut.block_size for cut in cuts)
-
-    @property
-    def rows(self) -> int:
-        """How many vectors may go through at a time within the budget: each leaves n entries, and a few in passing."""
-        return max(1, self.hessian.krylov_bytes // (2 * self.size * self.hessian.dtype.itemsize))
-
-    def products(self, cut: Cut, positions: Tensor, vectors: Tensor) -> Tensor:
-        """(r, n) products of ``vectors`` (r, block size), row i on block ``positions[i]`` of ``cut``."""
-        vectors, positions = self._taken(vectors), positions.to(self.hessian.device)
-
-        def spread(part: slice) -> list[Tensor | None]:
-            count = len(positions[part])
-            wide = self._zeros(count, cut.parameters)
-            for piece, values in zip(
-                cut.parts, vectors[part].split(_lengths(cut), dim=1), strict=True
-            ):
-                placed = vectors.new_zeros(count, piece.num_blocks, piece.block_size)
-                placed[torch.arange(count, device=placed.device), positions[part]] = values
-                piece.place(placed, wide[piece.parameter])
-            return [wide.get(name) for name in self.names]
-
-        return self._collected(len(vectors), spread)
-
-    def whole(self, vectors: Tensor) -> Tensor:
-        """(r, n) products of ``vectors`` (r, n) on all blocks."""
-        vectors = self._taken(vectors)
-
-        def spread(part: slice) -> list[Tensor | None]:
-            wide = self._zeros(len(vectors[part]), self.names)
-            for cut, values in zip(self.cuts, self.by_cut(vectors[part]), strict=True):
-                for piece, of_piece in zip(
-                    cut.parts, values.split(_lengths(cut), dim=2), strict=True
-                ):
-                    piece.place(of_piece, wide[piece.parameter])
-            return [wide.get(name) for name in self.names]
-
-        return self._collected(len(vectors), spread)
-
-    def by_cut(self, products: Tensor) -> list[Tensor]:
-        """(r, n) -> for each cut (r, B, block size), views."""
-        pieces = products.split([cut.num_blocks * cut.block_size for cut in self.cuts], dim=1)
-        return [
-            piece.unflatten(1, (cut.num_blocks, cut.block_size))
-            for piece, cut in zip(pieces, self.cuts, strict=True)
-        ]
-
-    def _taken(self, vectors: Tensor) -> Tensor:
-        return vectors.to(self.hessian.device, self.hessian.dtype)
-
-    def _zeros(self, count: int, written: Iterable[str]) -> dict[str, Tensor]:
-        """Zeros (r, *shape) by name, of the tensors that are to be written; those of the others cost nothing."""
-        parameters, zero = self.hessian.problem.parameters, self._taken(torch.zeros(()))
-        return {name: zero.new_zeros(count, *parameters[name].shape) for name in written}
-
-    def _collected(self, count: int, spread: Spread) -> Tensor:
-        out = self._taken(torch.zeros(count, self.size))
-
-        def collect(part: slice, products: Sequence[Tensor | None], weight: float) -> None:
-            found = dict(zip(self.names, products, strict=True))
-            for other, place in zip(self.cuts, self.by_cut(out[part]), strict=True):
-                for piece, into in zip(
-                    other.parts, place.split(_lengths(other), dim=2), strict=True
-                ):
-                    product = found[piece.parameter]
-                    if product is not None:
-                        into.add_(piece.rows(product), alpha=weight)  # in the dtype of the vectors
-
-        self.hessian._engine.products(self.names, count, spread, collect)
-        return out
 
 
 def cuts_of(blocks: Any, problem: Problem, known: Partition | str | None = None) -> list[Cut]:
@@ -274,33 +191,7 @@ def cuts_of(blocks: Any, problem: Problem, known: Partition | str | None = None)
     return cuts
 
 
-def problem_of(problem_or_hessian: Any) -> Problem:
-    """The Problem itself, or a HessianOperator's."""
-    found = getattr(problem_or_hessian, "problem", problem_or_hessian)
-    if not isinstance(found, Problem):
-        raise TypeError(
-            f"problem is a {type(found).__name__}; pass an ht.Problem or an ht.HessianOperator"
-        )
-    return found
-
-
-def in_float64(
-    problem_or_hessian: Problem | HessianOperator, memory: str | int = "auto"
-) -> tuple[Any, str]:
-    """A HessianOperator in float64, where one can be had (else in its own arithmetic), and in words how it computes."""
-    problem = problem_of(problem_or_hessian)
-    if all(p.dtype == torch.float64 for p in problem.parameters.values()):
-        given = isinstance(problem_or_hessian, HessianOperator)
-        return problem_or_hessian if given else HessianOperator(problem, memory=memory), "float64"
-    copied, was_copied = float64_copy(problem)
-    if was_copied:
-        return HessianOperator(copied, memory=memory), "float64 copy"
-    told = f"{problem.dtype}".removeprefix("torch.") + ": no float64 copy could be made"
-    warnings.warn(f"products are in {told}", RuntimeWarning, stacklevel=3)
-    return HessianOperator(problem, memory=memory), told
-
-
-def units_of(cut: Cut, first: int, last: int, like: HessianOperator) -> tuple[Tensor, Tensor]:
+def units_of(cut: Cut, first: int, last: int, like: CurvatureOperator) -> tuple[Tensor, Tensor]:
     """Positions (r,) and unit vectors (r, block size) of entries ``first`` to ``last - 1`` of a cut, block by block."""
     entries = torch.arange(first, last, device=like.device)
     return entries // cut.block_size, one_hot(entries % cut.block_size, cut.block_size).to(
@@ -309,10 +200,10 @@ def units_of(cut: Cut, first: int, last: int, like: HessianOperator) -> tuple[Te
 
 
 def _rows(
-    hessian: HessianOperator, cuts: Sequence[Cut], done: int
+    hessian: CurvatureOperator, cuts: Sequence[Cut], done: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first row, rows (r, n)) of the Hessian from row ``done`` on."""
-    columns, start = Columns(hessian, cuts), 0
+    columns, start = hessian.columns(cuts), 0
     for cut in cuts:
         entries = cut.num_blocks * cut.block_size
         first = max(0, done - start)
@@ -343,10 +234,6 @@ def _joined(items: Iterable[Any]) -> Iterator[Cut]:
             yield item
     if run:
         yield run[0].cut.chunk(run[0].position, run[-1].position + 1)
-
-
-def _lengths(cut: Cut) -> list[int]:
-    return [part.block_size for part in cut.parts]
 
 
 def _refuse_too_large(size: int, max_size: int, path: Any) -> None:

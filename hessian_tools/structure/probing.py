@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hessian_tools.blocks.block import Block
-from hessian_tools.curvature.hessian import HessianOperator
-from hessian_tools.curvature.operators import SymmetricOperator
+from hessian_tools.curvature.operators import CurvatureOperator
+from hessian_tools.curvature.symmetric import SymmetricOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.spectra.probes import draw_probes, keyed_stream
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, Cutting, Nesting
@@ -28,7 +28,7 @@ _ROWS = 512  # of a dense matrix that are squared at a time
 
 
 def measure(
-    hessian: HessianOperator,
+    hessian: CurvatureOperator,
     region: Block,
     cuttings: Sequence[Cutting],
     *,

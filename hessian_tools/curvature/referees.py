@@ -1,0 +1,110 @@
+"""Referees: products computed without any of the engine's second-order code, to hold it against.
+
+For the Hessian, a central difference of the gradient,
+    H v ~ (g(w + t v) - g(w - t v)) / 2t,
+at the step t that agrees best with its neighbour. How well they agree is its uncertainty.
+
+Letters: P parameters.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessian_tools.problem.batches import to_device
+from hessian_tools.problem.gradient import mean_gradient
+from hessian_tools.problem.problem import Problem
+
+# Relative to the norm of the parameters, in the order tried: tiny steps first, for with 1e6
+# activations a step above 1e-7 crosses kinks of ReLU and max-pooling; larger ones for models that
+# compute in float32 inside.
+STEPS = (1e-6, 1e-7, 1e-8, 1e-9, 1e-4, 1e-3, 1e-2)
+AGREED = 1e-6  # two steps that agree so well settle it
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a referee says a product is."""
+
+    product: list[Tensor]  # by parameter, of the parameters' shapes
+    uncertainty: float  # relative to the product's norm
+    remark: str  # how it was made
+
+
+def finite_difference(problem: Problem, direction: Sequence[Tensor]) -> Reference:
+    """H v for the Hessian of the mean loss, by central differences of the gradient.
+
+    ``direction`` holds v as a tensor for each parameter. The parameters are as before on return.
+    """
+    scale = norm([p.detach() for p in problem.parameters.values()]) or 1.0
+    best = Reference([], float("inf"), "")
+    previous: list[Tensor] = []
+    for relative_step in STEPS:
+        step = relative_step * scale / norm(direction)
+        ahead = _gradient_at(problem, direction, step)
+        behind = _gradient_at(problem, direction, -step)
+        product = [a.sub_(b).div_(2 * step) for a, b in zip(ahead, behind, strict=True)]
+        if previous:
+            agreement = relative_difference(previous, product)
+            if agreement < best.uncertainty:
+                remark = f"step {relative_step:.0e}, its own uncertainty {agreement:.0e}"
+                best = Reference(product, agreement, remark)
+        if best.uncertainty < AGREED:
+            break
+        previous = product
+    return best
+
+
+def float64_copy(problem: Problem) -> Problem | None:
+    """A copy of the problem, model and data, in float64; None where none can be made."""
+    try:
+        return Problem(
+            copy.deepcopy(problem.model).to(torch.float64),
+            problem.loss_fn,
+            [to_device(batch, problem.device, torch.float64) for batch in problem.batches],
+            batch_stats=problem.batch_stats,
+            num_examples=problem.num_examples,
+        )
+    except (RuntimeError, ValueError, TypeError):  # not every model can be copied or take float64
+        return None
+
+
+def per_parameter(problem: Problem, flat: Tensor) -> list[Tensor]:
+    """The pieces of ``flat`` (P,), in the parameters' shapes; views."""
+    parameters = list(problem.parameters.values())
+    pieces = flat.split([p.numel() for p in parameters])
+    return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+
+
+def norm(pieces: Sequence[Tensor]) -> float:
+    """Euclidean norm of all pieces together."""
+    # summed in float64: over 1e8 entries float32 loses two digits
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+    return math.hypot(*map(float, norms))
+
+
+def relative_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """|a - b| over the larger of |a| and |b|; 0 where both vanish."""
+    larger = max(norm(a), norm(b))
+    if not larger:
+        return 0.0
+    return norm([x.to(y.dtype) - y for x, y in zip(a, b, strict=True)]) / larger
+
+
+def _gradient_at(problem: Problem, direction: Sequence[Tensor], step: float) -> list[Tensor]:
+    """The gradient of the mean loss at w + ``step`` v."""
+    parameters = list(problem.parameters.values())
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(d.to(p.dtype), alpha=step)
+        return list(mean_gradient(problem).values())
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, kept, strict=True):
+                p.copy_(value)

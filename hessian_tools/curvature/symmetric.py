@@ -1,0 +1,164 @@
+"""Symmetric linear operators: the only thing an algorithm of this package ever sees.
+
+Shapes: n size of the operator, k probes. A batch of vectors is always ``(k, n)``, probes in front.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class SymmetricOperator(ABC):
+    """A real symmetric n x n matrix known only through its products.
+
+    A new curvature matrix is one subclass with one method, :meth:`_matmat`. Attributes: ``shape`` (n, n),
+    ``dtype`` and ``device`` of the vectors it takes and gives.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.size = size
+        self.shape = (size, size)
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    @abstractmethod
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        """Products with every row of ``vectors``, (k, n) -> (k, n), already validated."""
+
+    def matmat(self, vectors: Any) -> Any:
+        """A v for each row v of ``vectors``.
+
+        Args:
+            vectors: (k, n) torch tensor or numpy array.
+        Returns:
+            (k, n), of the kind that came in (a numpy array for a numpy array).
+        Raises:
+            ValueError: for any other shape.
+            TypeError: for anything that is not a real floating array.
+        """
+        tensor = self._validated(vectors, ndim=2)
+        product = self._matmat(tensor)
+        return (
+            product.cpu().numpy().astype(vectors.dtype)
+            if isinstance(vectors, np.ndarray)
+            else product
+        )
+
+    def __matmul__(self, vector: Any) -> Any:
+        """A v for one ``vector`` of shape (n,)."""
+        self._validated(vector, ndim=1)
+        return self.matmat(vector[None])[0]
+
+    def expect(self, num_matvecs: int, blocks: int = 1) -> None:  # noqa: B027 (a hook, empty by default)
+        """Announces how many products will follow, of this operator or of ``blocks`` blocks of it.
+
+        An operator may prepare for a long run; this one does nothing. Algorithms that know how
+        many products they will ask for call it (:func:`hessian_tools.slq` does).
+        """
+
+    def to_scipy(self) -> Any:
+        """The operator as a :class:`scipy.sparse.linalg.LinearOperator` in numpy's float of the same width."""
+        from scipy.sparse.linalg import LinearOperator
+
+        dtype = np.dtype(np.float64 if self.dtype == torch.float64 else np.float32)
+
+        def columns(matrix: np.ndarray) -> np.ndarray:
+            return self.matmat(np.ascontiguousarray(matrix.T, dtype=dtype)).T
+
+        def single(vector: np.ndarray) -> np.ndarray:
+            return columns(vector.reshape(-1, 1))[:, 0]
+
+        return LinearOperator(
+            self.shape, matvec=single, rmatvec=single, matmat=columns, rmatmat=columns, dtype=dtype
+        )
+
+    def to_dense(self, rows_per_call: int = 64) -> Tensor:
+        """The whole matrix, (n, n), from products with ``rows_per_call`` unit vectors at a time."""
+        dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for first in range(0, self.size, rows_per_call):
+            last = min(first + rows_per_call, self.size)
+            units = torch.zeros(last - first, self.size, dtype=self.dtype, device=self.device)
+            units[torch.arange(last - first), torch.arange(first, last)] = 1
+            dense[first:last] = self.matmat(units)
+        return dense
+
+    def _validated(self, vectors: Any, ndim: int) -> Tensor:
+        expected = f"({'k, ' if ndim == 2 else ''}{self.size}{',' if ndim == 1 else ''})"
+        if not isinstance(vectors, np.ndarray | Tensor):
+            raise TypeError(
+                f"vectors is a {type(vectors).__name__}; pass a torch tensor or numpy array of shape {expected}"
+            )
+        if vectors.ndim != ndim or vectors.shape[-1] != self.size:
+            remedy = (
+                "use `operator @ v` for one vector, `matmat` for rows of vectors"
+                if vectors.ndim != ndim
+                else "its last axis is n"
+            )
+            raise ValueError(
+                f"vectors has shape {tuple(vectors.shape)}; expected {expected} ({remedy})"
+            )
+        tensor = torch.as_tensor(vectors)
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"vectors has dtype {tensor.dtype}; a real floating dtype is needed (call .to(torch.float32))"
+            )
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+
+class DenseOperator(SymmetricOperator):
+    """A given (n, n) symmetric matrix. Raises ValueError when it is not square or not symmetric to rounding."""
+
+    def __init__(self, matrix: Tensor | np.ndarray) -> None:
+        matrix = torch.as_tensor(matrix)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(
+                f"matrix has shape {tuple(matrix.shape)}; a square (n, n) matrix is needed"
+            )
+        tolerance = (
+            100 * torch.finfo(matrix.dtype).eps * float(matrix.abs().max())
+            if matrix.numel()
+            else 0.0
+        )
+        asymmetry = float((matrix - matrix.T).abs().max()) if matrix.numel() else 0.0
+        if not asymmetry <= tolerance:
+            raise ValueError(
+                f"matrix is not symmetric: max |A - A'| = {asymmetry:.3g}; pass (A + A') / 2 if that is meant"
+            )
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self.matrix = matrix
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        return vectors @ self.matrix
+
+
+class DiagonalOperator(SymmetricOperator):
+    """diag(d) for a given d of shape (n,)."""
+
+    def __init__(self, diagonal: Tensor | np.ndarray) -> None:
+        diagonal = torch.as_tensor(diagonal)
+        if diagonal.ndim != 1:
+            raise ValueError(
+                f"diagonal has shape {tuple(diagonal.shape)}; a vector of shape (n,) is needed"
+            )
+        super().__init__(diagonal.shape[0], diagonal.dtype, diagonal.device)
+        self.diagonal = diagonal
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        return vectors * self.diagonal
+
+
+class ScipyOperator(SymmetricOperator):
+    """A real symmetric :class:`scipy.sparse.linalg.LinearOperator`, on the CPU."""
+
+    def __init__(self, operator: Any) -> None:
+        if operator.shape[0] != operator.shape[1]:
+            raise ValueError(f"operator has shape {tuple(operator.shape)}; a square one is needed")
+        dtype = torch.float32 if operator.dtype == np.float32 else torch.float64
+        super().__init__(operator.shape[0], dtype, "cpu")
+        self.operator = operator
+
+    def _matmat(self, vectors: Tensor) -> Tensor:
+        return torch.as_tensor(self.operator.matmat(vectors.numpy().T).T.copy(), dtype=self.dtype)

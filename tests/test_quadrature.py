@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.curvature.symmetric import DenseOperator, DiagonalOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.spectra.lanczos import ritz
@@ -237,17 +238,28 @@ class FakePartition:
         return iter(self.blocks)
 
 
-class FakeHessian:
-    route, device = "dense blocks", torch.device("cpu")
+class FakeHessian(CurvatureOperator):
+    """Dense blocks by name; no Problem behind them, which blockwise SLQ does not ask for."""
+
+    route = "dense blocks"
+    krylov_bytes = 1 << 30
 
     def __init__(self, matrices, dtype=torch.float64, krylov_bytes=1 << 30, poison=None):
-        self.matrices, self.dtype, self.krylov_bytes, self.poison = (
-            matrices,
-            dtype,
-            krylov_bytes,
-            poison,
-        )
+        self.matrices = matrices
+        self.dtype = dtype
+        self.device = torch.device("cpu")
+        self.krylov_bytes = krylov_bytes
+        self.poison = poison
         self.calls = []  # (names, rows)
+
+    def products(self, names, count, spread, collect):
+        raise AssertionError("blocks only")
+
+    def rebuilt(self, problem, **settings):
+        raise AssertionError("blocks only")
+
+    def reference(self, problem, direction):
+        raise AssertionError("blocks only")
 
     def stacked(self, cut):
         parent, steps = self, []

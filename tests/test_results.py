@@ -7,6 +7,7 @@ import json
 import math
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -313,3 +314,39 @@ def test_journal_keeps_what_stands_before_rubbish(rubbish, tmp_path):
     line = path.read_bytes()
     path.write_bytes(line + rubbish + line)
     assert set(Journal(path).finished) == {"a"} and path.read_bytes() == line
+
+
+COMMITTED = sorted(Path(__file__).parents[1].glob("results/*/*.json"))
+
+
+def test_a_result_of_the_first_version_still_loads():
+    """Written before results registered themselves; the numbers are those that it printed."""
+    result = load(Path(__file__).parent / "fixtures" / "js0_0.1.0")
+    heterogeneity = result["heterogeneity"]
+    assert set(heterogeneity.readings) == {"bounded", "unnormalised", "log", "wasserstein"}
+    assert heterogeneity.js0 == pytest.approx(48.61019340972758, rel=1e-12)
+    spectra = result["spectra"]
+    assert spectra.num_matvecs == sum(q.num_matvecs for q in spectra.values())
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_results_still_load(path):
+    if path.with_suffix(".npz").exists():
+        load(path)
+    else:
+        json.loads(path.read_text())
+
+
+def test_a_class_that_was_renamed_keeps_the_name_that_files_know(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Renamed:
+        value: float
+        saved_as = "Former"
+
+    results.registered(Renamed)
+    try:
+        save(Renamed(2.5), tmp_path / "renamed")
+        assert json.loads((tmp_path / "renamed.json").read_text())["result"]["type"] == "Former"
+        assert load(tmp_path / "renamed") == Renamed(2.5)
+    finally:
+        del results.TYPES["Former"]

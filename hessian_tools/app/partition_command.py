@@ -187,7 +187,7 @@ def _report(
 
     def keep(name: str, report: TensorReport) -> None:
         if folder:
-            folder.journal.append(name, report)  # type: ignore[arg-type]
+            folder.journal.append(name, report)
 
     report = check_partition(
         hessian, claimed, seed=arguments.seed, alpha=arguments.alpha, contrast=arguments.contrast,

@@ -20,10 +20,12 @@ from torch import nn
 from hessian_tools.blocks.block import Cut
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.survey import Site, Survey
+from hessian_tools.results import registered
 
 DIM, HEADS = 2048, 32  # the published defaults
 
 
+@registered
 @dataclass(frozen=True)
 class Keywords:
     """The substrings by rule; the defaults are those of version 1.1.1, ``attribute`` is what it calls each."""

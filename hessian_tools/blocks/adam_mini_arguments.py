@@ -11,8 +11,10 @@ from hessian_tools.blocks.adam_mini import ATTRIBUTES, Keywords, adam_mini_names
 from hessian_tools.blocks.block import Cut, Part
 from hessian_tools.blocks.param_groups import check_trained
 from hessian_tools.blocks.partition import Partition
+from hessian_tools.results import registered
 
 
+@registered
 @dataclass(frozen=True)
 class AdamMiniArguments:
     """Arguments and lists of names that bring the published Adam-mini 1.1.1 closest to a partition."""

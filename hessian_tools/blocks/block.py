@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessian_tools.results import registered
 
+
+@registered
 @dataclass(frozen=True)
 class Part:
     """A region of one tensor, cut into B equal pieces."""
@@ -86,6 +89,7 @@ class Part:
         return pieces, (*every, *torch.unravel_index(numbers, self._grid))
 
 
+@registered
 @dataclass(frozen=True)
 class Cut:
     """B blocks of one size; block i is the concatenation of the i-th pieces of all parts.

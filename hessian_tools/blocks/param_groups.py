@@ -13,6 +13,7 @@ from torch import nn
 
 from hessian_tools.blocks.block import Part
 from hessian_tools.blocks.partition import Partition
+from hessian_tools.results import registered
 
 
 def param_groups(model: nn.Module, partition: Partition) -> list[dict[str, Any]]:
@@ -90,6 +91,7 @@ def check_trained(partition: Partition, parameters: Mapping[str, nn.Parameter]) 
             )
 
 
+@registered
 @dataclass(frozen=True)
 class StateSavings:
     """Optimizer state with one second moment a block, against Adam's two numbers a parameter."""

@@ -15,10 +15,12 @@ from torch import nn
 
 from hessian_tools.blocks.block import Block, Cut, Part
 from hessian_tools.blocks.ownership import check_disjoint
+from hessian_tools.results import registered, write_atomically
 
 FORMAT = 1  # of the JSON
 
 
+@registered
 @dataclass(frozen=True)
 class Partition:
     """Disjoint blocks in order: iterates over Blocks, indexed by name."""
@@ -61,10 +63,8 @@ class Partition:
             "notes": self.notes,
             "cuts": list(map(_plain, self.cuts)),
         }
-        path, temporary = Path(path), Path(f"{path}.tmp")
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-        os.replace(temporary, path)
-        return path
+        text = json.dumps(document, indent=1) + "\n"
+        return write_atomically(Path(path), text.encode())
 
     @classmethod
     def from_json(cls, path: str | os.PathLike, model: nn.Module) -> "Partition":

@@ -24,6 +24,7 @@ from hessian_tools.curvature.referees import (
 )
 from hessian_tools.problem.batches import batch_length
 from hessian_tools.problem.problem import Problem
+from hessian_tools.results import registered
 
 # By arithmetic. Wrong mathematics shows as 1e-2 and more, and rounding of the first two lies far
 # below these; models that cast to float32 inside limit float64. The last two are coarse: about 20
@@ -39,6 +40,7 @@ CONCLUSIVE = 0.05  # a referee whose own uncertainty is larger decides nothing
 REFEREE = "finite difference"  # of the gradient, for the Hessian
 
 
+@registered
 @dataclass(frozen=True)
 class Check:
     """One comparison; ``error`` is relative: norm of the difference over norm of the product."""
@@ -59,6 +61,7 @@ class Check:
         return f"{verdict} {self.name}: {errors}{remark}"
 
 
+@registered
 @dataclass(frozen=True)
 class Verification:
     """Outcome of :func:`verify`: ``checks`` in the order made; ``skipped``, each with the reason."""

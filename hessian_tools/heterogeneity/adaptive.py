@@ -39,6 +39,7 @@ from hessian_tools.heterogeneity.comparison import DEFAULTS, READINGS, Compariso
 from hessian_tools.heterogeneity.growing import GrowingSpectra
 from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
 from hessian_tools.problem.problem import Problem
+from hessian_tools.results import registered
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.spectra.slq import Settings, names_and_cuts, notes_on, solved, truncated
 
@@ -52,6 +53,7 @@ _SHARE = 0.25  # of the tolerance, above which steps or bias are worked on
 _REST = 0.125  # of the tolerance, what the blocks that are left alone may add
 
 
+@registered
 @dataclass(frozen=True)
 class Uncertainty:
     """What is not known of a mean, as fractions of it."""
@@ -67,6 +69,7 @@ class Uncertainty:
         return self.doubt * self.standard_error + self.bias**2 + self.steps
 
 
+@registered
 @dataclass(frozen=True)
 class Round:
     """The state of a run before a decision."""
@@ -77,6 +80,7 @@ class Round:
     grown: tuple[str, ...]  # the blocks that then got more probes or steps
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class AdaptiveJS0:
     """Spectra, readings and how the run got there."""

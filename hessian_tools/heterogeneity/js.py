@@ -35,6 +35,7 @@ from hessian_tools.heterogeneity.comparison import (
     wasserstein_distances,
 )
 from hessian_tools.heterogeneity.verdict import SCALE_FREE_CASES, Contrast, Verdict, decide
+from hessian_tools.results import registered
 from hessian_tools.spectra.density import LINEAR_FRACTION, LOG_WIDTH, symlog_axis
 from hessian_tools.spectra.quadrature import Quadrature
 
@@ -52,6 +53,7 @@ _UNITS_AND_WORDS = {
 }
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class Reading:
     """One reading of heterogeneity."""
@@ -66,6 +68,7 @@ class Reading:
     )  # of ``mean`` from finitely many probes, the jackknife's estimate; not subtracted
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class ScaleSpread:
     """Standard deviation (over B, not B - 1) of log10 of the blocks' root mean square eigenvalue, in decades.
@@ -89,6 +92,7 @@ class ScaleSpread:
         return self.value
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class JSHeterogeneity:
     """All readings of one set of block spectra; ``js0``, ``standard_error``, ``matrix`` are the literature's."""

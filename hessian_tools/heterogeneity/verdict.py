@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hessian_tools.results import registered
+
 
 class PublishedJS0(NamedTuple):
     """One row of the table of Zhang et al., "Why Transformers Need Adam", NeurIPS 2024, arXiv 2402.16788."""
@@ -56,6 +58,7 @@ class Contrast:
     )
 
 
+@registered
 @dataclass(frozen=True)
 class Verdict:
     """What to train with, and how far that can be trusted; ``str`` gives all of it."""

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from hessian_tools.quadratic.methods import METHODS
 from hessian_tools.quadratic.problems import Quadratic
+from hessian_tools.results import registered
 
 DIVERGED = 1e12
 VANISHED = 1e-200
@@ -37,6 +38,7 @@ Observer = Callable[[slice, slice, int, Tensor], None]
 """Called with (problems, runs, step of the first row, losses relative to the first, (window + 1, n, r))."""
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class Runs:
     """What became of the runs. ``...`` is (N,) of a batched problem, (E,) of several step sizes, and (S,)."""

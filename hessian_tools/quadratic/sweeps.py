@@ -25,6 +25,7 @@ from hessian_tools.quadratic.methods import settings_of
 from hessian_tools.quadratic.preconditioning import extremes, first_gradient_ratios
 from hessian_tools.quadratic.problems import Quadratic, draw_starts
 from hessian_tools.quadratic.simulation import TOLERANCES, Observer, Runs, simulate
+from hessian_tools.results import registered
 
 STEPS = ("optimal", "safe", "theorem", "best")
 MOST_DIVERGED = 0.1  # share of runs
@@ -33,6 +34,7 @@ _REFINEMENTS, _EXTENSIONS = 2, 3
 _SWEPT = 32  # starts of a sweep
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class Sweep:
     """Step sizes tried, ascending, and the best of them.

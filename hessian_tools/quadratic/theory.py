@@ -37,6 +37,7 @@ from hessian_tools.quadratic.preconditioning import (
 from hessian_tools.quadratic.problems import Quadratic, draw_starts, from_blocks
 from hessian_tools.quadratic.simulation import VANISHED
 from hessian_tools.quadratic.sweeps import run
+from hessian_tools.results import registered
 from hessian_tools.spectra.probes import draw_probes
 
 ADAM = METHOD_DEFAULTS["adam"]  # the theorem's
@@ -45,6 +46,7 @@ ROUNDING = (
 )
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class Constants:
     """What the theorems are about, for N problems and S starts of each."""
@@ -71,6 +73,7 @@ class Constants:
         return self.adam_kappas.max(-1) <= self.kappa[:, None]
 
 
+@registered
 @dataclass(frozen=True)
 class BoundCheck:
     """A bound against practice; ``margin`` is the least of log(bound / f+) or log(f+ / bound), negative if violated."""
@@ -81,6 +84,7 @@ class BoundCheck:
     margin: float
 
 
+@registered
 @dataclass(frozen=True)
 class Scorecard:
     """How often "Adam beats GD when r max_l kappa_l <= kappa" was right over problems and starts."""
@@ -104,6 +108,7 @@ class Scorecard:
         return self.predicted_and_won / won if won else math.nan
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class LimitCycle:
     """Where Adam with beta2 < 1 and a constant step ends: medians over starts, E step sizes."""

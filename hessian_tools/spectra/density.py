@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
+from hessian_tools.results import registered
 from hessian_tools.spectra.quadrature import Quadrature
 
 LINEAR_FRACTION = 1e-6
@@ -25,6 +26,7 @@ _LN10 = float(np.log(10))
 _UNDERFLOW = 745.0  # exp(-745) is the smallest positive float64
 
 
+@registered
 @dataclass(frozen=True)
 class Axis:
     """How eigenvalues are laid out: ``kind`` "linear" | "symlog", ``linthresh`` c > 0 for the latter (see the
@@ -72,6 +74,7 @@ class SpectralGrid:
         return np.linspace(self.low, self.high, self.num_points)
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class SpectralDensity:
     """Densities per unit of the axis; over the whole axis each integrates to 1, nothing is renormalised."""

@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from hessian_tools.results import registered
 
+
+@registered
 @dataclass(frozen=True)
 class Estimate:
     """A mean over probes; ``standard_error`` is sd / sqrt(k) (sd with k - 1), 0 when exact, nan with a single probe."""
@@ -30,6 +33,7 @@ class Estimate:
         return Estimate(factor * self.value, factor * self.standard_error)
 
 
+@registered
 @dataclass(frozen=True)
 class RitzValue:
     """An extreme Ritz value: an eigenvalue lies within ``residual_bound`` of ``value`` (Parlett 1998, theorem 4.5.1).
@@ -43,6 +47,7 @@ class RitzValue:
     standard_error: float
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class Quadrature:
     """The spectrum of one operator as nodes and weights, from k probes or, with ``status`` "exact", all of it.
@@ -151,6 +156,7 @@ class Quadrature:
         return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class BlockSpectra(Mapping[str, Quadrature]):
     """Quadratures of the diagonal blocks of one Hessian, by name, in the partition's order."""

@@ -27,6 +27,7 @@ from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.gradient import mean_gradient
 from hessian_tools.problem.problem import Problem
+from hessian_tools.results import registered
 from hessian_tools.spectra.quadrature import Quadrature
 from hessian_tools.spectra.slq import blockwise_slq
 from hessian_tools.structure.dense import cuts_of
@@ -36,6 +37,7 @@ _BYTES = 1 << 28  # dense blocks held at a time
 _ROWS = 64  # unit vectors in one product, over all blocks
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class AdamConditioning:
     """kappa, tau and r of matrices with leading shape (...), which all fields have; see :mod:`.conditioning`."""
@@ -55,6 +57,7 @@ class AdamConditioning:
     )  # int, coordinates whose gradient is zero, so that D is not defined there
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class BlockConditioning:
     """:class:`AdamConditioning` of blocks of a Hessian, from their dense float64 matrices."""
@@ -68,6 +71,7 @@ class BlockConditioning:
     arithmetic: str  # in what the products were computed
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class BlockExtremes:
     """The largest and the smallest eigenvalue of every diagonal block, by Lanczos.

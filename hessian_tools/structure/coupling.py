@@ -28,6 +28,7 @@ from hessian_tools.curvature.hessian import as_operator, problem_of
 from hessian_tools.curvature.operators import Columns, CurvatureOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem
+from hessian_tools.results import registered
 from hessian_tools.spectra.probes import draw_probes
 from hessian_tools.spectra.quadrature import Estimate
 from hessian_tools.spectra.slq import Settings
@@ -40,6 +41,7 @@ _MOST_ROWS = 64  # vectors in one product
 _MOST_BYTES = 1 << 30  # of the table of squares
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class Coupling:
     """Squared norms |H_ij|_F^2 between the blocks of a partition, and the Hessian's mass by place.

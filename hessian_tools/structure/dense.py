@@ -29,6 +29,7 @@ from hessian_tools.curvature.hessian import in_float64, problem_of
 from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem
+from hessian_tools.results import registered
 from hessian_tools.structure.matrix_file import MatrixFile
 
 MOST_ENTRIES = 20_000  # default limit on n: 3.2 GB, and 20,000 products
@@ -36,6 +37,7 @@ _UNITS = 64  # unit vectors in one product
 _ROWS = 1024  # of a matrix that are squared at a time
 
 
+@registered
 @dataclass(frozen=True, eq=False)
 class DenseBlock:
     """The dense Hessian over B blocks, in their order; symmetrised to (A + A') / 2.

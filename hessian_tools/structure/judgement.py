@@ -25,6 +25,7 @@ from itertools import combinations
 
 from scipy.special import stdtr
 
+from hessian_tools.results import registered
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE
 from hessian_tools.structure.mass import BlockMass, Measured
 
@@ -79,6 +80,7 @@ class Answer(StrEnum):
         return list(Answer)[-1 - self._rank]
 
 
+@registered
 @dataclass(frozen=True)
 class Levels:
     """What the tests compare with."""
@@ -88,6 +90,7 @@ class Levels:
     diagonal: float = 0.5
 
 
+@registered
 @dataclass(frozen=True)
 class Statement:
     """What a test says, and how surely."""

@@ -3,13 +3,14 @@ how far it came."""
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hessian_tools.results import write_atomically
 
 _TILE = 2048  # rows and columns that are in memory at a time
 
@@ -124,6 +125,4 @@ class MatrixFile:
             return
         self.matrix.flush()
         journal = self._journal_path(self.path)
-        temporary = journal.with_name(f".{journal.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(self._journal)))
-        os.replace(temporary, journal)
+        write_atomically(journal, json.dumps(asdict(self._journal)).encode())

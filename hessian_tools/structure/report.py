@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from hessian_tools.blocks.param_groups import StateSavings
 from hessian_tools.blocks.partition import Partition
+from hessian_tools.results import registered
 from hessian_tools.structure.cuttings import WHOLE
 from hessian_tools.structure.judgement import (
     CONTRADICTED,
@@ -30,6 +31,7 @@ _TITLES = (
 )
 
 
+@registered
 @dataclass(frozen=True)
 class CutEvidence:
     """One way to cut a tensor. Masses are squared Frobenius norms within the tensor's own Hessian."""
@@ -46,6 +48,7 @@ class CutEvidence:
     likely: str  # by the estimates alone
 
 
+@registered
 @dataclass(frozen=True)
 class TensorReport:
     """The verdict on the blocks of one tensor, or of one role of a fused one."""
@@ -78,6 +81,7 @@ class TensorReport:
         return self[self.claim]
 
 
+@registered
 @dataclass(frozen=True)
 class PartitionReport:
     """Verdicts on a partition.

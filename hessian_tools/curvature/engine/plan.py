@@ -212,9 +212,9 @@ def choose(
                 return planned(pieces, recorded, segments, found, budget)
     if tried and (wishes.record or wishes.microbatch is not None):
         _, size, recorded, segments = min(tried, key=lambda t: t[0])
-        return planned(
-            _pieces(problem, size or None), recorded, segments, footprint(segments), budget
-        )  # type: ignore[arg-type]
+        found = footprint(segments)
+        assert found is not None  # it was measured when this way was tried
+        return planned(_pieces(problem, size or None), recorded, segments, found, budget)
     if refused:
         raise ValueError(refused)
     if not tried and (found := footprint(_ways(problem, wishes)[-1][1], True)) is not None:

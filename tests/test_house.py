@@ -80,6 +80,13 @@ def test_no_folder_holds_a_circle(folder):
     )  # raises CycleError, which names the circle
 
 
+def test_the_tangent_program_has_one_door():
+    folder = "curvature.tangent."
+    outside = [name for name in MODULES if not name.startswith(folder)]
+    used = {name for module in outside for name in imports_of(module) if name.startswith(folder)}
+    assert used <= {folder + "route", folder + "graph"}  # graph: the error Untraceable
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_inside_functions_are_the_heavy_ones(module):
     functions = [node for node in ast.walk(MODULES[module]) if isinstance(node, ast.FunctionDef)]

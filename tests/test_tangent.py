@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hessian_tools as ht
 from hessian_tools.curvature.engine.memory import measuring
 from hessian_tools.curvature.tangent.graph import Untraceable, traced_gradient
-from hessian_tools.curvature.tangent.linearize import Linearisation
+from hessian_tools.curvature.tangent.linearize import linearize
 from hessian_tools.curvature.tangent.route import TangentRoute
 from hessian_tools.problem.networks import NanoGPT
 
@@ -171,6 +171,19 @@ def test_what_cannot_be_traced_is_refused_with_its_reason():
         traced_gradient(problem, problem.batches[0])
 
 
+def test_an_error_without_words_is_a_reason_too():
+    """A model may raise anything while it is traced; its batches here are fake only then."""
+
+    def loss(model, batch):
+        if type(batch) is not torch.Tensor:
+            raise NotImplementedError
+        return (model(batch) ** 2).mean()
+
+    problem = ht.Problem(Own(torch.tanh), loss, [torch.ones(1)])
+    with pytest.raises(Untraceable, match="NotImplementedError"):
+        traced_gradient(problem, problem.batches[0])
+
+
 def test_an_optimizers_step_is_seen():
     problem = network("mlp")
     route, names = TangentRoute(problem, problem.batches), list(problem.parameters)
@@ -244,7 +257,7 @@ def test_bytes_foretold_are_the_bytes_taken():
 
 def test_steps_that_nothing_needs_are_gone():
     problem = gpt_problem()
-    traced = Linearisation(traced_gradient(problem, problem.batches[0]), len(problem.parameters))
+    traced = linearize(traced_gradient(problem, problem.batches[0]), len(problem.parameters))
     index = list(problem.parameters).index("head.weight")
     program = traced.program([index])
     assert 0 < len(program.steps) < 20 < len(traced.program(range(len(problem.parameters))).steps)

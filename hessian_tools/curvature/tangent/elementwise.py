@@ -1,0 +1,99 @@
+"""The rule for elementwise operations: df(x, y) = f_x dx + f_y dy, coefficients multiplied out.
+
+The tangents of the arguments are combinations themselves
+(:mod:`hessian_tools.curvature.tangent.forms`), so a chain of elementwise operations stays one
+combination of the tangents at its beginning.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hessian_tools.curvature.tangent.builder import Builder
+from hessian_tools.curvature.tangent.forms import Coefficient, Form
+from hessian_tools.curvature.tangent.graph import Node, Untraceable, arguments, name_of, shape_of
+
+
+def elementwise(builder: Builder, node: Node) -> None:
+    form: Form = {}
+    for index, argument in enumerate(node.args):
+        if not builder.moves(argument):
+            continue
+        outer = _derivative(builder, node, index)
+        for tangent, inner in builder.form_of(argument).items():
+            term = _times(builder, outer, inner, node)
+            earlier = form.get(tangent)
+            form[tangent] = term if earlier is None else _plus(builder, earlier, term, node)
+    if any(builder.moves(argument) for argument in node.kwargs.values()):
+        raise Untraceable(f"{node.target} has a differentiable keyword")
+    builder.combine(node, form)
+
+
+def _derivative(builder: Builder, node: Node, index: int) -> Coefficient:
+    """d node / d args[index]: a number where it is one, else a constant computed by autograd."""
+    name = name_of(node)
+    args = arguments(node)
+    if name in ("add", "sub", "rsub"):
+        alpha = node.kwargs.get("alpha", 1)
+        assert isinstance(alpha, int | float)
+        # a + alpha b, a - alpha b, b - alpha a
+        slopes = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}
+        return Coefficient(float(slopes[name][index]))
+    if name == "neg":
+        return Coefficient(-1.0)
+    if name == "mul":
+        other = args[1 - index]
+        return Coefficient(1.0, other) if isinstance(other, Node) else Coefficient(float(other))
+    by_a_number = name == "div" and not isinstance(args[1], Node)
+    if by_a_number and not node.kwargs:  # a keyword asks for rounding
+        return Coefficient(1.0 / float(args[1]))
+    call = (node.target, index, args, dict(node.kwargs))
+    return Coefficient(1.0, builder.constant(_derivative_values, call, node))
+
+
+def _derivative_values(
+    op: Callable[..., Tensor],
+    index: int,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+) -> Tensor:
+    """Derivative of an elementwise operation in one argument, in the result's shape."""
+    with torch.enable_grad():
+        shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor)))
+        given = args[index]
+        assert isinstance(given, Tensor)
+        argument = given.expand(shape).detach().requires_grad_()
+        result = op(*args[:index], argument, *args[index + 1 :], **kwargs)
+        if not result.requires_grad:
+            return torch.zeros_like(argument)
+        return torch.autograd.grad(result, argument, torch.ones_like(result))[0]
+
+
+def _times(builder: Builder, outer: Coefficient, inner: Coefficient, node: Node) -> Coefficient:
+    factor = outer.factor * inner.factor
+    if outer.node is None:
+        return Coefficient(factor, inner.node)
+    if inner.node is None:
+        return Coefficient(factor, outer.node)
+    return Coefficient(factor, builder.product(outer.node, inner.node, node))
+
+
+def _plus(builder: Builder, one: Coefficient, two: Coefficient, node: Node) -> Coefficient:
+    if one.node is two.node:
+        return Coefficient(one.factor + two.factor, one.node)
+    shapes = [() if c.node is None else shape_of(c.node) for c in (one, two)]
+    terms = (one.factor, one.node, two.factor, two.node)
+    shape = torch.broadcast_shapes(*shapes)
+    return Coefficient(1.0, builder.constant(_weighted_sum, terms, node, shape))
+
+
+def _weighted_sum(
+    factor: float,
+    value: Tensor | None,
+    other_factor: float,
+    other: Tensor | None,
+) -> Tensor | float:
+    """factor * value + other_factor * other, a value 1 where it is None."""
+    one = factor if value is None else factor * value
+    return one + (other_factor if other is None else other_factor * other)

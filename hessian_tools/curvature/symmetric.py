@@ -4,6 +4,7 @@ Shapes: n size of the operator, k probes. A batch of vectors is always ``(k, n)`
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -78,11 +79,8 @@ class SymmetricOperator(ABC):
     def to_dense(self, rows_per_call: int = 64) -> Tensor:
         """The whole matrix, (n, n), from products with ``rows_per_call`` unit vectors at a time."""
         dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        for first in range(0, self.size, rows_per_call):
-            last = min(first + rows_per_call, self.size)
-            units = torch.zeros(last - first, self.size, dtype=self.dtype, device=self.device)
-            units[torch.arange(last - first), torch.arange(first, last)] = 1
-            dense[first:last] = self.matmat(units)
+        for numbers, products in unit_products(self, rows=rows_per_call):
+            dense[numbers] = products[0]
         return dense
 
     def _validated(self, vectors: Any, ndim: int) -> Tensor:
@@ -106,6 +104,36 @@ class SymmetricOperator(ABC):
                 f"vectors has dtype {tensor.dtype}; a real floating dtype is needed (call .to(torch.float32))"
             )
         return tensor.to(device=self.device, dtype=self.dtype)
+
+
+def unit_vectors(numbers: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """(r, size) rows that are 1 at one of ``numbers`` (r,) each and 0 elsewhere, on its device."""
+    units = torch.zeros(len(numbers), size, dtype=dtype, device=numbers.device)
+    units[torch.arange(len(numbers), device=numbers.device), numbers] = 1
+    return units
+
+
+def unit_products(
+    operator: SymmetricOperator,
+    *,
+    num_blocks: int = 1,
+    rows: int = 64,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Products with every unit vector, which are the rows of the dense matrix, some at a time.
+
+    Args:
+        operator: one matrix, or B = ``num_blocks`` of the same size side by side, to each of which
+            belong consecutive rows of a batch
+            (:class:`hessian_tools.curvature.operators.StackedBlocks`).
+        rows: vectors in one product, over all blocks.
+    Yields:
+        numbers of unit vectors, (r,), and their products with every block, (B, r, n).
+    """
+    every = torch.arange(operator.size, device=operator.device)
+    for numbers in every.split(max(1, rows // num_blocks)):
+        units = unit_vectors(numbers, operator.size, operator.dtype)
+        products = operator.matmat(units.repeat(num_blocks, 1))
+        yield numbers, products.unflatten(0, (num_blocks, len(numbers)))
 
 
 class DenseOperator(SymmetricOperator):

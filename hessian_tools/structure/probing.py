@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hessian_tools.blocks.block import Block
 from hessian_tools.curvature.operators import CurvatureOperator
-from hessian_tools.curvature.symmetric import SymmetricOperator
+from hessian_tools.curvature.symmetric import SymmetricOperator, unit_products
 from hessian_tools.errors import NumericalError
 from hessian_tools.spectra.probes import draw_probes, keyed_stream
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, Cutting, Nesting
@@ -28,7 +28,7 @@ _ROWS = 512  # of a dense matrix that are squared at a time
 
 
 def measure(
-    hessian: CurvatureOperator,
+    curvature: CurvatureOperator,
     region: Block,
     cuttings: Sequence[Cutting],
     *,
@@ -50,8 +50,8 @@ def measure(
         NumericalError: for a product with NaN or inf.
     """
     nesting = Nesting(cuttings)
-    operator = hessian.block(region)
-    room = hessian.krylov_bytes // (_COPIES * operator.size * 8)
+    operator = curvature.block(region)
+    room = curvature.krylov_bytes // (_COPIES * operator.size * 8)
     at_once = max(1, min(_MOST_VECTORS, room))
     products = _Products(operator, region.name, seed, at_once, on_products)
     if exact:
@@ -108,13 +108,16 @@ class _Products:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(r, n) -> (r, n). Raises NumericalError where one is not finite."""
-        products = self.operator.matmat(vectors)
+        return self.checked(self.operator.matmat(vectors))
+
+    def checked(self, products: Tensor) -> Tensor:
+        """``products`` (r, n), which are reported. Raises NumericalError as above."""
         if not bool(torch.isfinite(products).all()):
             raise NumericalError(
                 f"a product with the Hessian of {self.name} is NaN or inf; "
                 "check the loss and the dtype's range"
             )
-        self.on_products(len(vectors))
+        self.on_products(len(products))
         return products
 
     def signs(self, label: str, count: int, size: int) -> Tensor:
@@ -226,7 +229,8 @@ def _signs_on_blocks(
 def _exact_evidence(products: _Products, nesting: Nesting) -> _Evidence:
     """The same from the dense matrix, without any error."""
     size = products.operator.size
-    dense = torch.cat([products(units) for units in _units(products)]).double().cpu()
+    strips = unit_products(products.operator, rows=products.at_once)
+    dense = torch.cat([products.checked(strip[0]) for _, strip in strips]).double().cpu()
     squares = ((dense + dense.T) / 2).square()
     norm = float(squares.sum())
     difference = float((dense - dense.T).norm())
@@ -240,14 +244,6 @@ def _exact_evidence(products: _Products, nesting: Nesting) -> _Evidence:
         difference / norm**0.5 if norm else 0.0,
         size,
     )
-
-
-def _units(products: _Products):
-    size, like = products.operator.size, products.operator
-    for numbers in torch.arange(size, device=like.device).split(products.at_once):
-        units = torch.zeros(len(numbers), size, dtype=like.dtype, device=like.device)
-        units[torch.arange(len(numbers)), numbers] = 1
-        yield units
 
 
 def _exact_overlaps(column_masses: Tensor, nesting: Nesting) -> dict[tuple[str, str], Floats]:

@@ -1,12 +1,15 @@
-"""Spectral densities: nodes and weights smeared with a Gaussian on one grid for all operators compared.
+"""Spectral densities: nodes and weights smeared with a Gaussian on one grid for all operators.
 
-    density(t) = sum_i w_i exp(-(t - t_i)^2 / 2 s^2) / (s sqrt(2 pi)),   t_i = axis(x_i), mean over probes
+    density(t) = sum_i w_i exp(-(t - t_i)^2 / 2 s^2) / (s sqrt(2 pi)),   t_i = axis(x_i),
+mean over probes.
 
-Two axes. "linear": t = x, in units of the eigenvalues. "symlog", in decades: t = asinh(x / 2c) / ln 10, which is
-sign(x) log10(|x| / c) for |x| >> c (to (c / x)^2 / ln 10), straight through zero for |x| << c, and smooth between. c,
-``linthresh``, is a fraction of the largest |node| over all operators compared, so that scaling the loss changes
-nothing. The default fraction 1e-6 is ten times float32's rounding (6e-8 to 1e-7 of the largest eigenvalue): what
-rounding makes of zero stays inside the linear part and is not read as structure.
+Two axes. "linear": t = x, in units of the eigenvalues. "symlog", in decades:
+    t = asinh(x / 2c) / ln 10,
+which is sign(x) log10(|x| / c) for |x| >> c (to (c / x)^2 / ln 10), straight through zero for
+|x| << c, and smooth between. c, ``linthresh``, is a fraction of the largest |node| over all
+operators compared, so that scaling the loss changes nothing. The default fraction 1e-6 is ten times
+float32's rounding (6e-8 to 1e-7 of the largest eigenvalue): what rounding makes of zero stays
+inside the linear part and is not read as structure.
 
 Shapes: B operators (blocks), G grid points, i runs over all nodes of all probes.
 """
@@ -15,13 +18,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
 from hessian_tools.results import registered
-from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 LINEAR_FRACTION = 1e-6
 LOG_WIDTH = 0.2  # decades
+NUM_POINTS = 2_000
+_WIDTHS_IN_RANGE = 200  # of the nodes, on a linear axis
 _LN10 = float(np.log(10))
 _UNDERFLOW = 745.0  # exp(-745) is the smallest positive float64
 
@@ -29,30 +35,41 @@ _UNDERFLOW = 745.0  # exp(-745) is the smallest positive float64
 @registered
 @dataclass(frozen=True)
 class Axis:
-    """How eigenvalues are laid out: ``kind`` "linear" | "symlog", ``linthresh`` c > 0 for the latter (see the
-    module)."""
+    """How eigenvalues are laid out: ``kind`` "linear" | "symlog".
+
+    The latter has ``linthresh`` c > 0, see :mod:`hessian_tools.spectra.density`.
+    """
 
     kind: str
     linthresh: float = float("nan")
 
     @property
     def unit(self) -> str:
+        """What a step of 1 along the axis is."""
         return "decades" if self.kind == "symlog" else "eigenvalue"
 
-    def position(self, eigenvalues: np.ndarray) -> np.ndarray:
+    def position(self, eigenvalues: ArrayLike) -> Floats:
         """Where ``eigenvalues`` lie on the axis, elementwise."""
         x = np.asarray(eigenvalues, dtype=np.float64)
-        return np.arcsinh(x / (2 * self.linthresh)) / _LN10 if self.kind == "symlog" else x
+        if self.kind == "linear":
+            return x
+        return np.arcsinh(x / (2 * self.linthresh)) / _LN10
 
-    def eigenvalue(self, positions: np.ndarray) -> np.ndarray:
+    def eigenvalue(self, positions: ArrayLike) -> Floats:
         """The inverse of ``position``."""
         t = np.asarray(positions, dtype=np.float64)
-        return 2 * self.linthresh * np.sinh(t * _LN10) if self.kind == "symlog" else t
+        if self.kind == "linear":
+            return t
+        return 2 * self.linthresh * np.sinh(t * _LN10)
 
 
 @dataclass(frozen=True)
 class SpectralGrid:
-    """``num_points`` G >= 2 equally spaced positions from ``low`` to ``high`` on ``axis``."""
+    """``num_points`` G >= 2 equally spaced positions from ``low`` to ``high`` on ``axis``.
+
+    Raises:
+        ValueError: for fewer points, or ``low`` >= ``high``.
+    """
 
     axis: Axis
     low: float
@@ -66,10 +83,11 @@ class SpectralGrid:
 
     @property
     def spacing(self) -> float:
+        """Distance of neighbouring points."""
         return (self.high - self.low) / (self.num_points - 1)
 
     @property
-    def points(self) -> np.ndarray:
+    def points(self) -> Floats:
         """(G,) positions on the axis."""
         return np.linspace(self.low, self.high, self.num_points)
 
@@ -77,37 +95,52 @@ class SpectralGrid:
 @registered
 @dataclass(frozen=True, eq=False)
 class SpectralDensity:
-    """Densities per unit of the axis; over the whole axis each integrates to 1, nothing is renormalised."""
+    """Densities per unit of the axis.
+
+    Over the whole axis each integrates to 1; what lies beyond the grid is reported, and nothing is
+    renormalised.
+    """
 
     names: tuple[str, ...]  # (B,)
-    grid: np.ndarray  # (G,) positions on the axis
-    eigenvalues: np.ndarray  # (G,) the same points as eigenvalues
-    values: np.ndarray  # (B, G) density per unit of the axis
+    grid: Floats  # (G,) positions on the axis
+    eigenvalues: Floats  # (G,) the same points as eigenvalues
+    values: Floats  # (B, G) density per unit of the axis
     axis: Axis
     width: float  # standard deviation of the kernel, in the axis' unit
-    lost_mass: np.ndarray  # (B,) mass of the density beyond the ends of the grid
-    grid_mass: (
-        np.ndarray
-    )  # (B,) sum of values times spacing; not 1 - lost_mass on a grid too coarse for the kernel
+    lost_mass: Floats  # (B,) mass of the density beyond the ends of the grid
+    # (B,) sum of values times spacing; not 1 - lost_mass on a grid too coarse for the kernel
+    grid_mass: Floats
 
 
 def symlog_axis(
-    quadratures: Iterable[Quadrature], linear_fraction: float = LINEAR_FRACTION
+    quadratures: Iterable[Quadrature],
+    linear_fraction: float = LINEAR_FRACTION,
 ) -> Axis:
-    """The symlog axis common to ``quadratures``: c = ``linear_fraction`` of their largest |node| (1 if all are
-    zero)."""
+    """The symlog axis common to ``quadratures``.
+
+    c is ``linear_fraction`` of their largest |node|; 1 if all are zero.
+
+    Raises:
+        ValueError: for a ``linear_fraction`` that is not between 0 and 1.
+    """
     if not 0 < linear_fraction < 1:
-        raise ValueError(
-            f"linear_fraction is {linear_fraction}; choose it between 0 and 1, such as {LINEAR_FRACTION}"
-        )
+        advice = f"choose it between 0 and 1, such as {LINEAR_FRACTION}"
+        raise ValueError(f"linear_fraction is {linear_fraction}; {advice}")
     largest = max(float(np.abs(quadrature.nodes).max()) for quadrature in quadratures)
     return Axis("symlog", linear_fraction * largest or 1.0)
 
 
 def spanning_grid(
-    quadratures: Iterable[Quadrature], axis: Axis, num_points: int, margin: float
+    quadratures: Iterable[Quadrature],
+    axis: Axis,
+    num_points: int,
+    margin: float,
 ) -> SpectralGrid:
-    """A grid from ``margin`` (in the axis' unit) below the lowest node to as much above the highest."""
+    """A grid from ``margin`` (in the axis' unit) below the lowest node to as much above the highest.
+
+    Raises:
+        ValueError: for ``num_points`` < 2.
+    """
     low, high = axis.position(_extremes(quadratures)).tolist()
     return SpectralGrid(axis, low - margin, high + margin, num_points)
 
@@ -124,11 +157,12 @@ def spectral_density(
 
     Args:
         spectra: blocks by name (B of them), or one Quadrature (B = 1, named "").
-        grid: "linear", "symlog", or a SpectralGrid. The first two reach 5 widths beyond the extreme nodes.
-        num_points: G; 2,000 unless given. Taken from a SpectralGrid.
-        width: the kernel's standard deviation, in the axis' unit: 0.2 decades on a symlog axis, 1/200 of the range of
-            the nodes on a linear one unless given (the literature's, arXiv 2402.16788, is sqrt(1e-5) eigenvalue units
-            whatever the spectrum).
+        grid: "linear", "symlog", or a SpectralGrid. The first two reach 5 widths beyond the extreme
+            nodes.
+        num_points: G; 2,000 unless given. A SpectralGrid has its own.
+        width: the kernel's standard deviation, in the axis' unit: unless given, 0.2 decades on a
+            symlog axis, 1/200 of the range of the nodes on a linear one (the literature's, arXiv
+            2402.16788, is sqrt(1e-5) eigenvalue units whatever the spectrum).
         linear_fraction: see :func:`symlog_axis`.
     Raises:
         ValueError: for an argument out of range, or no operator.
@@ -137,81 +171,112 @@ def spectral_density(
     if not blocks:
         raise ValueError("spectra is empty; pass at least one Quadrature")
     if isinstance(grid, SpectralGrid):
-        axis = grid.axis
         if width is None or num_points is not None:
             given = f"width is {width} and num_points {num_points}"
             raise ValueError(f"{given}; a SpectralGrid brings its points and needs a width")
-    elif grid in ("linear", "symlog"):
-        axis = symlog_axis(blocks.values(), linear_fraction) if grid == "symlog" else Axis("linear")
-    else:
-        raise ValueError(f"grid is {grid!r}; allowed are 'linear', 'symlog' or a SpectralGrid")
-    if width is None:  # where all eigenvalues are equal, any width shows it
-        width = (
-            LOG_WIDTH
-            if grid == "symlog"
-            else float(np.ptp(_extremes(blocks.values()))) / 200 or 1.0
-        )
+        return _densities(blocks, grid, _checked(width))
+    quadratures = blocks.values()
+    axis = _axis(grid, quadratures, linear_fraction)
+    width = _checked(_default_width(axis, quadratures) if width is None else width)
+    if num_points is None:
+        num_points = NUM_POINTS
+    return _densities(blocks, spanning_grid(quadratures, axis, num_points, 5 * width), width)
+
+
+def _axis(kind: str, quadratures: Iterable[Quadrature], linear_fraction: float) -> Axis:
+    if kind == "linear":
+        return Axis("linear")
+    if kind == "symlog":
+        return symlog_axis(quadratures, linear_fraction)
+    raise ValueError(f"grid is {kind!r}; allowed are 'linear', 'symlog' or a SpectralGrid")
+
+
+def _default_width(axis: Axis, quadratures: Iterable[Quadrature]) -> float:
+    if axis.kind == "symlog":
+        return LOG_WIDTH
+    # where all eigenvalues are equal, any width shows it
+    return float(np.ptp(_extremes(quadratures))) / _WIDTHS_IN_RANGE or 1.0
+
+
+def _checked(width: float) -> float:
     if not 0 < width < np.inf:
         raise ValueError(f"width is {width}; a positive standard deviation of the kernel is needed")
-    if not isinstance(grid, SpectralGrid):
-        grid = spanning_grid(
-            blocks.values(), axis, 2_000 if num_points is None else num_points, 5 * width
-        )
-    placed = [
-        (axis.position(nodes), weights) for nodes, weights in (q.pooled for q in blocks.values())
-    ]
-    values = np.stack([kernel_sum(grid, t, w, width)[0] for t, w in placed]) / (
-        width * np.sqrt(2 * np.pi)
-    )
-    lost = np.array(
-        [w @ (ndtr((grid.low - t) / width) + ndtr((t - grid.high) / width)) for t, w in placed]
-    )
-    points = grid.points
-    mass = values.sum(axis=1) * grid.spacing
+    return width
+
+
+def _densities(
+    blocks: Mapping[str, Quadrature],
+    grid: SpectralGrid,
+    width: float,
+) -> SpectralDensity:
+    sums = []
+    lost_mass = []
+    for quadrature in blocks.values():
+        nodes, weights = quadrature.pooled
+        positions = grid.axis.position(nodes)
+        sums.append(kernel_sum(grid, positions, weights, width)[0])
+        below = ndtr((grid.low - positions) / width)
+        above = ndtr((positions - grid.high) / width)
+        lost_mass.append(weights @ (below + above))
+    values = np.stack(sums) / (width * np.sqrt(2 * np.pi))
     return SpectralDensity(
-        tuple(blocks), points, axis.eigenvalue(points), values, axis, width, lost, mass
+        names=tuple(blocks),
+        grid=grid.points,
+        eigenvalues=grid.axis.eigenvalue(grid.points),
+        values=values,
+        axis=grid.axis,
+        width=width,
+        lost_mass=np.array(lost_mass),
+        grid_mass=values.sum(axis=1) * grid.spacing,
     )
 
 
 def kernel_sum(
     grid: SpectralGrid,
-    positions: np.ndarray,
-    weights: np.ndarray,
+    positions: Floats,
+    weights: Floats,
     width: float,
     depth: float | None = None,
-) -> tuple[np.ndarray, float]:
-    """(G,) values of sum_i w_i exp(-(t - t_i)^2 / 2 width^2), as (values, shift) with sum = values * exp(shift).
+) -> tuple[Floats, float]:
+    """(G,) values of sum_i w_i exp(-(t - t_i)^2 / 2 width^2).
 
-    Each node is evaluated at the grid points where its term matters, which makes the cost local. ``depth`` None: all
-    terms that float64 can represent (38 widths), shift 0. A number: terms down to exp(-depth) of the largest, which
-    becomes about 1 by the choice of shift (log-sum-exp), so the result is right up to a factor also where every term
-    underflows.
+    Each node is evaluated at the grid points where its term matters, which makes the cost local.
+
+    Args:
+        depth: None takes all terms that float64 can represent (38 widths). A number takes terms
+            down to exp(-depth) of the largest.
+    Returns:
+        (values, shift), the sum being values * exp(shift). ``shift`` is 0 unless ``depth`` is
+        given; then it makes the largest term about 1 (log-sum-exp), so that the result is right up
+        to a factor also where every term underflows.
     """
-    spacing, points = grid.spacing, grid.points
+    spacing = grid.spacing
+    points = grid.points
     logs = np.log(weights)
-    nearest = np.clip(np.rint((positions - grid.low) / spacing), 0, grid.num_points - 1).astype(int)
-    peaks = logs - ((points[nearest] - positions) / width) ** 2 / 2  # each node's largest term
-    shift = 0.0 if depth is None else float(peaks.max())
-    reach = width * np.sqrt(
-        2 * np.maximum((_UNDERFLOW if depth is None else depth) + logs - shift, 0.0)
-    )
-    first = np.clip(np.ceil((positions - reach - grid.low) / spacing), 0, grid.num_points).astype(
-        int
-    )
-    last = np.clip(
-        np.floor((positions + reach - grid.low) / spacing) + 1, 0, grid.num_points
-    ).astype(int)
+    nearest = _clipped(np.rint((positions - grid.low) / spacing), grid.num_points - 1)
+    largest_terms = logs - ((points[nearest] - positions) / width) ** 2 / 2
+    shift = 0.0
+    if depth is None:
+        depth = _UNDERFLOW
+    else:
+        shift = float(largest_terms.max())
+    reach = width * np.sqrt(2 * np.maximum(depth + logs - shift, 0.0))
+    first = _clipped(np.ceil((positions - reach - grid.low) / spacing), grid.num_points)
+    last = _clipped(np.floor((positions + reach - grid.low) / spacing) + 1, grid.num_points)
     values = np.zeros(grid.num_points)
-    for t, log, a, b in zip(
-        positions.tolist(), (logs - shift).tolist(), first.tolist(), last.tolist(), strict=True
-    ):
-        if a < b:
-            z = (points[a:b] - t) / width
-            values[a:b] += np.exp(log - z * z / 2)
+    columns = [column.tolist() for column in (positions, logs - shift, first, last)]
+    for position, log_weight, start, stop in zip(*columns, strict=True):
+        if start < stop:
+            z = (points[start:stop] - position) / width
+            values[start:stop] += np.exp(log_weight - z * z / 2)
     return values, shift
 
 
-def _extremes(quadratures: Iterable[Quadrature]) -> np.ndarray:
+def _clipped(indices: Floats, last: int) -> NDArray[np.int_]:
+    return np.clip(indices, 0, last).astype(int)
+
+
+def _extremes(quadratures: Iterable[Quadrature]) -> Floats:
     """(2,) lowest and highest node of all."""
     nodes = np.concatenate([quadrature.nodes.ravel() for quadrature in quadratures])
     return np.array([nodes.min(), nodes.max()])

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from test_quadrature import FakeCut, FakeHessian, FakePartition, random_symmetric, same
+from test_quadrature import FakeHessian, cut_of, random_symmetric, same
 
+from hessian_tools.blocks.partition import Partition
 from hessian_tools.curvature.symmetric import DenseOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.heterogeneity import adaptive
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.js import js_heterogeneity
-from hessian_tools.spectra.slq import blockwise_slq, slq, truncated
+from hessian_tools.spectra.gauss import truncated
+from hessian_tools.spectra.slq import blockwise_slq, slq
 
 SIZES = {"tiny": 12, "low": 90, "mid": 200, "high": 260}
 
@@ -20,11 +22,11 @@ def setting(**options):
     rng = np.random.default_rng(1)
     spectra = {name: 10.0**i * (0.2 + rng.random(n)) for i, (name, n) in enumerate(SIZES.items())}
     spectra["low"] = np.r_[40.0, np.full(89, 0.5) + 0.3 * rng.random(89)]
-    cuts = tuple(FakeCut((name,), n) for name, n in SIZES.items())
+    cuts = tuple(cut_of([name], n) for name, n in SIZES.items())
     matrices = {
         name: random_symmetric(values, i) for i, (name, values) in enumerate(spectra.items())
     }
-    return FakeHessian(matrices, **options), FakePartition(cuts, list(SIZES)), spectra
+    return FakeHessian(matrices, **options), Partition(cuts), spectra
 
 
 def run(hessian, partition, **options):

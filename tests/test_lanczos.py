@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hessian_tools.curvature.engine.memory import measuring
 from hessian_tools.curvature.symmetric import DenseOperator, DiagonalOperator
-from hessian_tools.spectra.lanczos import lanczos, resume, ritz
+from hessian_tools.spectra.gauss import ritz
+from hessian_tools.spectra.lanczos import lanczos, resume
 from hessian_tools.spectra.probes import draw_probes
 
 DTYPES = (torch.float64, torch.float32)

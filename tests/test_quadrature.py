@@ -1,15 +1,15 @@
 """Quadratures against exact moments and eigenvalues; blockwise runs on a stand-in for the engine."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 
+from hessian_tools.blocks.block import Cut, Part
+from hessian_tools.blocks.partition import Partition
 from hessian_tools.curvature.operators import CurvatureOperator
-from hessian_tools.curvature.symmetric import DenseOperator, DiagonalOperator
+from hessian_tools.curvature.symmetric import DenseOperator, DiagonalOperator, SymmetricOperator
 from hessian_tools.errors import NumericalError
-from hessian_tools.spectra.lanczos import ritz
+from hessian_tools.spectra.gauss import ritz
 from hessian_tools.spectra.probes import draw_probes
 from hessian_tools.spectra.slq import blockwise_slq, slq
 
@@ -204,53 +204,32 @@ def test_bad_arguments_are_named(change):
 # ---- blockwise: a stand-in for the engine, dense blocks instead of networks
 
 
-@dataclass(frozen=True)
-class FakeBlock:
-    name: str
-    cut: "FakeCut"
+class NamedCut(Cut):
+    """A cut whose labels are the names of its blocks."""
 
-    def as_cut(self):
-        i = self.cut.names.index(self.name)
-        return self.cut.chunk(i, i + 1)
+    def block_name(self, position):
+        return self.labels[self.first + position]
 
 
-@dataclass(frozen=True)
-class FakeCut:
-    names: tuple
-    block_size: int
-
-    @property
-    def num_blocks(self):
-        return len(self.names)
-
-    def chunk(self, first, last):
-        return FakeCut(self.names[first:last], self.block_size)
-
-
-class FakePartition:
-    def __init__(self, cuts, order):
-        self.cuts, self.blocks = (
-            cuts,
-            [FakeBlock(name, cut) for name in order for cut in cuts if name in cut.names],
-        )
-
-    def __iter__(self):
-        return iter(self.blocks)
+def cut_of(names, size):
+    """The rows of a tensor (len(names), size)."""
+    shape = (len(names), size)
+    rows = Part(names[0], shape, shape, tuple(slice(0, n) for n in shape), axes=(0,))
+    return NamedCut((rows,), "", labels=tuple(names))
 
 
 class FakeHessian(CurvatureOperator):
-    """Dense blocks by name; no Problem behind them, which blockwise SLQ does not ask for."""
+    """Block-diagonal, of given matrices by the blocks' names; ``calls`` are (names, rows) of its products."""
 
     route = "dense blocks"
     krylov_bytes = 1 << 30
 
     def __init__(self, matrices, dtype=torch.float64, krylov_bytes=1 << 30, poison=None):
+        SymmetricOperator.__init__(self, sum(map(len, matrices.values())), dtype, "cpu")
         self.matrices = matrices
-        self.dtype = dtype
-        self.device = torch.device("cpu")
         self.krylov_bytes = krylov_bytes
-        self.poison = poison
-        self.calls = []  # (names, rows)
+        self.poison = poison  # the block whose third product holds a NaN
+        self.calls = []
 
     def products(self, names, count, spread, collect):
         raise AssertionError("blocks only")
@@ -262,35 +241,37 @@ class FakeHessian(CurvatureOperator):
         raise AssertionError("blocks only")
 
     def stacked(self, cut):
-        parent, steps = self, []
+        return FakeBlocks(self, cut)
 
-        class Stacked:
-            dtype, device = parent.dtype, parent.device
 
-            def matmat(self, vectors):
-                steps.append(len(vectors))
-                parent.calls.append((cut.names, len(vectors)))
-                matrices = torch.stack(
-                    [torch.as_tensor(parent.matrices[n], dtype=parent.dtype) for n in cut.names]
-                )
-                product = vectors.reshape(cut.num_blocks, -1, cut.block_size) @ matrices
-                if parent.poison in cut.names and len(steps) == 3:
-                    product[cut.names.index(parent.poison), -1, 0] = float("nan")
-                return product.reshape(-1, cut.block_size)
+class FakeBlocks(SymmetricOperator):
+    def __init__(self, parent, cut):
+        super().__init__(cut.block_size, parent.dtype, parent.device)
+        self.parent = parent
+        self.cut = cut
+        self.products = 0
 
-        return Stacked()
+    def _matmat(self, vectors):
+        names = self.cut.names
+        self.products += 1
+        self.parent.calls.append((names, len(vectors)))
+        matrices = [torch.as_tensor(self.parent.matrices[n], dtype=self.dtype) for n in names]
+        product = vectors.reshape(len(names), -1, self.size) @ torch.stack(matrices)
+        if self.parent.poison in names and self.products == 3:
+            product[names.index(self.parent.poison), -1, 0] = float("nan")
+        return product.reshape(-1, self.size)
 
 
 def setting(**options):
     rng = np.random.default_rng(0)
-    small, large = FakeCut(("s0", "s1", "s2"), 6), FakeCut(tuple(f"l{i}" for i in range(5)), 50)
+    small = cut_of(["s0", "s1", "s2"], 6)
+    large = cut_of(["l0", "l1", "l2", "l3", "l4"], 50)
     matrices = {
         n: random_symmetric(rng.standard_normal(cut.block_size), i)
         for cut in (small, large)
         for i, n in enumerate(cut.names)
     }
-    order = ["l0", "s0", "l1", "l2", "s2", "s1", "l3", "l4"]
-    return FakeHessian(matrices, **options), FakePartition((small, large), order), order
+    return FakeHessian(matrices, **options), Partition((small, large)), [*small.names, *large.names]
 
 
 def run(hessian, partition, **options):
@@ -361,7 +342,7 @@ def test_memory_budget_cuts_blocks_then_probes_then_orthogonality():
     """A row takes 8 Lanczos and 5 work vectors of 50 float64."""
     row = (8 + 5) * 50 * 8
     reference_hessian, partition, _ = setting()
-    large = FakePartition(partition.cuts[1:], partition.cuts[1].names)
+    large = Partition(partition.cuts[1:])
     reference = run(reference_hessian, large, exact=False)
     for budget, blocks, rows in ((4 * row, 2, 4), (2 * row, 1, 2), (row, 1, 1)):
         hessian, _, _ = setting(krylov_bytes=budget)
@@ -444,7 +425,7 @@ def test_asymmetric_blocks_are_noted():
 def test_partition_errors():
     hessian, partition, _ = setting()
     blocks = list(partition)
-    with pytest.raises(ValueError, match="names 'l0' twice"):
+    with pytest.raises(ValueError, match="names 's0' twice"):
         run(hessian, [blocks[0], blocks[0]])
     with pytest.raises(ValueError, match="holds no block"):
         run(hessian, [])

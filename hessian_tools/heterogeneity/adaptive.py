@@ -40,8 +40,10 @@ from hessian_tools.heterogeneity.growing import GrowingSpectra
 from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
+from hessian_tools.spectra.gauss import truncated
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
-from hessian_tools.spectra.slq import Settings, names_and_cuts, notes_on, solved, truncated
+from hessian_tools.spectra.settings import Settings
+from hessian_tools.spectra.slq import names_and_cuts, notes_on, solved
 
 TOLERANCES = (*READINGS, "scale")  # what can be asked to meet the tolerance
 FIRST_PROBES, FIRST_STEPS = (

@@ -13,18 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 from hessian_tools.curvature.operators import CurvatureOperator
+from hessian_tools.errors import NumericalError
+from hessian_tools.spectra.batching import local_note, row_bytes
+from hessian_tools.spectra.gauss import gauss_quadratures
 from hessian_tools.spectra.lanczos import LanczosResult, LanczosState, lanczos, resume
 from hessian_tools.spectra.probes import draw_probes
 from hessian_tools.spectra.quadrature import Quadrature
-from hessian_tools.spectra.slq import (
-    WORK_VECTORS,
-    Settings,
-    local_note,
-    nonfinite,
-    quadratures_of,
-    solved,
-    watched,
-)
+from hessian_tools.spectra.settings import Settings
+from hessian_tools.spectra.slq import Watched, solved
 
 
 class GrowingSpectra:
@@ -60,7 +56,7 @@ class GrowingSpectra:
             )
             return
         operator, steps = (
-            watched(self.hessian.stacked(cut), self.bar),
+            Watched(self.hessian.stacked(cut), self.bar),
             min(num_steps, cut.block_size),
         )
         mode = self._mode(name, cut.block_size, steps, old)
@@ -85,13 +81,13 @@ class GrowingSpectra:
             or self._row(size, steps, asked) <= self.hessian.krylov_bytes
         ):
             return before or asked
-        told = local_note(size, replace(self.settings, num_steps=steps))
+        told = local_note(size, steps)
         warnings.warn(f"{name}: {told}", RuntimeWarning, stacklevel=4)
         return "local"
 
     def _row(self, size: int, steps: int, mode: str) -> int:
         """Bytes of a probe's run."""
-        return size * self.hessian.dtype.itemsize * (WORK_VECTORS + steps * (mode == "full"))
+        return row_bytes(size, steps, mode, self.hessian.dtype)
 
     def _drawn(
         self, operator: Any, name: str, size: int, first: int, last: int, steps: int, mode: str
@@ -159,9 +155,10 @@ class GrowingSpectra:
     def _quadrature(
         self, name: str, runs: Sequence[LanczosResult], size: int, mode: str
     ) -> Quadrature:
-        (found,) = quadratures_of(runs, 1, size, replace(self.settings, reorthogonalize=mode))
-        if not isinstance(found, Quadrature):
-            raise nonfinite(name, found)
+        settings = replace(self.settings, reorthogonalize=mode)
+        (found,) = gauss_quadratures(runs, [name], size, settings)
+        if isinstance(found, NumericalError):
+            raise found
         return found
 
     def _rows(self, row: int) -> int:

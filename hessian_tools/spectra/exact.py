@@ -1,40 +1,70 @@
-"""The exact spectra of small blocks: their dense matrices, and all eigenvalues of these in float64.
+"""Exact spectra of small blocks: all eigenvalues of their dense matrices, in float64.
 
 Shapes: B blocks side by side, n size of each.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import one_hot
 
-from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.curvature.symmetric import SymmetricOperator
+from hessian_tools.errors import NumericalError, nonfinite_product
+from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 _ROWS = 64  # unit vectors in one product, over all blocks
 
 
 def dense_bytes(size: int) -> int:
-    """What one dense block takes, in float64: itself, and once more on the host."""
+    """What a dense block of ``size`` takes in float64, with a copy on the host."""
     return 2 * 8 * size * size
 
 
-def exact_quadratures(operator: Any, num_blocks: int, size: int) -> Iterator[Quadrature | str]:
-    """All eigenvalues of each block from its dense matrix, or where its products first were not finite."""
-    dense = torch.empty(num_blocks, size, size, dtype=torch.float64, device=operator.device)
-    for columns in torch.arange(size, device=operator.device).split(max(1, _ROWS // num_blocks)):
-        units = one_hot(columns, size).to(operator.dtype).repeat(num_blocks, 1)
-        dense[:, columns] = operator.matmat(units).reshape(num_blocks, -1, size).double()
-    weights, zeros = np.full((1, size), 1 / size), np.zeros((1, size))
-    for matrix in dense.cpu().numpy():
+def exact_quadratures(
+    operator: SymmetricOperator,
+    names: Sequence[str],
+    size: int,
+) -> Iterator[Quadrature | NumericalError]:
+    """All eigenvalues of each block, or the error that names where its products were not finite.
+
+    ``operator`` holds the blocks ``names`` side by side: its rows come in equal runs, one a block.
+    """
+    for name, matrix in zip(names, _dense(operator, len(names), size).cpu().numpy(), strict=True):
         finite = np.isfinite(matrix).all(axis=1)
-        if not finite.all():
-            yield f"for unit vector {finite.argmin()} of {size}"
-            continue
-        norm = np.linalg.norm(matrix)
-        asymmetry = float(np.linalg.norm(matrix - matrix.T) / norm) if norm > 0 else 0.0
-        values = np.linalg.eigvalsh((matrix + matrix.T) / 2)[None]
-        yield Quadrature(
-            values, weights, zeros, np.array([size]), size, size, "exact", "none", "none", asymmetry
-        )
+        if finite.all():
+            yield _spectrum(matrix)
+        else:
+            yield nonfinite_product(name, f"for unit vector {finite.argmin()} of {size}")
+
+
+def _dense(operator: SymmetricOperator, num_blocks: int, size: int) -> Tensor:
+    """(B, n, n) float64, row j of each the product with unit vector j."""
+    shape = (num_blocks, size, size)
+    dense = torch.empty(shape, dtype=torch.float64, device=operator.device)
+    every = torch.arange(size, device=operator.device)
+    for numbers in every.split(max(1, _ROWS // num_blocks)):
+        units = one_hot(numbers, size).to(operator.dtype).repeat(num_blocks, 1)
+        dense[:, numbers] = operator.matmat(units).reshape(num_blocks, -1, size).double()
+    return dense
+
+
+def _spectrum(matrix: Floats) -> Quadrature:
+    """The eigenvalues of (A + A') / 2, and how far A is from symmetric."""
+    size = len(matrix)
+    norm = np.linalg.norm(matrix)
+    asymmetry = float(np.linalg.norm(matrix - matrix.T) / norm) if norm > 0 else 0.0
+    eigenvalues = np.linalg.eigvalsh((matrix + matrix.T) / 2).astype(np.float64)
+    return Quadrature(
+        nodes=eigenvalues[None],
+        weights=np.full((1, size), 1 / size),
+        residuals=np.zeros((1, size)),
+        steps=np.array([size]),
+        size=size,
+        num_matvecs=size,
+        status="exact",
+        probes="none",
+        reorthogonalize="none",
+        asymmetry=asymmetry,
+    )

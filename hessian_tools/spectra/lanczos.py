@@ -1,50 +1,53 @@
-"""The symmetric Lanczos process, batched over start vectors, with one operator product and no host sync a step.
+"""The symmetric Lanczos process for many start vectors at once.
 
-In exact arithmetic m steps from q_1 = v / |v| give orthonormal Q = [q_1 ... q_m], tridiagonal T (diagonal alpha,
-off-diagonal beta) and
-    A Q = Q T + beta_m q_{m+1} e_m'                                (Golub & Van Loan, 4th ed., 10.1)
-In floating point orthogonality is lost as soon as a Ritz value converges (Paige 1980). What is done about it,
-``reorthogonalize``:
+A step costs one operator product and never makes the host wait for a device. In exact arithmetic
+m steps from q_1 = v / |v| give orthonormal Q = [q_1 ... q_m] and tridiagonal T (diagonal alpha,
+off-diagonal beta) with
+    A Q = Q T + beta_m q_{m+1} e_m'                        (Golub & Van Loan, 4th ed., 10.1)
+In floating point orthogonality is lost as soon as a Ritz value converges (Paige 1980).
+``reorthogonalize`` says what is done about it:
 
-- "full": classical Gram-Schmidt against all earlier vectors, twice where the first pass took much away, and always
-  where looking would make a device wait (Giraud et al. 2005: twice is enough). T is the projection of A on a truly
-  orthonormal basis: every Ritz value stands for a different eigenvector, so nodes can be counted. Needs the basis,
-  k*m*n.
-- "local": each vector is made orthogonal to its two predecessors once more. Three vectors a probe. Global orthogonality
-  is lost all the same: converged eigenvalues come back as further, nearly equal nodes that share the weight. Densities
-  and moments keep their accuracy (Greenbaum 1989: T is that of a nearby spectrum of clusters), counts of nodes do not.
-- "none": the three-term recurrence alone, the cheapest and the literature's choice; as "local", the copies appear a
-  little earlier.
+- "full": classical Gram-Schmidt against all earlier vectors. A second pass follows where the first
+  took much away, and always on a device, which would have to be waited for to know (twice is
+  enough, Giraud et al. 2005). T is the projection of A on a truly orthonormal basis: every Ritz
+  value stands for a different eigenvector, so nodes can be counted. Needs the basis, k*m*n.
+- "local": each vector is made orthogonal to its two predecessors once more. Three vectors a row.
+  Global orthogonality is still lost: converged eigenvalues come back as further, nearly equal nodes
+  that share the weight. Densities and moments keep their accuracy (Greenbaum 1989: T is that of a
+  nearby spectrum of clusters), counts of nodes do not.
+- "none": the three-term recurrence alone, the cheapest and the literature's choice; like "local",
+  but the copies appear a little earlier.
 
-A run can go on: with ``keep_state`` the result carries what the next step needs (:class:`LanczosState`: the two last
-vectors, and for "full" the basis), and :func:`resume` makes further steps from there without repeating any.
+With ``keep_state`` the result carries a :class:`LanczosState`, from which :func:`resume` makes
+further steps without repeating any.
 
 Shapes: k start vectors (rows), m steps, n size of the operator.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hessian_tools.curvature.symmetric import SymmetricOperator
+from hessian_tools.spectra.row_arithmetic import dots, project_out, subtract
+
 REORTHOGONALIZE = ("full", "local", "none")
-_COLUMNS = 1 << 22  # that are taken at a time, so that no copy of the whole batch is made
-_CACHED = 1 << 18  # entries of a batch that stay in a CPU's cache from one operation to the next
 _ROUNDING = 8.0  # breakdown below this times (1 + log2 n) roundings of the operator's scale
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LanczosState:
-    """Where a run stands after m steps: all that further steps need, in the operator's dtype and on its device."""
+    """Where a run stands after m steps: all that further steps need, on the operator's device.
+
+    Whoever goes on from a state leaves it as it is, so that it can be used again.
+    """
 
     previous: Tensor  # (k, n) Lanczos vector m; zero before the first step
     current: Tensor  # (k, n) Lanczos vector m + 1; zero in a row that has ended
-    basis: tuple[
-        Tensor, ...
-    ]  # pieces (k, m_i, n), together the m vectors so far; empty when not kept
+    basis: tuple[Tensor, ...]  # pieces (k, m_i, n), together all m vectors; empty when not kept
     alphas: Tensor  # (k, m) float64
     betas: Tensor  # (k, m) float64
     norms: Tensor  # (k,) float64, of the start vectors
@@ -53,257 +56,289 @@ class LanczosState:
     steps: Tensor  # (k,) float64, valid steps
     nonfinite: Tensor  # (k,) float64, first step (from 1) with NaN or inf, 0 for none
     alive: Tensor  # (k,) bool
-    broken: Tensor  # (k,) bool
+    broken: Tensor  # (k,) bool, ended by breakdown
     reorthogonalize: str
     keeps_basis: bool  # the caller asked for the basis
 
     @property
+    def num_steps(self) -> int:
+        """m."""
+        return self.alphas.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of vectors held."""
-        return sum(t.nbytes for t in (self.previous, self.current, *self.basis))
+        return sum(vectors.nbytes for vectors in (self.previous, self.current, *self.basis))
 
 
 @dataclass(frozen=True, eq=False)
 class LanczosResult:
     """What m steps from k start vectors leave; entries past a row's ``steps`` are 0.
 
-    A row ends early, with status "breakdown", when its next residual is rounding noise: its Krylov space is invariant
-    and its Ritz values are eigenvalues. A row whose product was NaN or inf has status "nonfinite".
+    A row ends early, with status "breakdown", when its next residual is rounding noise: its Krylov
+    space is invariant and its Ritz values are eigenvalues. A row whose product was NaN or inf has
+    status "nonfinite".
     """
 
-    alphas: np.ndarray  # (k, m) float64 diagonal of T
-    betas: (
-        np.ndarray
-    )  # (k, m) float64, [:, j] couples steps j and j + 1; at steps - 1 the final residual norm
-    start_norms: np.ndarray  # (k,) float64 Euclidean norms of the start vectors
-    steps: np.ndarray  # (k,) int, valid steps of each row
+    alphas: NDArray[np.float64]  # (k, m) diagonal of T
+    # (k, m); [:, j] couples steps j and j + 1, at steps - 1 it is the norm of the final residual
+    betas: NDArray[np.float64]
+    start_norms: NDArray[np.float64]  # (k,) Euclidean norms of the start vectors
+    steps: NDArray[np.int_]  # (k,) valid steps of each row
     status: tuple[str, ...]  # (k,) "complete" | "breakdown" | "nonfinite"
-    first_nonfinite: (
-        np.ndarray | None
-    )  # (k,) int, first step (from 1) with NaN or inf, 0 for none; None without any
+    # (k,) first step (from 1) with NaN or inf, 0 for none; None without any
+    first_nonfinite: NDArray[np.int_] | None
     num_matvecs: int  # products spent, those of finished rows included
-    basis: (
-        Tensor | None
-    )  # (k, m, n) Lanczos vectors, in the operator's dtype and on its device, when asked for
+    # (k, m, n) Lanczos vectors, in the operator's dtype and on its device, when asked for
+    basis: Tensor | None
     state: LanczosState | None = None  # for :func:`resume`, when asked for
 
 
 def lanczos(
-    operator: Any, start: Tensor, num_steps: int, *, reorthogonalize: str = "full", keep_basis: bool = False,
+    operator: SymmetricOperator,
+    start: Tensor,
+    num_steps: int,
+    *,
+    reorthogonalize: str = "full",
+    keep_basis: bool = False,
     keep_state: bool = False,
-) -> LanczosResult:  # fmt: skip
+) -> LanczosResult:
     """Run m = min(num_steps, n) Lanczos steps on every row of ``start``, (k, n), at once.
 
-    ``operator`` needs only ``matmat`` on (k, n), ``dtype`` and ``device``. Vectors are kept in its dtype, scalars
-    accumulate in float64.
+    Vectors are kept in the operator's dtype, scalars accumulate in float64.
 
-    Breakdown after step j: beta_j <= 8 (1 + log2 n) eps(dtype) scale, where scale is the largest |alpha| + beta the row
-    has seen (at most sqrt(2) |A|) and (1 + log2 n) eps bounds the rounding of a pairwise sum of n terms. The bound
-    is kept low on purpose: to go on from noise is harmless with re-orthogonalisation (a new direction of weight (beta /
-    scale)^2), to stop early would lose small eigenvalues.
+    Breakdown after step j: beta_j <= 8 (1 + log2 n) eps(dtype) scale, where scale is the largest
+    |alpha| + beta that the row has seen (at most sqrt(2) |A|) and (1 + log2 n) eps bounds the
+    rounding of a pairwise sum of n terms. The bound is kept low on purpose: to go on from noise is
+    harmless with re-orthogonalisation (a new direction of weight (beta / scale)^2), to stop early
+    would lose small eigenvalues.
 
     Raises:
-        ValueError: for ``num_steps`` < 1, an unknown ``reorthogonalize``, a start vector that is zero or not finite.
+        ValueError: for ``num_steps`` < 1, an unknown ``reorthogonalize``, a start vector that is
+            zero or not finite.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; at least 1 Lanczos step is needed")
     if reorthogonalize not in REORTHOGONALIZE:
-        raise ValueError(
-            f"reorthogonalize is {reorthogonalize!r}; allowed are {', '.join(map(repr, REORTHOGONALIZE))}"
-        )
+        allowed = ", ".join(map(repr, REORTHOGONALIZE))
+        raise ValueError(f"reorthogonalize is {reorthogonalize!r}; allowed are {allowed}")
     if start.ndim != 2:
-        raise ValueError(
-            f"start has shape {tuple(start.shape)}; rows of start vectors, (k, n), are needed"
-        )
+        given = tuple(start.shape)
+        raise ValueError(f"start has shape {given}; rows of start vectors, (k, n), are needed")
     start = start.to(device=operator.device, dtype=operator.dtype)
-    state = _started(start, reorthogonalize, keep_basis)
-    state = _iterate(operator, state, min(num_steps, start.shape[1]), fresh=True)
+    state = _before_the_first_step(start, reorthogonalize, keep_basis)
+    state = _run(operator, state, min(num_steps, start.shape[1]), overwrite=True)
     result = _result(state, keep_state)
-    bad = np.flatnonzero(~(np.isfinite(result.start_norms) & (result.start_norms > 0)))
-    if bad.size:
-        norm = result.start_norms[bad[0]]
-        raise ValueError(
-            f"start row {bad[0]} has norm {norm}; start vectors must be finite and not zero"
-        )
+    # only now: before the run a device would have to be waited for
+    _check_norms(result.start_norms)
     return result
 
 
 def resume(
-    operator: Any, state: LanczosState, num_steps: int, *, keep_state: bool = False
+    operator: SymmetricOperator,
+    state: LanczosState,
+    num_steps: int,
+    *,
+    keep_state: bool = False,
 ) -> LanczosResult:
-    """Goes on from ``state`` to min(num_steps, n) steps in all; the same numbers as one long run, up to rounding.
+    """Goes on from ``state`` until min(num_steps, n) steps are made in all.
 
-    ``operator`` must be the one that the run began with. ``num_matvecs`` counts from the beginning.
+    Up to rounding these are the numbers of one long run. ``operator`` must be the one that the run
+    began with. ``num_matvecs`` counts from the beginning.
 
     Raises:
-        ValueError: for a ``num_steps`` below those already made, or an operator of another dtype or device.
+        ValueError: for a ``num_steps`` below those already made, or an operator of another dtype
+            or device.
     """
-    done = state.alphas.shape[1]
     total = min(num_steps, state.current.shape[1])
-    if total < done:
+    if total < state.num_steps:
+        made = f"{state.num_steps} steps are made"
         raise ValueError(
-            f"num_steps is {num_steps}, but {done} steps are made; name a total of at least that many"
+            f"num_steps is {num_steps}, but {made}; name a total of at least that many"
         )
-    if (operator.dtype, operator.device) != (state.current.dtype, state.current.device):
-        has, holds = (
-            f"{operator.dtype} on {operator.device}",
-            f"{state.current.dtype} on {state.current.device}",
-        )
+    vectors = state.current
+    if (operator.dtype, operator.device) != (vectors.dtype, vectors.device):
         raise ValueError(
-            f"operator is {has}, but the run's vectors are {holds}; pass the operator it began with"
+            f"operator is {operator.dtype} on {operator.device}, but the run's vectors are "
+            f"{vectors.dtype} on {vectors.device}; pass the operator it began with"
         )
-    return _result(_iterate(operator, state, total), keep_state)
+    return _result(_run(operator, state, total), keep_state)
 
 
-def ritz(
-    alphas: np.ndarray, betas: np.ndarray, steps: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes, weights and residual bounds, each (k, m), of tridiagonal matrices whose row i counts up to ``steps[i]``.
-
-    Diagonals ``alphas`` (k, m), off-diagonals ``betas[:, :-1]``, final residual norm ``betas[i, steps[i] - 1]``. Rows
-    of equal length are solved as one batch in float64, so nothing that pads a row can mix with its eigenvectors.
-    """
-    nodes, weights, residuals = (np.zeros(alphas.shape) for _ in range(3))
-    for length in np.unique(steps):
-        rows = np.flatnonzero(steps == length)
-        matrices = np.zeros((len(rows), length, length))
-        diagonal = np.arange(length)
-        matrices[:, diagonal, diagonal] = alphas[rows, :length]
-        matrices[:, diagonal[1:], diagonal[:-1]] = betas[
-            rows, : length - 1
-        ]  # eigh reads the lower triangle
-        values, vectors = np.linalg.eigh(matrices)
-        bounds = betas[rows, length - 1, None] * np.abs(vectors[:, -1, :])
-        repeated = np.minimum(np.arange(alphas.shape[1]), length - 1)  # the last node pads the row
-        nodes[rows], residuals[rows] = values[:, repeated], bounds[:, repeated]
-        first = vectors[:, 0, :] ** 2
-        weights[rows, :length] = first / first.sum(axis=1, keepdims=True)
-    return nodes, weights, residuals
-
-
-def _started(start: Tensor, reorthogonalize: str, keep_basis: bool) -> LanczosState:
-    """No step made yet."""
-    norms = _dots(start, start).sqrt()
-    zeros, table = torch.zeros_like(norms), norms.new_zeros(len(norms), 0)
-    alive, broken = (
-        torch.ones_like(norms, dtype=torch.bool),
-        torch.zeros_like(norms, dtype=torch.bool),
+def _before_the_first_step(start: Tensor, reorthogonalize: str, keep_basis: bool) -> LanczosState:
+    norms = dots(start, start).sqrt()
+    zeros = torch.zeros_like(norms)
+    no_steps = norms.new_zeros(len(norms), 0)
+    return LanczosState(
+        previous=torch.zeros_like(start),
+        current=start / norms.to(start.dtype)[:, None],
+        basis=(),
+        alphas=no_steps,
+        betas=no_steps,
+        norms=norms,
+        beta=zeros,
+        scale=zeros,
+        steps=zeros,
+        nonfinite=zeros,
+        alive=torch.ones_like(norms, dtype=torch.bool),
+        broken=torch.zeros_like(norms, dtype=torch.bool),
+        reorthogonalize=reorthogonalize,
+        keeps_basis=keep_basis,
     )
-    current = start / norms.to(start.dtype)[:, None]
-    scalars = (table, table, norms, zeros, zeros, zeros, zeros, alive, broken)
-    return LanczosState(torch.zeros_like(start), current, (), *scalars, reorthogonalize, keep_basis)
+
+
+def _check_norms(norms: NDArray[np.float64]) -> None:
+    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    if bad.size:
+        row = bad[0]
+        raise ValueError(
+            f"start row {row} has norm {norms[row]}; start vectors must be finite and not zero"
+        )
+
+
+def _run(
+    operator: SymmetricOperator,
+    given: LanczosState,
+    num_steps: int,
+    overwrite: bool = False,
+) -> LanczosState:
+    """``given`` taken to ``num_steps`` steps; its own vectors are kept unless ``overwrite``.
+
+    No step may look at a value on a device: the host would wait for it.
+    """
+    done = given.num_steps
+    state = _with_room(given, num_steps)
+    # Vectors that are no longer needed hold the next residual: fresh memory costs more than the
+    # arithmetic. The first two that fall free are those of ``given``.
+    free: Tensor | None = None
+    for j in range(done, num_steps):
+        retiring = state.previous
+        _step(operator, state, j, free)
+        free = retiring if overwrite or j >= done + 2 else None
+    return state
+
+
+def _with_room(state: LanczosState, num_steps: int) -> LanczosState:
+    """A copy with tables, and a further piece of the basis where one is kept, for all steps."""
+    k, n = state.current.shape
+    further = num_steps - state.num_steps
+    room = state.alphas.new_zeros(k, further)
+    basis = state.basis
+    if further and (state.reorthogonalize == "full" or state.keeps_basis):
+        basis = (*basis, state.current.new_empty(k, further, n))
+    return replace(
+        state,
+        basis=basis,
+        alphas=torch.cat([state.alphas, room], dim=1),
+        betas=torch.cat([state.betas, room], dim=1),
+    )
+
+
+def _step(operator: SymmetricOperator, state: LanczosState, j: int, free: Tensor | None) -> None:
+    """Step j (from 0): beta_j q_{j+1} = A q_j - beta_{j-1} q_{j-1} - alpha_j q_j."""
+    vectors_so_far = _remember(state, j)
+    residual = _product_less_previous(operator, state, free)
+    alpha = dots(residual, state.current)
+    subtract(residual, alpha, state.current)
+    beta = _reorthogonalised(residual, state, vectors_so_far).sqrt()
+    _record(state, j, alpha, beta)
+    _advance(state, residual)
+
+
+def _remember(state: LanczosState, j: int) -> tuple[Tensor, ...]:
+    """Stores q_j where the basis is kept, and gives that: pieces, together (k, j + 1, n)."""
+    if not state.basis:
+        return ()
+    *earlier, last = state.basis
+    column = j - sum(piece.shape[1] for piece in earlier)
+    last[:, column] = state.current
+    return (*earlier, last[:, : column + 1])
+
+
+def _product_less_previous(
+    operator: SymmetricOperator, state: LanczosState, free: Tensor | None
+) -> Tensor:
+    """A q_j - beta_{j-1} q_{j-1}, (k, n), written over ``free``."""
+    product = operator.matmat(state.current).detach()  # perhaps the operator's own memory
+    residual = torch.empty_like(state.current) if free is None else free
+    beta = state.beta.to(product.dtype)[:, None]
+    return torch.addcmul(product, beta, state.previous, value=-1, out=residual)
+
+
+def _reorthogonalised(
+    residual: Tensor, state: LanczosState, vectors_so_far: tuple[Tensor, ...]
+) -> Tensor:
+    """Makes ``residual`` orthogonal once more, in place; (k,) float64 squares of its norms."""
+    if state.reorthogonalize == "full":
+        taken = project_out(residual, vectors_so_far)
+        if not _waits(residual):
+            square = dots(residual, residual)
+            # a first pass that took half of any row's square leaves its rounding
+            # (factor 0.7: Daniel et al. 1976)
+            if not (0.51 * square < 0.49 * taken).numpy().any():
+                return square
+        project_out(residual, vectors_so_far)
+    elif state.reorthogonalize == "local":
+        subtract(residual, dots(residual, state.previous), state.previous)
+        subtract(residual, dots(residual, state.current), state.current)
+    return dots(residual, residual)
+
+
+def _record(state: LanczosState, j: int, alpha: Tensor, beta: Tensor) -> None:
+    """Writes alpha_j and beta_j, (k,), of the rows under way, and ends rows that broke down."""
+    finite = torch.isfinite(alpha) & torch.isfinite(beta)
+    state.nonfinite = torch.where(state.alive & ~finite, j + 1.0, state.nonfinite)
+    alive = state.alive & finite
+    alpha = torch.where(alive, alpha, 0.0)
+    beta = torch.where(alive, beta, 0.0)
+    state.alphas[:, j] = alpha
+    state.betas[:, j] = beta
+    state.steps = state.steps + alive
+    state.scale = torch.maximum(state.scale, alpha.abs() + beta)
+    small = alive & (beta <= _rounding(state.current) * state.scale)
+    state.broken = state.broken | small
+    state.alive = alive & ~small
+    state.beta = torch.where(state.alive, beta, 1.0)
+
+
+def _rounding(vectors: Tensor) -> float:
+    """What rounding may leave of a zero residual, as a fraction of the operator's scale."""
+    sum_of_terms = 1 + float(np.log2(vectors.shape[1]))
+    return _ROUNDING * sum_of_terms * torch.finfo(vectors.dtype).eps
+
+
+def _advance(state: LanczosState, residual: Tensor) -> None:
+    """``residual`` / beta_j becomes the current vector; zero in rows that have ended."""
+    state.previous = state.current
+    state.current = residual.div_(state.beta.to(residual.dtype)[:, None])
+    if _waits(residual) or not state.alive.numpy().all():
+        state.current.masked_fill_(~state.alive[:, None], 0.0)  # so that it can spoil nothing
+
+
+def _waits(vectors: Tensor) -> bool:
+    """Whether to look at a value would make the host wait for a device."""
+    return vectors.device.type != "cpu"
 
 
 def _result(state: LanczosState, keep_state: bool) -> LanczosResult:
     """What a run leaves, on the host."""
-    ends = (state.norms, state.steps, state.nonfinite, state.broken.double())
-    table = (
-        torch.column_stack([*ends, state.alphas, state.betas]).cpu().numpy()
-    )  # the one transfer from the device
-    norms, steps, nonfinite, broken = table[:, :4].T
-    alphas, betas = np.split(table[:, 4:], 2, axis=1)
-    status = tuple(
-        np.select([nonfinite > 0, broken > 0], ["nonfinite", "breakdown"], "complete").tolist()
-    )
-    first, kept = nonfinite.astype(int) if nonfinite.any() else None, None
+    columns = [state.norms, state.steps, state.nonfinite, state.broken.double()]
+    table = torch.column_stack([*columns, state.alphas, state.betas])
+    on_host = table.cpu().numpy()  # the one transfer from the device
+    norms, steps, nonfinite, broken = on_host[:, :4].T
+    alphas, betas = np.split(on_host[:, 4:], 2, axis=1)
+    status = np.select([nonfinite > 0, broken > 0], ["nonfinite", "breakdown"], "complete")
+    basis = None
     if state.keeps_basis:
-        kept = state.basis[0] if len(state.basis) == 1 else torch.cat(state.basis, dim=1)
-    going_on = state if keep_state else None
+        basis = state.basis[0] if len(state.basis) == 1 else torch.cat(state.basis, dim=1)
     return LanczosResult(
-        alphas, betas, norms, steps.astype(int), status, first, alphas.size, kept, going_on
+        alphas=alphas,
+        betas=betas,
+        start_norms=norms,
+        steps=steps.astype(int),
+        status=tuple(status.tolist()),
+        first_nonfinite=nonfinite.astype(int) if nonfinite.any() else None,
+        num_matvecs=alphas.size,
+        basis=basis,
+        state=state if keep_state else None,
     )
-
-
-def _iterate(operator: Any, state: LanczosState, m: int, fresh: bool = False) -> LanczosState:
-    """The loop, up to step m; nothing in it may look at a value on a device that would have to be waited for.
-
-    ``fresh``: nobody else holds the vectors of ``state``, so they may be written over.
-    """
-    k, n = state.current.shape
-    done, full = state.alphas.shape[1], state.reorthogonalize == "full"
-    tolerance = _ROUNDING * (1 + float(np.log2(n))) * torch.finfo(state.current.dtype).eps
-    basis = state.basis
-    if (full or state.keeps_basis) and m > done:
-        basis = (*basis, state.current.new_empty(k, m - done, n))
-    alphas, betas = (
-        torch.cat([old, old.new_zeros(k, m - done)], dim=1) for old in (state.alphas, state.betas)
-    )
-    previous, current, beta, scale = state.previous, state.current, state.beta, state.scale
-    steps, nonfinite, alive, broken = state.steps, state.nonfinite, state.alive, state.broken
-    waits = state.current.device.type != "cpu"
-    own: list[
-        Tensor
-    ] = []  # vectors made here that nobody needs any more: fresh memory costs more than arithmetic
-    for j in range(done, m):
-        if basis:
-            basis[-1][:, j - done] = current
-        product = operator.matmat(current).detach()  # perhaps the operator's own memory
-        residual = own.pop() if own else torch.empty_like(current)
-        torch.addcmul(product, beta.to(product.dtype)[:, None], previous, value=-1, out=residual)
-        del product
-        alpha = _dots(residual, current)
-        _subtract(residual, alpha, current)
-        square = None
-        if full:
-            pieces = (*basis[:-1], basis[-1][:, : j - done + 1])
-            taken = _project_out(residual, pieces)
-            # a first pass that took half of any row's square leaves its rounding (factor 0.7: Daniel et al. 1976)
-            if waits or (0.51 * (square := _dots(residual, residual)) < 0.49 * taken).numpy().any():
-                _project_out(residual, pieces)
-                square = None
-        elif state.reorthogonalize == "local":
-            _subtract(residual, _dots(residual, previous), previous)
-            _subtract(residual, _dots(residual, current), current)
-        beta = (_dots(residual, residual) if square is None else square).sqrt()
-        finite = torch.isfinite(alpha) & torch.isfinite(beta)
-        nonfinite = torch.where(alive & ~finite, j + 1.0, nonfinite)
-        alphas[:, j], betas[:, j] = torch.where(alive, alpha, 0.0), torch.where(alive, beta, 0.0)
-        alive = alive & finite
-        steps = steps + alive
-        scale = torch.maximum(scale, torch.where(alive, alpha.abs() + beta, 0.0))
-        small = alive & (beta <= tolerance * scale)
-        alive, broken = alive & ~small, broken | small
-        beta = torch.where(alive, beta, 1.0)
-        if fresh or j > done + 1:  # else the state's
-            own.append(previous)
-        previous, current = current, residual.div_(beta.to(residual.dtype)[:, None])
-        if waits or not alive.numpy().all():
-            current.masked_fill_(
-                ~alive[:, None], 0.0
-            )  # a finished row goes on as zero: it can spoil nothing
-    return replace(
-        state, previous=previous, current=current, basis=basis, alphas=alphas, betas=betas, beta=beta, scale=scale,
-        steps=steps, nonfinite=nonfinite, alive=alive, broken=broken,
-    )  # fmt: skip
-
-
-def _chunks(vectors: Tensor) -> list[slice]:
-    """Columns to take at a time: on a CPU so many that they stay in the cache between operations."""
-    rows, columns = vectors.shape
-    size = max(_CACHED // rows, 1 << 14) if vectors.device.type == "cpu" else _COLUMNS
-    return [slice(first, min(first + size, columns)) for first in range(0, columns, size)]
-
-
-def _dots(left: Tensor, right: Tensor) -> Tensor:
-    """Row-wise dot products, (k,) float64: products in their own dtype (roundings average out), float64 sums."""
-    parts = [(left[:, c] * right[:, c]).sum(1, dtype=torch.float64) for c in _chunks(left)]
-    return torch.stack(parts).sum(0)
-
-
-def _subtract(vectors: Tensor, factors: Tensor, directions: Tensor) -> None:
-    """vectors - factors * directions, row by row, in place."""
-    vectors.addcmul_(factors.to(vectors.dtype)[:, None], directions, value=-1)
-
-
-def _project_out(vectors: Tensor, basis: Sequence[Tensor]) -> Tensor:
-    """One Gram-Schmidt pass of (k, n) against pieces (k, j, n), in place; the squares of what it took, (k,)."""
-    taken, chunks = vectors.new_zeros(len(vectors), dtype=torch.float64), _chunks(vectors)
-    for piece in basis:
-        # a row times a matrix is the fast way, (k, 1, j)
-        parts = [torch.bmm(vectors[:, None, c], piece[..., c].transpose(1, 2)) for c in chunks]
-        coefficients = torch.stack(parts).sum(0, dtype=torch.float64)
-        taken += coefficients.square().sum((1, 2))
-        coefficients = coefficients.to(vectors.dtype)
-        for c in chunks:
-            vectors[:, c] -= torch.bmm(coefficients, piece[..., c])[:, 0]
-    return taken

@@ -1,29 +1,32 @@
 """Spectra as nodes and weights: what stochastic Lanczos quadrature, or a dense matrix, leaves.
 
-For a unit vector u the Ritz values x_i of its T and the squared first components w_i of T's
-eigenvectors are the Gauss quadrature of u's spectral measure: u' f(A) u ~ sum_i w_i f(x_i), exact
-for polynomials up to degree 2m - 1 (Golub & Meurant 2010). :mod:`hessian_tools.spectra.slq` makes
-them.
-
-Normalisation: the weights of every probe sum to 1, so that the mean over probes estimates
-(1/n) tr f(A).
+For a unit vector u the Ritz values x_i of its tridiagonal T and the squared first components w_i of
+T's eigenvectors are the Gauss quadrature of u's spectral measure:
+    u' f(A) u ~ sum_i w_i f(x_i),   exact for polynomials up to degree 2m - 1
+(Golub & Meurant 2010). The mean over probes estimates (1/n) tr f(A); the weights of every probe sum
+to 1. :mod:`hessian_tools.spectra.slq` makes these results.
 
 Shapes: k probes, m nodes (Lanczos steps), n size of the operator, B blocks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hessian_tools.results import registered
+
+Floats = NDArray[np.float64]
 
 
 @registered
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over probes; ``standard_error`` is sd / sqrt(k) (sd with k - 1), 0 when exact, nan with a single probe."""
+    """A mean over probes; ``standard_error`` is sd / sqrt(k), with k - 1 degrees of freedom.
+
+    It is 0 when the value is exact, and nan with a single probe.
+    """
 
     value: float
     standard_error: float
@@ -36,10 +39,11 @@ class Estimate:
 @registered
 @dataclass(frozen=True)
 class RitzValue:
-    """An extreme Ritz value: an eigenvalue lies within ``residual_bound`` of ``value`` (Parlett 1998, theorem 4.5.1).
+    """An extreme Ritz value: an eigenvalue lies within ``residual_bound`` of ``value``.
 
-    ``value`` is the most extreme over all probes, which lies inside the spectrum up to rounding; ``standard_error`` is
-    that of the probes' own extremes, a measure of how far they agree (0 when exact, nan with a single probe).
+    (Parlett 1998, theorem 4.5.1.) ``value`` is the most extreme over all probes, which lies inside
+    the spectrum up to rounding; ``standard_error`` is that of the probes' extremes, a measure of
+    how far they agree (0 when exact, nan with a single probe).
     """
 
     value: float
@@ -50,27 +54,25 @@ class RitzValue:
 @registered
 @dataclass(frozen=True, eq=False)
 class Quadrature:
-    """The spectrum of one operator as nodes and weights, from k probes or, with ``status`` "exact", all of it.
+    """The spectrum of one operator as nodes and weights, from k probes or exact.
 
-    A probe that ended early has ``steps`` < m; its remaining nodes repeat its last one with weight exactly 0.
-    "breakdown": at least one probe met an invariant subspace, so that its nodes are eigenvalues. "exact": one row holds
-    all n eigenvalues of the dense matrix.
+    A probe that ended early has ``steps`` < m; its remaining nodes repeat its last one with weight
+    exactly 0. ``status`` "breakdown": at least one probe met an invariant subspace, so that its
+    nodes are eigenvalues. "exact": one row holds all n eigenvalues of the dense matrix.
     """
 
-    nodes: np.ndarray  # (k, m) float64 Ritz values, ascending; (1, n) when exact
-    weights: np.ndarray  # (k, m) float64, each row sums to 1
-    residuals: (
-        np.ndarray
-    )  # (k, m) float64 bounds beta_m |s_mi| on a node's distance from an eigenvalue; 0 when exact
-    steps: np.ndarray  # (k,) int, nodes of each probe that carry weight
+    nodes: Floats  # (k, m) Ritz values, ascending; (1, n) when exact
+    weights: Floats  # (k, m) each row sums to 1
+    # (k, m) bounds beta_m |s_mi| on a node's distance from an eigenvalue; 0 when exact
+    residuals: Floats
+    steps: NDArray[np.int_]  # (k,) nodes of each probe that carry weight
     size: int  # n
     num_matvecs: int  # products spent
     status: str  # "complete" | "breakdown" | "exact"
     probes: str  # "rademacher" | "gaussian" | "none" (exact)
     reorthogonalize: str  # "full" | "local" | "none" (also when exact)
-    asymmetry: float = float(
-        "nan"
-    )  # |A - A'|_F / |A|_F of the dense matrix before symmetrising; nan if none formed
+    # |A - A'|_F / |A|_F of the dense matrix before symmetrising; nan if none was formed
+    asymmetry: float = float("nan")
 
     @property
     def num_probes(self) -> int:
@@ -78,8 +80,8 @@ class Quadrature:
         return self.nodes.shape[0]
 
     @property
-    def pooled(self) -> tuple[np.ndarray, np.ndarray]:
-        """Nodes and weights of the mean over probes, each (at most k m,), without nodes of weight 0."""
+    def pooled(self) -> tuple[Floats, Floats]:
+        """Nodes and weights of the mean over probes, each (at most k m,), without weights of 0."""
         carries = self.weights > 0
         return self.nodes[carries], self.weights[carries] / self.num_probes
 
@@ -90,29 +92,34 @@ class Quadrature:
         kept = np.arange(self.num_probes) != index
         return replace(
             self,
-            **{
-                name: getattr(self, name)[kept]
-                for name in ("nodes", "weights", "residuals", "steps")
-            },
+            nodes=self.nodes[kept],
+            weights=self.weights[kept],
+            residuals=self.residuals[kept],
+            steps=self.steps[kept],
         )
 
     def with_probes(self, other: "Quadrature") -> "Quadrature":
-        """These probes followed by those of ``other``, of the same operator and with the same number of steps."""
-        parts = ("nodes", "weights", "residuals", "steps")
-        joined: Any = {
-            part: np.concatenate([getattr(self, part), getattr(other, part)]) for part in parts
-        }
-        status = "breakdown" if "breakdown" in (self.status, other.status) else "complete"
+        """These probes followed by those of ``other``, of the same operator and number of steps."""
+        broken = "breakdown" in (self.status, other.status)
         return replace(
-            self, **joined, num_matvecs=self.num_matvecs + other.num_matvecs, status=status
+            self,
+            nodes=np.concatenate([self.nodes, other.nodes]),
+            weights=np.concatenate([self.weights, other.weights]),
+            residuals=np.concatenate([self.residuals, other.residuals]),
+            steps=np.concatenate([self.steps, other.steps]),
+            num_matvecs=self.num_matvecs + other.num_matvecs,
+            status="breakdown" if broken else "complete",
         )
 
-    def per_probe(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def per_probe(self, function: Callable[[Floats], Floats]) -> Floats:
         """u' f(A) u for every probe, (k,); ``function`` maps an array of eigenvalues elementwise."""
         return np.sum(self.weights * function(self.nodes), axis=1)
 
     def moment(self, power: int) -> Estimate:
-        """(1/n) tr(A^p), the mean p-th power of the eigenvalues; the quadrature itself is exact up to p = 2m - 1."""
+        """(1/n) tr(A^p), the mean p-th power of the eigenvalues.
+
+        The quadrature of each probe is exact up to p = 2m - 1.
+        """
         values = self.per_probe(lambda x: x**power)
         return Estimate(float(values.mean()), self._standard_error(values))
 
@@ -123,10 +130,14 @@ class Quadrature:
 
     @property
     def rms(self) -> Estimate:
-        """Root mean square eigenvalue, sqrt(tr(A^2) / n); standard error by the delta method. Needs m >= 2."""
+        """Root mean square eigenvalue, sqrt(tr(A^2) / n). Needs m >= 2.
+
+        The standard error follows by the delta method.
+        """
         square = self.moment(2)
         value = float(np.sqrt(square.value))
-        return Estimate(value, square.standard_error / (2 * value or 1))
+        slope = 2 * value or 1  # of a zero operator: 0 +- 0
+        return Estimate(value, square.standard_error / slope)
 
     @property
     def frobenius(self) -> Estimate:
@@ -136,24 +147,27 @@ class Quadrature:
     @property
     def smallest(self) -> RitzValue:
         """The lowest Ritz value."""
-        return self._extreme(0, np.argmin)
+        return self._extreme(0, int(np.argmin(self.nodes[:, 0])))
 
     @property
     def largest(self) -> RitzValue:
         """The highest Ritz value."""
-        return self._extreme(-1, np.argmax)
+        return self._extreme(-1, int(np.argmax(self.nodes[:, -1])))
 
-    def _extreme(self, column: int, pick: Callable[[np.ndarray], Any]) -> RitzValue:
-        values = self.nodes[:, column]
-        best = pick(values)
+    def _extreme(self, column: int, probe: int) -> RitzValue:
         return RitzValue(
-            float(values[best]), float(self.residuals[best, column]), self._standard_error(values)
+            value=float(self.nodes[probe, column]),
+            residual_bound=float(self.residuals[probe, column]),
+            standard_error=self._standard_error(self.nodes[:, column]),
         )
 
-    def _standard_error(self, values: np.ndarray) -> float:
+    def _standard_error(self, values: Floats) -> float:
+        """Of the mean of (k,) ``values``, one a probe."""
         if self.status == "exact":
             return 0.0
-        return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+        if len(values) == 1:
+            return float("nan")
+        return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 @registered

@@ -31,7 +31,7 @@ from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
 from hessian_tools.spectra.probes import draw_probes
 from hessian_tools.spectra.quadrature import Estimate
-from hessian_tools.spectra.slq import Settings
+from hessian_tools.spectra.settings import Settings
 from hessian_tools.structure.dense import MOST_ENTRIES, cuts_of, dense_block
 from hessian_tools.structure.draws import BlockGrid, Draw
 

@@ -21,7 +21,7 @@ from hessian_tools.curvature.symmetric import (
 )
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
 from hessian_tools.heterogeneity.adaptive import AdaptiveJS0, adaptive_js0
-from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
+from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, js_heterogeneity
 from hessian_tools.heterogeneity.verdict import Verdict
 from hessian_tools.problem.losses import cross_entropy, huggingface, mse
 from hessian_tools.problem.problem import Problem

@@ -10,7 +10,7 @@ from hessian_tools.curvature.symmetric import DenseOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.heterogeneity import adaptive
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
-from hessian_tools.heterogeneity.js import js_heterogeneity
+from hessian_tools.heterogeneity.block_heterogeneity import js_heterogeneity
 from hessian_tools.spectra.gauss import truncated
 from hessian_tools.spectra.slq import blockwise_slq, slq
 

@@ -7,17 +7,15 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import logsumexp
 from scipy.stats import norm, wasserstein_distance
 
-from hessian_tools.heterogeneity.comparison import (
-    READINGS,
-    Comparison,
-    js_divergences,
-    literature_grid,
-    wasserstein_distances,
-)
-from hessian_tools.heterogeneity.js import js_heterogeneity
+from hessian_tools.heterogeneity.block_heterogeneity import js_heterogeneity
+from hessian_tools.heterogeneity.comparison import Comparison
+from hessian_tools.heterogeneity.divergence import js_divergences
+from hessian_tools.heterogeneity.literature import literature_grid
+from hessian_tools.heterogeneity.log_axis import wasserstein_distances
+from hessian_tools.heterogeneity.measure import GridSettings
+from hessian_tools.heterogeneity.readings import READINGS, pair_readings
 from hessian_tools.heterogeneity.verdict import (
     PUBLISHED_JS0,
-    SCALE_FREE_CASES,
     Contrast,
     decide,
     published_boundaries,
@@ -106,7 +104,7 @@ def test_wasserstein_against_scipy():
 def test_wasserstein_in_slabs_is_the_same(monkeypatch):
     found = list(blocks().values())
     whole = wasserstein_distances(found, Axis("linear"))
-    monkeypatch.setattr("hessian_tools.heterogeneity.comparison._SLAB", 5)
+    monkeypatch.setattr("hessian_tools.heterogeneity.log_axis._SLAB", 40)
     assert np.allclose(wasserstein_distances(found, Axis("linear")), whole, rtol=1e-12)
 
 
@@ -170,7 +168,7 @@ def test_absolute_width_cannot_tell_case_3_from_case_4_and_the_scale_free_readin
         assert js.readings["bounded"].mean == pytest.approx(np.log(2), abs=1e-12)
         assert all(reading.standard_error == 0 for reading in js.readings.values())
     for name, digits in (("wasserstein", 0.005), ("log", 0.0006)):
-        low, high = SCALE_FREE_CASES[name]
+        low, high = READINGS[name].reference_cases
         assert four.readings[name].mean == pytest.approx(low, abs=digits)
         assert three.readings[name].mean == pytest.approx(high, abs=digits)
     plain = [
@@ -182,18 +180,18 @@ def test_absolute_width_cannot_tell_case_3_from_case_4_and_the_scale_free_readin
 
 
 def test_multiplying_the_loss_by_a_thousand():
+    """Readings that say that they are scale-free stay, the others move."""
     here, there = js_heterogeneity(blocks()), js_heterogeneity(blocks(factor=1000.0))
+    below = js_heterogeneity(blocks(factor=0.001))  # above, "bounded" is at its bound everywhere
+    for name, measure in READINGS.items():
+        a, b, c = (js.every_reading[name] for js in (here, there, below))
+        assert (c.mean == pytest.approx(a.mean, rel=1e-9)) == measure.scale_free
+        if measure.scale_free:
+            assert b.mean == pytest.approx(a.mean, rel=1e-9)
+            assert b.standard_error == pytest.approx(a.standard_error, rel=1e-6)
     for name in ("log", "wasserstein"):
-        a, b = here.readings[name], there.readings[name]
-        assert b.mean == pytest.approx(a.mean, rel=1e-9) and b.standard_error == pytest.approx(
-            a.standard_error, rel=1e-6
-        )
-        assert np.allclose(a.matrix, b.matrix, rtol=1e-8)
-    assert there.scale_spread.value == pytest.approx(here.scale_spread.value, rel=1e-12)
-    assert there.scale_spread.standard_error == pytest.approx(
-        here.scale_spread.standard_error, rel=1e-9
-    )
-    assert there.js0 < here.js0 / 100  # the literature's reading does move
+        assert np.allclose(here.readings[name].matrix, there.readings[name].matrix, rtol=1e-8)
+    assert there.js0 < here.js0 / 100  # the literature's reading moves by much
 
 
 def test_scale_spread():
@@ -209,45 +207,43 @@ def test_scale_spread():
 def means(found, **options):
     """The means that the jackknife varies, from a whole new computation."""
     js = js_heterogeneity(found, num_points=5_000, **options)
-    return {name: js.readings[name].mean for name in js.readings} | {"scale": js.scale_spread.value}
+    return {name: reading.mean for name, reading in js.every_reading.items()}
 
 
+@pytest.mark.parametrize("readings", [None, ["log"], ["wasserstein"], ["bounded"]])
 @pytest.mark.parametrize("probes", [(4, 4, 4, 4), (2, 5, 3, 4)], ids=["equal", "unequal"])
-def test_jackknife_leaves_one_probe_of_one_block_out(probes):
-    """Strata (Jones 1974), everything computed again from nothing, also where the grid and the axis move."""
+def test_jackknife_leaves_one_probe_of_one_block_out(probes, readings):
+    """Strata (Jones 1974), everything computed again, also where the grid and the axis move."""
     found = {f"layer.{b}": list(blocks(k=k).values())[b] for b, k in enumerate(probes)}
     found["exact"] = exact([0.3, 0.7, 1.1])
-    js, whole = js_heterogeneity(found, num_points=5_000), means(found)
+    js = js_heterogeneity(found, num_points=5_000, readings=readings)
+    whole = means(found, readings=readings)
     assert js.num_probes == min(probes)
     variance, bias = dict.fromkeys(whole, 0.0), dict.fromkeys(whole, 0.0)
     for name, k in zip(found, probes, strict=False):
         q = found[name]
         kept = [[j for j in range(k) if j != i] for i in range(k)]
         replicates = [
-            means({**found, name: quadrature(q.nodes[rest], q.weights[rest])}) for rest in kept
+            means({**found, name: quadrature(q.nodes[rest], q.weights[rest])}, readings=readings)
+            for rest in kept
         ]
         for reading in whole:
             theta = np.array([replicate[reading] for replicate in replicates])
             variance[reading] += (k - 1) / k * np.sum((theta - theta.mean()) ** 2)
             bias[reading] += (k - 1) * (theta.mean() - whole[reading])
-    for name in READINGS:
-        assert js.readings[name].standard_error == pytest.approx(np.sqrt(variance[name]), rel=1e-8)
-        assert js.readings[name].bias == pytest.approx(bias[name], rel=1e-6)
+    assert list(whole) == [*(readings or pair_readings()), "scale"]
+    for name, reading in js.every_reading.items():
+        assert reading.standard_error == pytest.approx(np.sqrt(variance[name]), rel=1e-8)
+        assert reading.bias == pytest.approx(bias[name], rel=1e-6)
         assert variance[name] > 0
-    assert js.scale_spread.standard_error == pytest.approx(np.sqrt(variance["scale"]), rel=1e-8)
 
 
-def test_replacing_a_block_is_computing_all_again():
-    """Also by one that widens or narrows the grid, or is zero."""
-    settings = {
-        "num_points": 3_000,
-        "variance": 1e-5,
-        "margin": 1.0,
-        "log_width": 0.2,
-        "linear_fraction": 1e-6,
-    }
+@pytest.mark.parametrize("readings", [list(READINGS), *([name] for name in READINGS)])
+def test_replacing_a_block_is_computing_all_again(readings):
+    """Also by one that widens or narrows the grid, or is zero; by each reading alone as well."""
+    settings = GridSettings(num_points=3_000)
     found = list(blocks().values())
-    comparison = Comparison(found, READINGS, settings)
+    comparison = Comparison(found, readings, settings)
     wide, narrow = quadrature([[-1e5, 1e5]] * 2), quadrature([[0.1, 0.2]] * 2)
     for index in range(4):
         for block in (
@@ -258,7 +254,7 @@ def test_replacing_a_block_is_computing_all_again():
             exact([0.0]),
         ):
             changed = [*found[:index], block, *found[index + 1 :]]
-            expected = Comparison(changed, READINGS, settings).means
+            expected = Comparison(changed, readings, settings).means
             assert comparison.replacing(index, block) == pytest.approx(expected, rel=1e-10)
 
 
@@ -313,6 +309,15 @@ def test_only_the_readings_asked_for():
     js = js_heterogeneity(CASE3, readings=["wasserstein", "log"])
     assert list(js.readings) == ["wasserstein", "log"]
     assert js.verdict.decision == "undecided" and "not computed" in js.verdict.reason
+
+
+def test_eigenvalues_below_a_millionth_of_the_largest_count_as_zero():
+    """The axis' linear part ends at 1e-6 of the largest |node|, ten times float32's rounding."""
+    small = 1e-5
+    js = js_heterogeneity({"a": exact([-2.0]), "b": exact([2 * small])}, readings=["wasserstein"])
+    assert js.linthresh == 2e-6 and js.settings["linear_fraction"] == 1e-6
+    expected = (np.arcsinh(0.5e6) + np.arcsinh(0.5e6 * small)) / np.log(10)
+    assert js.readings["wasserstein"].mean == pytest.approx(expected, rel=1e-12)
 
 
 def test_costs_and_names():

@@ -33,8 +33,9 @@ from hessian_tools.blocks.presets import PRESETS, partition
 from hessian_tools.curvature.engine.precision import PRECISIONS
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.errors import NumericalError
-from hessian_tools.heterogeneity.adaptive import TOLERANCES, adaptive_js0
-from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
+from hessian_tools.heterogeneity.adaptive import adaptive_js0
+from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, js_heterogeneity
+from hessian_tools.heterogeneity.readings import JS0, READINGS
 from hessian_tools.problem import zoo
 from hessian_tools.problem.problem import Problem
 from hessian_tools.spectra.lanczos import REORTHOGONALIZE
@@ -265,7 +266,7 @@ def _block_spectra(arguments: argparse.Namespace, run: _Run) -> BlockSpectra:
         )
     else:
         most = {"max_matvecs": arguments.probes * arguments.steps, "max_steps": arguments.steps}
-        reading = arguments.reading or ["unnormalised"]
+        reading = arguments.reading or [JS0]
         found = adaptive_js0(
             hessian, run.blocks, tolerance=arguments.tolerance, reading=reading, **most, **slq
         )
@@ -325,11 +326,15 @@ def _add_options(command: argparse.ArgumentParser, blocks: str) -> None:
         add("--tolerance", type=positive, metavar="FRACTION", help="add probes and steps where they are needed until "
             "standard error, bias left and change over the last steps sum to this fraction of the mean; a block then "
             "gets at most --probes times --steps products (default: none, the same for every block)")
-        add("--reading", nargs="+", choices=TOLERANCES, help="what shall meet --tolerance; scale is the spread of "
-            "block scales (default: unnormalised)")
+        add("--reading", nargs="+", choices=list(READINGS), help="what shall meet --tolerance; those that do not "
+            f"change when the loss is multiplied by a constant: {_scale_free_readings()} (default: {JS0})")
     add("--probe-kind", choices=PROBE_KINDS, default="rademacher", help="distribution of the probes (default: "
         "rademacher, which has the least variance for traces, Hutchinson 1989; paper: gaussian)")
     add("--reorthogonalize", choices=REORTHOGONALIZE, default="full", help="full makes nodes countable, the others "
         "need less memory (default: full; paper: none)")
     # fmt: on
     add_run_options(command, "config.json, result.json, result.npz and pictures")
+
+
+def _scale_free_readings() -> str:
+    return ", ".join(f"{name} ({m.title})" for name, m in READINGS.items() if m.scale_free)

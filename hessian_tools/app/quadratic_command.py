@@ -12,7 +12,7 @@ import numpy as np
 from hessian_tools.app import report
 from hessian_tools.app.options import COUNT, device, positive, say, whole_number
 from hessian_tools.app.runs import RunFolder
-from hessian_tools.heterogeneity.js import JSHeterogeneity
+from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
 from hessian_tools.quadratic import (
     BoundCheck,
     Constants,

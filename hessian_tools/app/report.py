@@ -5,14 +5,10 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from hessian_tools.heterogeneity.js import JSHeterogeneity
+from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
+from hessian_tools.heterogeneity.readings import READINGS
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.tables import plus_minus, table
-
-_LABELS = {
-    "unnormalised": "JS0 (literature, unnormalised)", "bounded": "JS bounded", "log": "JS log",
-    "wasserstein": "Wasserstein",
-}  # fmt: skip
 
 
 def spectra_table(spectra: BlockSpectra) -> str:
@@ -23,17 +19,12 @@ def spectra_table(spectra: BlockSpectra) -> str:
 
 def readings_table(found: Mapping[str, JSHeterogeneity]) -> str:
     """A row a reading, a column a model: mean over pairs of blocks, with its standard error."""
-    first, rows = next(iter(found.values())), []
-    for name, reading in first.readings.items():
-        values = (
-            plus_minus(r.mean, r.standard_error)
-            for r in (js.readings[name] for js in found.values())
-        )
-        rows.append([f"{_LABELS[name]} [{reading.unit}]", *values])
-    spreads = (
-        plus_minus(js.scale_spread.value, js.scale_spread.standard_error) for js in found.values()
-    )
-    rows.append([f"spread of block scales [{first.scale_spread.unit}]", *spreads])
+    first = next(iter(found.values()))
+    rows = []
+    for name, reading in first.every_reading.items():
+        results = [js.every_reading[name] for js in found.values()]
+        values = [plus_minus(result.mean, result.standard_error) for result in results]
+        rows.append([f"{READINGS[name].label} [{reading.unit}]", *values])
     rows.append(["verdict", *(js.verdict.decision for js in found.values())])
     return table(("reading (mean over pairs ± standard error)", *found), rows)
 

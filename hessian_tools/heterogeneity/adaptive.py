@@ -35,9 +35,11 @@ from tqdm import tqdm
 
 from hessian_tools.curvature.hessian import as_operator
 from hessian_tools.curvature.operators import CurvatureOperator
-from hessian_tools.heterogeneity.comparison import DEFAULTS, READINGS, Comparison, jackknife
+from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, js_heterogeneity
+from hessian_tools.heterogeneity.comparison import Comparison, jackknife
 from hessian_tools.heterogeneity.growing import GrowingSpectra
-from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
+from hessian_tools.heterogeneity.measure import GridSettings
+from hessian_tools.heterogeneity.readings import JS0, READINGS
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
 from hessian_tools.spectra.gauss import truncated
@@ -45,7 +47,6 @@ from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.spectra.settings import Settings
 from hessian_tools.spectra.slq import names_and_cuts, notes_on, solved
 
-TOLERANCES = (*READINGS, "scale")  # what can be asked to meet the tolerance
 FIRST_PROBES, FIRST_STEPS = (
     4,
     16,
@@ -119,7 +120,7 @@ class AdaptiveJS0:
 
 def adaptive_js0(
     curvature: Problem | CurvatureOperator, partition: Any, *, tolerance: float = 0.05,
-    reading: str | Sequence[str] = "unnormalised", max_matvecs: int = 1000, max_steps: int = 100, seed: int = 0,
+    reading: str | Sequence[str] = JS0, max_matvecs: int = 1000, max_steps: int = 100, seed: int = 0,
     probes: str = "rademacher", reorthogonalize: str = "full", exact: bool | str = "auto",
     finished: Mapping[str, Quadrature] | None = None, on_block: Callable[[str, Quadrature], None] | None = None,
     progress: bool = True,
@@ -232,9 +233,9 @@ def _shares(
     blocks: Sequence[Quadrature], asked: Sequence[str]
 ) -> tuple[dict[str, _Shares], dict[str, float]]:
     """The shares of all blocks in the uncertainty of each reading asked for, and the means."""
-    comparison = Comparison(blocks, [name for name in asked if name != "scale"], DEFAULTS)
+    comparison = Comparison(blocks, asked, GridSettings())
     fewer = [truncated(block, -(-2 * block.nodes.shape[1] // 3)) for block in blocks]
-    together = Comparison(fewer, comparison.readings, DEFAULTS).means
+    together = Comparison(fewer, asked, GridSettings()).means
     alone = [
         comparison.means if less is block else comparison.replacing(index, less)
         for index, (block, less) in enumerate(zip(blocks, fewer, strict=True))
@@ -242,17 +243,17 @@ def _shares(
     parts, shares = jackknife(comparison), {}
     probes = np.array([block.num_probes for block in blocks])
     for name in asked:
-        mean, (variances, biases) = comparison.means[name], parts[name]
+        mean, part = comparison.means[name], parts[name]
         unit = abs(mean) or 1.0  # blocks that are all alike differ by 0 +- 0
         changes = np.array([changed[name] for changed in alone]) - mean
         shares[name] = _Shares(
             probes,
-            variances / unit**2,
-            biases / unit,
+            part.variances / unit**2,
+            part.biases / unit,
             changes / unit,
             (together[name] - mean) / unit,
         )
-    return shares, {name: comparison.means[name] for name in asked}
+    return shares, comparison.means
 
 
 def _wishes(
@@ -316,8 +317,8 @@ def _check(
         raise ValueError(
             f"tolerance is {tolerance!r}; choose a positive number, such as 0.05 for 5 % of the mean"
         )
-    if not asked or not set(asked) <= set(TOLERANCES):
-        raise ValueError(f"reading is {asked!r}; choose from {', '.join(map(repr, TOLERANCES))}")
+    if not asked or not set(asked) <= set(READINGS):
+        raise ValueError(f"reading is {asked!r}; choose from {', '.join(map(repr, READINGS))}")
     for name, value, least in (("max_matvecs", max_matvecs, 6), ("max_steps", max_steps, 3)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ValueError(

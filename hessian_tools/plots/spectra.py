@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from hessian_tools.heterogeneity.js import JSHeterogeneity
+from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
+from hessian_tools.heterogeneity.readings import READINGS
 from hessian_tools.results import write_atomically
 from hessian_tools.spectra.density import Axis, spectral_density
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
@@ -20,10 +21,6 @@ MAX_PANELS = 48  # more small multiples than these cannot be read on one page
 MAX_LABELS = 60  # more names than these on the side of a heat map would overlap
 PAGE = 14.0  # inches, the widest small multiples
 LETTER = 0.064  # inches of a letter in a block's name
-TITLES = {
-    "unnormalised": "JS0 (the literature's, unnormalised)", "bounded": "JS divergence, bounded",
-    "log": "JS divergence on a log axis", "wasserstein": "Wasserstein distance on a log axis",
-}  # fmt: skip
 LINE, FILL, MARK = "#1f4e79", "#9ecae1", "#d55e00"  # told apart in every kind of colour vision
 
 
@@ -46,9 +43,7 @@ def draw(folder: Path, spectra: BlockSpectra, js: JSHeterogeneity | None, title:
             min(9.0, max(2.5, 0.155 * len(js.names))),
             LETTER * max(map(len, shortened(js.names))),
         )
-        readings = [
-            reading for reading in ("unnormalised", "wasserstein") if reading in js.readings
-        ]
+        readings = [name for name in js.readings if READINGS[name].drawn]
         figure = Figure(
             (len(readings) * (side + 1.2) + margin, side + margin + 1.2), layout="compressed"
         )
@@ -124,7 +119,8 @@ def js_matrix(axes: Axes, js: JSHeterogeneity, reading: str) -> None:
     bar.ax.tick_params(labelsize=7)
     error = "" if math.isnan(found.standard_error) else f" ± {found.standard_error:.2g}"
     axes.set_title(
-        f"{TITLES[reading]}\nmean over pairs {found.mean:.3g}{error} {found.unit}", fontsize=9
+        f"{READINGS[reading].title}\nmean over pairs {found.mean:.3g}{error} {found.unit}",
+        fontsize=9,
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessian_tools.heterogeneity.js import JSHeterogeneity, js_heterogeneity
+from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, js_heterogeneity
 from hessian_tools.spectra.probes import draw_probes
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 

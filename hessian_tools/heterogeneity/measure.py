@@ -1,0 +1,186 @@
+"""What a reading of heterogeneity is made of: a measure, and the work that measures share.
+
+A :class:`Measure` knows its names and words and how its value follows from the spectra of blocks; it
+is to be computed for a :class:`Workspace` (all blocks, with the densities that several measures
+need) and again for a :class:`Replacement` (one block is another), which the jackknife asks for
+once per probe and which should cost one row of the matrix instead of all of it.
+
+Shapes: B blocks, G grid points.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hessian_tools.heterogeneity.divergence import Floats, js_divergences, js_to, probabilities
+from hessian_tools.spectra.density import (
+    LINEAR_FRACTION,
+    LOG_WIDTH,
+    Axis,
+    SpectralGrid,
+    symlog_axis,
+)
+from hessian_tools.spectra.quadrature import Quadrature
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """Grids and kernels: the literature's, in eigenvalue units, and this package's log axis.
+
+    Raises:
+        ValueError: for a setting that is not positive and finite.
+    """
+
+    num_points: int = 50_000  # G of the literature's grid
+    variance: float = 1e-5  # of the literature's kernel
+    margin: float = 1.0  # of the literature's grid beyond the extreme nodes
+    log_width: float = LOG_WIDTH  # standard deviation of the kernel on the log axis, in decades
+    linear_fraction: float = LINEAR_FRACTION  # of the largest |node|: the axis is linear below
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value > 0 or not np.isfinite(value):
+                raise ValueError(f"{name} is {value}; a positive finite number is needed")
+
+
+class Smoothing(ABC):
+    """How spectra become densities that can be compared: one grid for all blocks, and a kernel."""
+
+    @abstractmethod
+    def grid(
+        self,
+        blocks: Sequence[Quadrature],
+        axis: Axis,
+        settings: GridSettings,
+    ) -> SpectralGrid:
+        """The grid for ``blocks``, whose symlog axis is ``axis``."""
+
+    @abstractmethod
+    def width(self, settings: GridSettings) -> float:
+        """The kernel's standard deviation, in the unit of the grid's axis."""
+
+    def serves(self, grid: SpectralGrid, needed: SpectralGrid) -> bool:
+        """Whether densities on ``grid`` give the same reading as those on the grid ``needed``."""
+        return grid == needed
+
+
+class Densities:
+    """Spectra of B blocks smoothed on one grid; each array is computed when first asked for."""
+
+    def __init__(self, blocks: Sequence[Quadrature], grid: SpectralGrid, width: float) -> None:
+        self.blocks = blocks
+        self.grid = grid
+        self.width = width
+
+    @cached_property
+    def rows(self) -> Floats:
+        """(B, G) probabilities of grid points."""
+        return probabilities(self.grid, self.blocks, self.width)
+
+    @cached_property
+    def divergences(self) -> Floats:
+        """(B, B) JS divergences in nats."""
+        return js_divergences(self.rows)
+
+
+class Workspace:
+    """B blocks to be compared, and what several measures need of them, computed at most once.
+
+    Attributes: ``axis``, the symlog axis common to all blocks (:mod:`hessian_tools.spectra.density`).
+    """
+
+    def __init__(self, blocks: Sequence[Quadrature], settings: GridSettings) -> None:
+        self.blocks = list(blocks)
+        self.settings = settings
+        self.axis = symlog_axis(self.blocks, settings.linear_fraction)
+        self._densities: dict[Smoothing, Densities] = {}
+
+    def densities(self, smoothing: Smoothing) -> Densities:
+        """All blocks under ``smoothing``."""
+        if smoothing not in self._densities:
+            grid = smoothing.grid(self.blocks, self.axis, self.settings)
+            width = smoothing.width(self.settings)
+            self._densities[smoothing] = Densities(self.blocks, grid, width)
+        return self._densities[smoothing]
+
+    def serves(self, other: "Workspace") -> bool:
+        """Whether this axis and all grids used so far are also right for the blocks of ``other``."""
+        if other.axis != self.axis:
+            return False
+        return all(
+            smoothing.serves(densities.grid, other.densities(smoothing).grid)
+            for smoothing, densities in self._densities.items()
+        )
+
+
+class Replacement:
+    """Block ``index`` of ``workspace`` replaced by ``block``, for which axis and grids still serve."""
+
+    def __init__(self, workspace: Workspace, index: int, block: Quadrature) -> None:
+        self.workspace = workspace
+        self.index = index
+        self.block = block
+        self.others = np.arange(len(workspace.blocks)) != index  # (B,) mask of those that stay
+        self._divergences: dict[Smoothing, Floats] = {}
+
+    def divergences(self, smoothing: Smoothing) -> Floats:
+        """(B - 1,) JS divergences in nats of the new block and those that stay."""
+        if smoothing not in self._divergences:
+            densities = self.workspace.densities(smoothing)
+            row = probabilities(densities.grid, [self.block], densities.width)[0]
+            self._divergences[smoothing] = js_to(row, densities.rows[self.others])
+        return self._divergences[smoothing]
+
+
+@dataclass(frozen=True)
+class Measure(ABC):
+    """One way to measure heterogeneity; what it gives for a set of block spectra is a reading.
+
+    A subclass gives every field a default and says how the reading is computed. It becomes known to
+    tables, pictures and the command line by its entry in
+    :data:`hessian_tools.heterogeneity.readings.READINGS`.
+    """
+
+    name: str  # what users ask for, and the key of a result
+    label: str  # in the header of tables
+    title: str  # on pictures
+    unit: str
+    description: str
+    scale_free: bool  # whether it stays the same when the loss is multiplied by a constant
+    drawn: bool = False  # whether js_matrix.png shows it
+    # Readings of the quadratics on which GD beats Adam (case 4) and Adam beats GD (case 3) of arXiv
+    # 2402.16788, kappa = 2000, exact eigenvalues; not published, computed by this package. A reading
+    # that has them is heard in the verdict.
+    reference_cases: tuple[float, float] | None = None
+
+    @abstractmethod
+    def values(self, workspace: Workspace) -> Floats:
+        """What the reading is taken of: (B, B) for pairs of blocks, (B,) for single ones."""
+
+    @abstractmethod
+    def mean(self, values: Floats) -> float:
+        """The reading, from what ``values`` returned."""
+
+    @abstractmethod
+    def mean_after(self, replacement: Replacement, values: Floats, mean: float) -> float:
+        """The reading after ``replacement``; ``values`` and ``mean`` are those before it."""
+
+
+class PairMeasure(Measure):
+    """A distance between two blocks; the reading is its mean over the B (B - 1) / 2 pairs."""
+
+    @abstractmethod
+    def row(self, replacement: Replacement) -> Floats:
+        """(B - 1,) distances of the new block from those that stay."""
+
+    def mean(self, values: Floats) -> float:
+        return float(values[np.triu_indices(len(values), 1)].mean())
+
+    def mean_after(self, replacement: Replacement, values: Floats, mean: float) -> float:
+        others = replacement.others
+        change = self.row(replacement) - values[replacement.index, others]
+        num_pairs = len(others) * (len(others) - 1) / 2
+        return mean + float(change.sum()) / num_pairs

@@ -20,8 +20,10 @@ def dots(left: Tensor, right: Tensor) -> Tensor:
 
     The products keep the vectors' dtype, where their roundings average out; the sums are float64.
     """
-    parts = [(left[:, c] * right[:, c]).sum(1, dtype=torch.float64) for c in _pieces(left)]
-    return torch.stack(parts).sum(0)
+    width = _width(left)
+    pieces = zip(left.split(width, dim=1), right.split(width, dim=1), strict=True)
+    sums = [(a * b).sum(1, dtype=torch.float64) for a, b in pieces]
+    return torch.stack(sums).sum(0)
 
 
 def subtract(vectors: Tensor, factors: Tensor, directions: Tensor) -> None:
@@ -33,34 +35,26 @@ def project_out(vectors: Tensor, basis: Sequence[Tensor]) -> Tensor:
     """One classical Gram-Schmidt pass over ``vectors``, (k, n), in place.
 
     Args:
-        basis: pieces (k, j, n) of orthonormal vectors, each row's own.
+        basis: tensors (k, j, n) of orthonormal vectors, each row's own.
     Returns:
         (k,) float64, the square of the norm of what was taken from each row.
     """
+    width = _width(vectors)
     taken = vectors.new_zeros(len(vectors), dtype=torch.float64)
-    pieces = _pieces(vectors)
-    for vectors_before in basis:
-        coefficients = _coefficients(vectors, vectors_before, pieces)
+    for earlier in basis:
+        pieces = list(zip(vectors.split(width, dim=1), earlier.split(width, dim=2), strict=True))
+        # a row times a matrix is the fast way round, (k, 1, j)
+        products = [torch.bmm(v[:, None], q.transpose(1, 2)) for v, q in pieces]
+        coefficients = torch.stack(products).sum(0, dtype=torch.float64)
         taken += coefficients.square().sum((1, 2))
         coefficients = coefficients.to(vectors.dtype)
-        for columns in pieces:
-            vectors[:, columns] -= torch.bmm(coefficients, vectors_before[..., columns])[:, 0]
+        for v, q in pieces:
+            v.sub_(torch.bmm(coefficients, q)[:, 0])
     return taken
 
 
-def _coefficients(vectors: Tensor, basis: Tensor, pieces: list[slice]) -> Tensor:
-    """Dot products of each row with its j basis vectors, (k, 1, j) float64."""
-    parts = []
-    for columns in pieces:
-        row = vectors[:, None, columns]  # a row times a matrix is the fast way round
-        parts.append(torch.bmm(row, basis[..., columns].transpose(1, 2)))
-    return torch.stack(parts).sum(0, dtype=torch.float64)
-
-
-def _pieces(vectors: Tensor) -> list[slice]:
-    """The columns of (k, n) ``vectors`` in runs that are worked on at a time."""
-    rows, columns = vectors.shape
-    size = _DEVICE_COLUMNS
+def _width(vectors: Tensor) -> int:
+    """How many columns of (k, n) ``vectors`` are worked on at a time."""
     if vectors.device.type == "cpu":
-        size = max(_CPU_ENTRIES // rows, _CPU_COLUMNS)
-    return [slice(first, min(first + size, columns)) for first in range(0, columns, size)]
+        return max(_CPU_ENTRIES // len(vectors), _CPU_COLUMNS)
+    return _DEVICE_COLUMNS

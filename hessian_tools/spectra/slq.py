@@ -116,8 +116,7 @@ def blockwise_slq(
     names, cuts = names_and_cuts(partition)
     finished = finished or {}
     done = {name: finished[name] for name in names if name in finished}
-    sizes = [cut.block_size for cut in cuts for name in cut.names if name not in done]
-    total = sum(map(settings.matvecs, sizes))
+    total = sum(_matvecs_left(cut, done, settings) for cut in cuts)
     operator.expect(total, len(names))
     hidden = None if progress else True  # None: unless stderr is a terminal
     with tqdm(total=total, unit="HVP", disable=hidden, dynamic_ncols=True) as bar:
@@ -135,6 +134,11 @@ def blockwise_slq(
         route=operator.route,
         notes=tuple(note for name in names for note in notes_on(name, done[name], settings)),
     )
+
+
+def _matvecs_left(cut: Cut, done: Collection[str], settings: Settings) -> int:
+    missing = sum(name not in done for name in cut.names)
+    return missing * settings.matvecs(cut.block_size)
 
 
 def names_and_cuts(partition: Partition | Iterable[Block]) -> tuple[list[str], Sequence[Cut]]:

@@ -115,6 +115,20 @@ def test_estimates_are_right_within_their_errors(quantity):
         assert (np.abs(mean - getattr(exact, quantity)) <= 4 * spread + 1e-12).all()
 
 
+def test_errors_of_two_probes_and_of_two_draws():
+    """sd / sqrt(2) with one degree of freedom is half the difference; a total of two draws has twice that."""
+    problem = random_planted()
+    partition = ht.partition(problem.model, ROWS)
+    probed = ht.coupling(problem, partition, num_probes=2, exact=False)
+    first, second = probed.squares[:, np.arange(len(probed.columns)), probed.columns]
+    errors = np.diag(probed.mass_error)[probed.columns]
+    assert np.allclose(errors, np.abs(first - second) / 2) and errors.any()
+    drawn = ht.coupling(problem, partition, num_probes=3, exact=False, num_blocks=2)
+    masses = drawn.by_group[:, :, 0].mean(0) * drawn.weights
+    one, other = masses[drawn.group_of[drawn.columns] == 0]
+    assert drawn.tensor_mass_error[0, 0] == pytest.approx(abs(one - other)) and one != other
+
+
 # the errors of a ratio of few draws are those of a linearisation: too small at 3 draws (73 % of these within two)
 @pytest.mark.parametrize("num_blocks", [None, 5])
 def test_shares_are_right_within_their_errors(num_blocks):

@@ -273,6 +273,31 @@ def test_breakdown(case, mode, dtype):
     assert (weights[:, steps:] == 0).all() and np.allclose(weights.sum(axis=1), 1, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["full", "local", "none"])
+def test_breakdown_where_every_alpha_is_zero(mode, dtype):
+    """[[0, B], [B', 0]] from a vector in the upper half: the operator's scale shows in beta alone."""
+    rng = np.random.default_rng(3)
+    left, right = (np.linalg.qr(rng.standard_normal((20, 20)))[0] for _ in range(2))
+    coupling = (left * np.repeat([1.0, 2.0], 10)) @ right
+    zero = np.zeros((20, 20))
+    matrix = torch.as_tensor(np.block([[zero, coupling], [coupling.T, zero]]), dtype=dtype)
+    start = torch.zeros(2, 40, dtype=dtype)
+    start[:, :20] = torch.as_tensor(rng.standard_normal((2, 20)))
+    result = lanczos(DenseOperator(matrix), start, 9, reorthogonalize=mode)
+    assert (result.alphas == 0).all()
+    assert result.status == ("breakdown",) * 2 and result.steps.tolist() == [4, 4]
+
+
+def test_dot_products_are_summed_in_float64():
+    """alpha is the mean of these entries, 1 / 2; float32 sums lose every 1 beside 2^24."""
+    large = torch.full((256,), 2.0**24)
+    entries = torch.cat([large, -large, torch.ones(512)])
+    order = torch.from_numpy(np.random.default_rng(0).permutation(1024))
+    result = lanczos(DiagonalOperator(entries[order]), torch.ones(1, 1024), 1)
+    assert result.alphas.item() == 0.5 and result.start_norms.item() == 32
+
+
 def test_breakdown_is_relative_to_scale_and_not_early():
     """Small but genuine eigenvalues beside a large one are kept; scaling by any power of two changes no bit."""
     eigenvalues = np.concatenate([[1.0], np.linspace(1e-9, 1e-8, 30)])
@@ -326,6 +351,7 @@ def test_nonfinite_products_are_located_and_do_not_spread(value):
         "complete",
     ) and result.first_nonfinite.tolist() == [0, 3, 0]
     assert result.steps.tolist() == [8, 2, 8]
+    assert not result.alphas[1, 2:].any() and not result.betas[1, 2:].any()
     healthy = lanczos(DiagonalOperator(operator.diagonal), starts(3, 25), 8)
     assert np.array_equal(result.alphas[[0, 2]], healthy.alphas[[0, 2]])
 

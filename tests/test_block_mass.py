@@ -8,7 +8,7 @@ from test_partition_check import planted
 
 import hessian_tools as ht
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, cutting, judged_regions
-from hessian_tools.structure.mass import Draws, Pilots
+from hessian_tools.structure.mass import Draws, Pilots, _jackknife
 from hessian_tools.structure.probing import cost, measure
 
 
@@ -171,6 +171,21 @@ def test_pairs_of_pilots_are_unbiased_for_squares():
             Pilots(mass, np.outer(mass, mass), {})._mean_over_pairs(np.outer(mass, mass), None)
         )
     assert np.mean(found) == pytest.approx(1.0, abs=0.1)
+
+
+def test_jackknife_of_means_is_their_squared_standard_error():
+    """The sum of the means of two strata: s^2 / n of each, on n - 1 degrees of freedom."""
+    strata = np.repeat([0, 1], [5, 8])
+    values = np.random.default_rng(0).exponential(size=13)
+    means = [values[strata == stratum].mean() for stratum in (0, 1)]
+    replicates = []
+    for row, stratum in enumerate(strata):
+        left = (strata == stratum) & (np.arange(13) != row)
+        replicates.append(values[left].mean() + means[1 - stratum])
+    variance, freedom = _jackknife(np.array(replicates), strata)
+    parts = [values[strata == stratum] for stratum in (0, 1)]
+    assert variance == pytest.approx(sum(part.var(ddof=1) / len(part) for part in parts))
+    assert freedom == 4 + 7
 
 
 def test_entries_in_no_block_are_one_block():

@@ -138,7 +138,7 @@ def test_padded_nodes_carry_nothing():
 
 @pytest.mark.parametrize("spacing", [0.02, 0.5, 40.0])
 def test_kernel_sum_in_log_space(spacing):
-    """Against logsumexp over all pairs; at a spacing of 40 widths^2 every term underflows in plain arithmetic."""
+    """Against logsumexp over all pairs; at a spacing of 40 every term underflows without shift."""
     rng = np.random.default_rng(1)
     positions, weights, width = (
         rng.uniform(-100, 100, 30) + 0.3 * spacing,

@@ -1,4 +1,4 @@
-"""Lanczos and probes against prescribed spectra, scipy, and the identities of the process itself."""
+"""Lanczos and probes against prescribed spectra, scipy, and the identities of the process."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,8 @@ def test_only_full_keeps_orthogonality_past_convergence():
 
 
 def test_local_keeps_neighbours_orthogonal_where_the_recurrence_cancels():
-    """A large shift makes A q - alpha q lose digits; what is left along the two last vectors must go."""
+    """A large shift makes A q - alpha q lose digits; what is left along the last two vectors
+    must go."""
     operator = DiagonalOperator(1e6 + torch.linspace(0, 1, 100, dtype=torch.float64))
     overlap = {}
     for mode in ("local", "none"):
@@ -81,7 +82,8 @@ def test_local_keeps_neighbours_orthogonal_where_the_recurrence_cancels():
 
 
 def test_a_second_pass_where_the_first_took_nearly_everything():
-    """Products symmetric to 10 % only: step 10 leaves 2e-8 of a residual that lies in the old vectors' span."""
+    """Products symmetric to 10 % only: step 10 leaves 2e-8 of a residual that lies in the old
+    vectors' span."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.diag(
         torch.cat([torch.arange(1.0, 11), torch.linspace(1e-12, 1e-11, 50)])
@@ -134,7 +136,7 @@ def test_ritz_values_against_scipy_and_residual_bounds_hold():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["full", "local", "none"])
 def test_resumed_equals_one_long_run(mode, dtype):
-    """In three pieces, one of them empty; row 1 ends early, in the first piece or exactly at its end."""
+    """In three pieces, one of them empty; row 1 ends early, in the first piece or at its end."""
     operator = DiagonalOperator(torch.linspace(-2, 5, 40, dtype=dtype))
     for end in (3, 5):
         start = starts(3, 40)
@@ -180,7 +182,8 @@ def test_a_state_holds_two_vectors_and_the_basis_only_where_it_is_needed():
 
 @pytest.mark.parametrize("mode", ["full", "local", "none"])
 def test_vectors_held_at_the_peak(mode):
-    """Three that rotate and the operator's product besides the start, and the basis for "full"; no step adds any."""
+    """Three that rotate and the operator's product besides the start, and the basis for "full"; no
+    step adds any."""
     k, n, steps = 2, 1 << 15, 9
     operator, start = DiagonalOperator(torch.linspace(-1, 1, n)), torch.ones(k, n)
     with measuring(start.device) as live:
@@ -276,7 +279,7 @@ def test_breakdown(case, mode, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["full", "local", "none"])
 def test_breakdown_where_every_alpha_is_zero(mode, dtype):
-    """[[0, B], [B', 0]] from a vector in the upper half: the operator's scale shows in beta alone."""
+    """[[0, B], [B', 0]] from a vector in the upper half: the scale shows in beta alone."""
     rng = np.random.default_rng(3)
     left, right = (np.linalg.qr(rng.standard_normal((20, 20)))[0] for _ in range(2))
     coupling = (left * np.repeat([1.0, 2.0], 10)) @ right
@@ -299,7 +302,8 @@ def test_dot_products_are_summed_in_float64():
 
 
 def test_breakdown_is_relative_to_scale_and_not_early():
-    """Small but genuine eigenvalues beside a large one are kept; scaling by any power of two changes no bit."""
+    """Small but genuine eigenvalues beside a large one are kept; scaling by any power of two
+    changes no bit."""
     eigenvalues = np.concatenate([[1.0], np.linspace(1e-9, 1e-8, 30)])
     operator, matrix, _ = prescribed(eigenvalues)
     reference = lanczos(operator, starts(2, 31), 8)
@@ -388,7 +392,8 @@ class Meta(DiagonalOperator):
 
 @pytest.mark.parametrize("mode", ["full", "local", "none"])
 def test_no_host_sync_inside_the_loop(mode):
-    """On the meta device no value exists: whatever looks at one raises. The loop must reach its last product."""
+    """On the meta device no value exists: whatever looks at one raises. The loop must reach its
+    last product."""
     operator = Meta(torch.ones(30, dtype=torch.float64, device="meta"))
     with pytest.raises(NotImplementedError, match="meta"):
         lanczos(operator, torch.ones(2, 30, device="meta"), 7, reorthogonalize=mode)

@@ -1,4 +1,4 @@
-"""Quadratures against exact moments and eigenvalues; blockwise runs on a stand-in for the engine."""
+"""Quadratures against exact moments and eigenvalues; blockwise runs on a stand-in for a Hessian."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,8 @@ def test_float32_moments():
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 def test_trace_and_frobenius_are_unbiased_and_their_errors_cover(kind):
-    """|z| < 2 for most of 200 seeds (t, 9 degrees of freedom: 92 %); the mean over seeds within its own error."""
+    """|z| < 2 for most of 200 seeds (t, 9 degrees of freedom: 92 %); the mean over seeds within its
+    own error."""
     operator = DenseOperator(random_symmetric(SPECTRUM))
     runs = [
         slq(operator, num_probes=10, num_steps=2, seed=seed, probes=kind, exact=False)
@@ -158,7 +159,7 @@ def test_breakdown_leaves_no_spurious_node(eigenvalues, nodes):
 
 
 def test_probes_of_different_length_do_not_mix():
-    """A first probe inside an invariant subspace, a second one outside: each row keeps its own nodes."""
+    """A first probe inside an invariant subspace, a second one outside: each keeps its own nodes."""
     alphas, betas = (
         np.array([[2.0, 0, 0], [1.0, 2.0, 3.0]]),
         np.array([[1e-17, 0, 0], [0.5, 0.25, 0.1]]),
@@ -219,7 +220,7 @@ def cut_of(names, size):
 
 
 class FakeHessian(CurvatureOperator):
-    """Block-diagonal, of given matrices by the blocks' names; ``calls`` are (names, rows) of its products."""
+    """Block-diagonal, of matrices by the blocks' names; ``calls`` are (names, rows) of products."""
 
     route = "dense blocks"
     krylov_bytes = 1 << 30

@@ -136,7 +136,7 @@ def spanning_grid(
     num_points: int,
     margin: float,
 ) -> SpectralGrid:
-    """A grid from ``margin`` (in the axis' unit) below the lowest node to as much above the highest.
+    """A grid that reaches ``margin`` (in the axis' unit) beyond the lowest and the highest node.
 
     Raises:
         ValueError: for ``num_points`` < 2.

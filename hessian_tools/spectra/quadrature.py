@@ -112,7 +112,7 @@ class Quadrature:
         )
 
     def per_probe(self, function: Callable[[Floats], Floats]) -> Floats:
-        """u' f(A) u for every probe, (k,); ``function`` maps an array of eigenvalues elementwise."""
+        """u' f(A) u for every probe, (k,); ``function`` maps arrays of eigenvalues elementwise."""
         return np.sum(self.weights * function(self.nodes), axis=1)
 
     def moment(self, power: int) -> Estimate:

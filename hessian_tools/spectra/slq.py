@@ -14,6 +14,7 @@ Shapes: k probes, m nodes (Lanczos steps), n size of the operator, B blocks.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -235,20 +236,16 @@ def _stochastic(
     settings: Settings,
 ) -> Iterator[Quadrature | NumericalError]:
     """SLQ of each block, as many rows at a time as the settings allow."""
-    start = torch.cat(
-        [
-            draw_probes(
-                settings.probes,
-                settings.seed,
-                name,
-                settings.num_probes,
-                size,
-                dtype=operator.dtype,
-                device=operator.device,
-            )
-            for name in names
-        ]
+    draw = partial(
+        draw_probes,
+        settings.probes,
+        settings.seed,
+        num_probes=settings.num_probes,
+        size=size,
+        dtype=operator.dtype,
+        device=operator.device,
     )
+    start = torch.cat([draw(name) for name in names])
     mode = settings.reorthogonalize
     runs = [
         lanczos(operator, rows, settings.num_steps, reorthogonalize=mode)

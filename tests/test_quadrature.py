@@ -159,7 +159,7 @@ def test_breakdown_leaves_no_spurious_node(eigenvalues, nodes):
 
 
 def test_probes_of_different_length_do_not_mix():
-    """A first probe inside an invariant subspace, a second one outside: each keeps its own nodes."""
+    """A probe inside an invariant subspace and one outside: each keeps its own nodes."""
     alphas, betas = (
         np.array([[2.0, 0, 0], [1.0, 2.0, 3.0]]),
         np.array([[1e-17, 0, 0], [0.5, 0.25, 0.1]]),

@@ -40,7 +40,7 @@ class Settings:
                 raise ValueError(f"{name} is {value!r}; allowed are {allowed}")
 
     def is_exact(self, size: int) -> bool:
-        """Whether an operator of this size gets its dense matrix; "auto": where it costs no more."""
+        """Whether an operator of this size is solved from its dense matrix."""
         if self.exact == "auto":
             return size <= self.num_probes * self.num_steps
         return bool(self.exact)

@@ -4,7 +4,7 @@ A rule ``rule(builder, node)`` says how the tangent of ``node``'s value follows 
 its arguments. It does so with one of
 
 - :meth:`Builder.linear` for an operation linear in one argument,
-- :meth:`Builder.bilinear` for a product of arguments,
+- :meth:`Builder.product` for a product of arguments,
 - :meth:`Builder.jointly` for an operation linear in several arguments together,
 - :meth:`Builder.combine` for an elementwise operation, whose tangent is a combination of others,
 
@@ -14,18 +14,19 @@ rule says anything has the tangent zero. The builder knows no rules.
 Letters: k probes. A tangent of a value of shape s is a tensor (k, *s).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx
 
-from hessian_tools.curvature.tangent.forms import ONE, Coefficient, Form, combination
+from hessian_tools.curvature.tangent.forms import ONE, Coefficient, Form, combination, in_order
 from hessian_tools.curvature.tangent.graph import Node, shape_of, value_of
 from hessian_tools.curvature.tangent.program import Call, Step, Tangent, Tangents, Values
 
 Rule = Callable[["Builder", Node], None]
 Map = Callable[..., Tensor]  # (tangent, *constants) -> tangent
+Half = Callable[..., Tensor]  # (out or None, tangent, *constants) -> out plus a term
 _ATEN = torch.ops.aten
 _MOST_TERMS = 4  # of a combination; a longer one is added up at once
 
@@ -57,6 +58,10 @@ class Builder:
         """Whether an argument of an operation is a value whose tangent is not zero."""
         return isinstance(argument, Node) and argument in self.forms
 
+    def moving(self, arguments: Iterable[object]) -> list[Node]:
+        """Those of them that move."""
+        return [argument for argument in arguments if self.moves(argument)]
+
     def constant(
         self,
         function: Callable[..., object],
@@ -65,18 +70,27 @@ class Builder:
         shape: tuple[int, ...] | None = None,
     ) -> Node:
         """A value computed from earlier values, of ``like``'s dtype and, unless given, shape."""
+        if shape is None:
+            shape = shape_of(like)
         with self._graph.inserting_after(self._place):
             new = self._graph.call_function(function, args)  # type: ignore[arg-type]  # any object
-        new.meta["val"] = value_of(like).new_empty(shape_of(like) if shape is None else shape)
+        new.meta["val"] = value_of(like).new_empty(shape)
         self._place = new
         return new
 
-    def product(self, one: Node, two: Node, like: Node) -> Node:
+    def constant_product(
+        self,
+        one: Node,
+        two: Node,
+        like: Node,
+    ) -> Node:
         """The constant one * two, of ``like``'s dtype; computed once for all who ask."""
-        if (one, two) not in self._products:
+        pair = (one, two)
+        if pair not in self._products:
+            multiply = _ATEN.mul.Tensor
             shape = torch.broadcast_shapes(shape_of(one), shape_of(two))
-            self._products[one, two] = self.constant(_ATEN.mul.Tensor, (one, two), like, shape)
-        return self._products[one, two]
+            self._products[pair] = self.constant(multiply, pair, like, shape)
+        return self._products[pair]
 
     def same(self, node: Node, source: Node) -> None:
         """``node`` has the tangent of ``source``."""
@@ -101,24 +115,30 @@ class Builder:
         tangent, factor = self._scaled(argument)
         self._add(node, [tangent], constants, applied, factor, view)
 
-    def bilinear(
+    def product(
         self,
         node: Node,
-        operands: Sequence[Node | None],
+        halves: Sequence[tuple[Node | None, Half]],
         constants: Sequence[Node],
-        call: Call,
     ) -> None:
-        """The product rule: ``call(k, tangents of operands, constants)``, None for zero."""
-        moving = [operand for operand in operands if self.moves(operand)]
-        scaled = [self._scaled(operand) for operand in moving]
-        factors = {factor for _, factor in scaled}
-        if len(factors) == 1:
-            tangents = [tangent for tangent, _ in scaled]
-            common = factors.pop()
-        else:
-            tangents = [self.held(operand) for operand in moving]
-            common = 1.0
-        self._add(node, tangents, constants, self._placed(operands, call), common)
+        """The product rule: the tangent is the sum of a half for each operand that moves.
+
+        ``half(out, tangent of the operand, *constants)`` adds to ``out``, which it may write into;
+        for the first half ``out`` is None.
+        """
+        moving = self.moving(operand for operand, _ in halves)
+        present = [half for operand, half in halves if self.moves(operand)]
+
+        def call(k: int, tangents: Tangents, values: Values) -> Tensor:
+            out = None
+            for half, tangent in zip(present, tangents, strict=True):
+                if tangent is not None:
+                    out = half(out, tangent, *values)
+            assert out is not None  # a step runs only where some tangent is not zero
+            return out
+
+        tangents, factor = self._scaled_alike(moving)
+        self._add(node, tangents, constants, call, factor)
 
     def jointly(
         self,
@@ -127,9 +147,19 @@ class Builder:
         constants: Sequence[Node],
         call: Call,
     ) -> None:
-        """Linear in the tangents together: ``call(k, tangents of operands, constants)``."""
-        tangents = [self.held(operand) for operand in operands if self.moves(operand)]
-        self._add(node, tangents, constants, self._placed(operands, call))
+        """Linear in the tangents together: ``call(k, tangents of operands, constants)``.
+
+        The tangent of an operand that does not move comes as None.
+        """
+        moving = self.moving(operands)
+
+        def placed(k: int, tangents: Tangents, values: Values) -> Tensor:
+            moved = dict(zip(moving, tangents, strict=True))
+            full = [moved.get(operand) for operand in operands]
+            return call(k, full, values)
+
+        tangents = [self.held(operand) for operand in moving]
+        self._add(node, tangents, constants, placed)
 
     def combine(self, node: Node, form: Form) -> None:
         """The tangent is the combination ``form``."""
@@ -153,15 +183,15 @@ class Builder:
     # ---------------------------------------------------------------------------------- the steps
 
     def _added_up(self, node: Node) -> Tangent:
-        form = self.forms[node]
         whole = _tangent_of(node)
-        tangent, coefficient = next(iter(form.items()))
-        is_itself = len(form) == 1 and coefficient == ONE
-        if is_itself and (tangent.shape, tangent.dtype) == (whole.shape, whole.dtype):
-            return tangent
-        constants = [c.node for c in form.values() if c.node is not None]
+        form = in_order(self.forms[node], whole.shape)
+        (first, coefficient), *others = form.items()
+        if not others and coefficient == ONE and first.is_like(whole):
+            return first
+        constants = tuple(c.node for c in form.values() if c.node is not None)
         call = combination(form, whole.shape, whole.dtype)
-        self.steps.append(Step(whole, tuple(form), tuple(constants), call))
+        step = Step(whole, tuple(form), constants, call)
+        self.steps.append(step)
         return whole
 
     def _scaled(self, node: Node) -> tuple[Tangent, float]:
@@ -169,24 +199,20 @@ class Builder:
 
         A linear operation leaves the number to its result, which saves a pass over memory.
         """
-        form = self.forms[node]
-        if node not in self._held and len(form) == 1:
-            tangent, coefficient = next(iter(form.items()))
+        form = self.form_of(node)
+        if len(form) == 1:
+            ((tangent, coefficient),) = form.items()
             if coefficient.node is None and tangent.shape == shape_of(node):
                 return tangent, coefficient.factor
         return self.held(node), 1.0
 
-    def _placed(self, operands: Sequence[Node | None], call: Call) -> Call:
-        """``call`` with the tangents of all operands, from those that move: None for the others."""
-        places = [place for place, operand in enumerate(operands) if self.moves(operand)]
-
-        def placed(k: int, tangents: Tangents, values: Values) -> Tensor:
-            full: list[Tensor | None] = [None] * len(operands)
-            for place, tangent in zip(places, tangents, strict=True):
-                full[place] = tangent
-            return call(k, full, values)
-
-        return placed
+    def _scaled_alike(self, nodes: Sequence[Node]) -> tuple[list[Tangent], float]:
+        """The tangents of ``nodes`` as one number times tangents of full shape."""
+        scaled = [self._scaled(node) for node in nodes]
+        factors = {factor for _, factor in scaled}
+        if len(factors) > 1:
+            return [self.held(node) for node in nodes], 1.0
+        return [tangent for tangent, _ in scaled], factors.pop()
 
     def _add(
         self,
@@ -199,8 +225,14 @@ class Builder:
     ) -> None:
         """A step; the tangent of ``node`` is ``factor`` times its result."""
         out = _tangent_of(node)
-        self.steps.append(Step(out, tuple(tangents), tuple(constants), call, view))
+        step = Step(out, tuple(tangents), tuple(constants), call, view)
+        self.steps.append(step)
         self.forms[node] = {out: Coefficient(factor)}
+
+
+def tangent_axis(node: Node, dim: int) -> int:
+    """Axis ``dim`` of the value of ``node``, which may count from the end, in its tangent."""
+    return dim % value_of(node).ndim + 1
 
 
 def _tangent_of(node: Node) -> Tangent:

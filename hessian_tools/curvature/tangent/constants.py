@@ -29,7 +29,11 @@ class Constants:
             setattr(holder, node.target, node.meta["constant"])
         self._module = fx.GraphModule(holder, graph)
 
-    def values(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> dict[Node, Tensor]:
+    def values(
+        self,
+        parameters: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+    ) -> dict[Node, Tensor]:
         """For these parameters and this batch's tensors."""
         with torch.no_grad():
             values = self._module(*parameters, *tensors)
@@ -39,8 +43,8 @@ class Constants:
         """Bytes of all constants, besides the parameters and the batch."""
         return sum(self._sizes(self._wanted).values())
 
-    def peak_bytes(self) -> int:
-        """Most bytes alive while the constants are computed, besides parameters and batch."""
+    def recording_bytes(self) -> int:
+        """Most bytes beside the constants', the parameters' and the batch's, while computing."""
         kept = _storages(self._wanted)
         freed = self._freed_after()
         alive: dict[int, int] = {}
@@ -50,13 +54,16 @@ class Constants:
             most = max(most, sum(alive.values()))
             for storage in freed[node] - kept:
                 alive.pop(storage, None)
-        return most
+        return most - self.kept_bytes()
 
     def _sizes(self, nodes: Iterable[Node]) -> dict[int, int]:
         """By storage: the bytes of the nodes' values, without those that were given."""
-        values = [value for node in nodes for value in values_of(node)]
-        sizes = {storage_of(value): value.untyped_storage().nbytes() for value in values}
-        return {storage: size for storage, size in sizes.items() if storage not in self._given}
+        return {
+            storage_of(value): value.untyped_storage().nbytes()
+            for node in nodes
+            for value in values_of(node)
+            if storage_of(value) not in self._given
+        }
 
     def _freed_after(self) -> dict[Node, set[int]]:
         """By operation: the storages that no later operation reads."""

@@ -29,6 +29,8 @@ _REPLACED = """
 """.split()
 
 Taps = list[tuple[int, int]]  # by axis of a kernel: the first tap that is used, the last + 1
+# of a convolution: stride, padding, dilation, transposed, output padding, groups
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]
 
 
 def decompositions() -> dict[OperatorBase, Callable[..., object]]:
@@ -41,7 +43,7 @@ def decompositions() -> dict[OperatorBase, Callable[..., object]]:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
     table[_ATEN.var_mean.correction] = _var_mean
-    table[_ATEN.var.correction] = _var
+    table[_ATEN.var.correction] = lambda *args, **kwargs: _var_mean(*args, **kwargs)[0]
     table[_ATEN.convolution.default] = _convolution
     table[_ATEN.convolution_backward.default] = _convolution_backward
     return table
@@ -62,18 +64,10 @@ def _var_mean(
     freedom = number - (1 if correction is None else correction)
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
-    variance = (centred * centred).sum(dims, keepdim=keepdim) / max(freedom, 0)
+    # sums and products, which need no rule of their own
+    squares = (centred * centred).sum(dims, keepdim=keepdim)
+    variance = squares / max(freedom, 0)
     return variance, mean if keepdim else mean.squeeze(dims)
-
-
-def _var(
-    x: Tensor,
-    dim: Sequence[int] | None = None,
-    *,
-    correction: float | None = None,
-    keepdim: bool = False,
-) -> Tensor:
-    return _var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
 
 
 # ---------------------------------------------------------------------------------- convolutions
@@ -85,22 +79,16 @@ def _convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    *geometry: *Geometry,
 ) -> Tensor | NotImplementedType:
-    if transposed or groups != 1 or any(d != 1 for d in dilation):
-        return NotImplemented
-    taps = _used_taps(x, weight, stride, padding)
+    taps = _used_taps(x, weight, geometry)
     if taps is None:
         return NotImplemented
     out = x.flatten(1) @ _used(weight, taps).T
     if bias is not None:
         out = out + bias
-    return out.view(*out.shape, *[1] * (x.ndim - 2))
+    single_position = [1] * len(taps)
+    return out.view(*out.shape, *single_position)
 
 
 def _convolution_backward(
@@ -108,27 +96,21 @@ def _convolution_backward(
     x: Tensor,
     weight: Tensor,
     bias_sizes: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    output_mask: Sequence[bool],
+    *geometry_and_mask: *tuple[*Geometry, Sequence[bool]],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | NotImplementedType:
-    if transposed or groups != 1 or any(d != 1 for d in dilation):
-        return NotImplemented
-    taps = _used_taps(x, weight, stride, padding)
+    taps = _used_taps(x, weight, geometry_and_mask[:-1])
     if taps is None:
         return NotImplemented
+    input_asked, weight_asked, bias_asked = geometry_and_mask[-1]
     flat = gradient.flatten(1)
     to_input = to_weight = to_bias = None
-    if output_mask[0]:
+    if input_asked:
         to_input = (flat @ _used(weight, taps)).view(x.shape)
-    if output_mask[1]:
-        used = (flat.T @ x.flatten(1)).view(*weight.shape[:2], *x.shape[2:])
-        to_weight = nn.functional.pad(used, _unused(weight, taps))
-    if output_mask[2]:
+    if weight_asked:
+        used = flat.T @ x.flatten(1)
+        by_tap = used.view(*weight.shape[:2], *x.shape[2:])
+        to_weight = nn.functional.pad(by_tap, _unused(weight, taps))
+    if bias_asked:
         to_bias = flat.sum(0)
     return to_input, to_weight, to_bias
 
@@ -136,20 +118,28 @@ def _convolution_backward(
 def _used_taps(
     x: Tensor,
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
+    geometry: Geometry,
 ) -> Taps | None:
     """The taps that a convolution with a single output position holds against its input.
 
     None for all other convolutions, and where some entry of the input is seen by no tap.
     """
+    strides, paddings, dilations, transposed, _, groups = geometry
+    if transposed or groups != 1 or any(d != 1 for d in dilations):
+        return None
     taps = []
-    for n, p, k, s in zip(x.shape[2:], padding, weight.shape[2:], stride, strict=True):
-        single_position = (n + 2 * p - k) // s == 0
-        every_entry_seen = 0 < n <= k - p
-        if not single_position or not every_entry_seen:
+    for n, size, stride, padding in zip(
+        x.shape[2:],
+        weight.shape[2:],
+        strides,
+        paddings,
+        strict=True,
+    ):
+        has_single_position = (n + 2 * padding - size) // stride == 0
+        sees_every_entry = 0 < n <= size - padding
+        if not has_single_position or not sees_every_entry:
             return None
-        taps.append((p, p + n))
+        taps.append((padding, padding + n))
     return taps
 
 
@@ -163,6 +153,6 @@ def _used(weight: Tensor, taps: Taps) -> Tensor:
 def _unused(weight: Tensor, taps: Taps) -> list[int]:
     """How many taps are left out before and after those used, last axis first, as for ``pad``."""
     pads: list[int] = []
-    for (first, last), size in zip(reversed(taps), reversed(weight.shape[2:]), strict=True):
-        pads += [first, size - last]
+    for (first, last), size in zip(taps, weight.shape[2:], strict=True):
+        pads = [first, size - last, *pads]
     return pads

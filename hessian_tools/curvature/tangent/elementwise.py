@@ -23,14 +23,19 @@ def elementwise(builder: Builder, node: Node) -> None:
         outer = _derivative(builder, node, index)
         for tangent, inner in builder.form_of(argument).items():
             term = _times(builder, outer, inner, node)
-            earlier = form.get(tangent)
-            form[tangent] = term if earlier is None else _plus(builder, earlier, term, node)
-    if any(builder.moves(argument) for argument in node.kwargs.values()):
+            if tangent in form:
+                term = _plus(builder, form[tangent], term, node)
+            form[tangent] = term
+    if builder.moving(node.kwargs.values()):
         raise Untraceable(f"{node.target} has a differentiable keyword")
     builder.combine(node, form)
 
 
-def _derivative(builder: Builder, node: Node, index: int) -> Coefficient:
+def _derivative(
+    builder: Builder,
+    node: Node,
+    index: int,
+) -> Coefficient:
     """d node / d args[index]: a number where it is one, else a constant computed by autograd."""
     name = name_of(node)
     args = arguments(node)
@@ -38,18 +43,25 @@ def _derivative(builder: Builder, node: Node, index: int) -> Coefficient:
         alpha = node.kwargs.get("alpha", 1)
         assert isinstance(alpha, int | float)
         # a + alpha b, a - alpha b, b - alpha a
-        slopes = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}
+        slopes = {
+            "add": (1, alpha),
+            "sub": (1, -alpha),
+            "rsub": (-alpha, 1),
+        }
         return Coefficient(float(slopes[name][index]))
     if name == "neg":
         return Coefficient(-1.0)
     if name == "mul":
         other = args[1 - index]
-        return Coefficient(1.0, other) if isinstance(other, Node) else Coefficient(float(other))
+        if isinstance(other, Node):
+            return Coefficient(1.0, other)
+        return Coefficient(float(other))
     by_a_number = name == "div" and not isinstance(args[1], Node)
     if by_a_number and not node.kwargs:  # a keyword asks for rounding
         return Coefficient(1.0 / float(args[1]))
     call = (node.target, index, args, dict(node.kwargs))
-    return Coefficient(1.0, builder.constant(_derivative_values, call, node))
+    values = builder.constant(_derivative_values, call, node)
+    return Coefficient(1.0, values)
 
 
 def _derivative_values(
@@ -60,32 +72,47 @@ def _derivative_values(
 ) -> Tensor:
     """Derivative of an elementwise operation in one argument, in the result's shape."""
     with torch.enable_grad():
-        shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor)))
+        shapes = [a.shape for a in args if isinstance(a, Tensor)]
+        shape = torch.broadcast_shapes(*shapes)
         given = args[index]
         assert isinstance(given, Tensor)
+        # in the result's shape, so that the gradient of the sum is each entry's derivative
         argument = given.expand(shape).detach().requires_grad_()
         result = op(*args[:index], argument, *args[index + 1 :], **kwargs)
-        if not result.requires_grad:
+        if not result.requires_grad:  # as of a comparison or a sign
             return torch.zeros_like(argument)
-        return torch.autograd.grad(result, argument, torch.ones_like(result))[0]
+        (derivative,) = torch.autograd.grad(result, argument, torch.ones_like(result))
+        return derivative
 
 
-def _times(builder: Builder, outer: Coefficient, inner: Coefficient, node: Node) -> Coefficient:
+def _times(
+    builder: Builder,
+    outer: Coefficient,
+    inner: Coefficient,
+    node: Node,
+) -> Coefficient:
     factor = outer.factor * inner.factor
     if outer.node is None:
         return Coefficient(factor, inner.node)
     if inner.node is None:
         return Coefficient(factor, outer.node)
-    return Coefficient(factor, builder.product(outer.node, inner.node, node))
+    product = builder.constant_product(outer.node, inner.node, node)
+    return Coefficient(factor, product)
 
 
-def _plus(builder: Builder, one: Coefficient, two: Coefficient, node: Node) -> Coefficient:
+def _plus(
+    builder: Builder,
+    one: Coefficient,
+    two: Coefficient,
+    node: Node,
+) -> Coefficient:
     if one.node is two.node:
         return Coefficient(one.factor + two.factor, one.node)
     shapes = [() if c.node is None else shape_of(c.node) for c in (one, two)]
-    terms = (one.factor, one.node, two.factor, two.node)
     shape = torch.broadcast_shapes(*shapes)
-    return Coefficient(1.0, builder.constant(_weighted_sum, terms, node, shape))
+    terms = (one.factor, one.node, two.factor, two.node)
+    total = builder.constant(_weighted_sum, terms, node, shape)
+    return Coefficient(1.0, total)
 
 
 def _weighted_sum(

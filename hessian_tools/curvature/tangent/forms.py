@@ -6,7 +6,6 @@ memory a term. Coefficients are numbers, or values that do not depend on the pro
 Letters: k probes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,67 +27,65 @@ ONE = Coefficient()
 Form = dict[Tangent, Coefficient]  # the tangent sum_i c_i t_i, terms broadcast against each other
 
 
-@dataclass(frozen=True)
-class _Term:
-    """One of the terms c_i t_i, as a sum reads it."""
+def in_order(form: Form, shape: tuple[int, ...]) -> Form:
+    """The terms of a sum of this shape in the order in which they are cheapest to add up.
 
-    factor: float
-    place: int | None  # of the coefficient's value among the constants; None: the factor alone
-    full: bool  # the tangent has the sum's shape, so it needs no broadcasting
+    Terms of the full shape come first, so that later ones can be added in place, and plain numbers
+    before other coefficients.
+    """
 
-    @property
-    def order(self) -> tuple[bool, int]:
-        """Full terms first, so that the later ones can be added in place; numbers before values."""
-        return not self.full, -1 if self.place is None else self.place
+    def key(item: tuple[Tangent, Coefficient]) -> tuple[bool, bool]:
+        tangent, coefficient = item
+        return tangent.shape != shape, coefficient.node is not None
 
-    def value(self, values: Values) -> Tensor | None:
-        return None if self.place is None else values[self.place]
+    return dict(sorted(form.items(), key=key))
 
 
-def combination(form: Form, shape: tuple[int, ...], dtype: torch.dtype) -> Call:
-    """The step's call that adds up ``form``, (k, *shape), in one pass over memory a live term.
+def combination(
+    form: Form,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Call:
+    """The call that adds up ``form``, (k, *shape), in one pass over memory a live term.
 
     Its constants are the nodes of the coefficients that have one, in the form's order.
     """
-    terms = _terms(form, shape)
 
     def call(k: int, tangents: Tangents, values: Values) -> Tensor:
-        live = [
-            (term, tangent if term.full else _aligned(tangent, len(shape)))
-            for term, tangent in zip(terms, tangents, strict=True)
-            if tangent is not None
-        ]
-        (first, tangent), *others = sorted(live, key=lambda pair: pair[0].order)
-        total = _multiple(tangent, first.factor, first.value(values))
-        written = total is not tangent  # else it is someone else's memory
-        for term, tangent in others:
-            out = total if written and total.shape[1:] == shape else None
-            total = _add_multiple(total, tangent, term.factor, term.value(values), out)
-            written = True
+        following = iter(values)
+        total: Tensor | None = None
+        written = False  # else the total is memory that others read
+        for (term, coefficient), tangent in zip(form.items(), tangents, strict=True):
+            value = None if coefficient.node is None else next(following)
+            if tangent is None:
+                continue
+            if term.shape != shape:
+                tangent = _aligned(tangent, len(shape))
+            if total is None:
+                total = _multiple(tangent, coefficient.factor, value)
+                written = total is not tangent
+            else:
+                out = total if written and total.shape[1:] == shape else None
+                total = _add_multiple(total, tangent, coefficient.factor, value, out)
+                written = True
+        assert total is not None  # a step runs only where some tangent is not zero
         return total.expand(k, *shape).to(dtype)
 
     return call
 
 
-def _terms(form: Form, shape: tuple[int, ...]) -> Sequence[_Term]:
-    terms = []
-    constants = 0
-    for tangent, coefficient in form.items():
-        place = None
-        if coefficient.node is not None:
-            place = constants
-            constants += 1
-        terms.append(_Term(coefficient.factor, place, tangent.shape == shape))
-    return terms
-
-
 def _aligned(tangent: Tensor, ndim: int) -> Tensor:
     """With axes of length 1 after the probes', so that it broadcasts against (k, *shape)."""
-    missing = ndim - (tangent.ndim - 1)
-    return tangent.reshape(tangent.shape[0], *[1] * missing, *tangent.shape[1:])
+    k, *shape = tangent.shape
+    missing = ndim - len(shape)
+    return tangent.reshape(k, *[1] * missing, *shape)
 
 
-def _multiple(tangent: Tensor, factor: float, value: Tensor | None) -> Tensor:
+def _multiple(
+    tangent: Tensor,
+    factor: float,
+    value: Tensor | None,
+) -> Tensor:
     """factor * value * tangent; the tangent itself where that is 1."""
     if value is None:
         return tangent if factor == 1.0 else tangent * factor

@@ -1,4 +1,7 @@
-"""Rules from torch itself: ``torch.vmap`` for linear operations, ``torch.func.jvp`` for others."""
+"""Rules from torch itself: ``torch.vmap`` for linear operations, ``torch.func.jvp`` for others.
+
+Letters: k probes.
+"""
 
 from collections.abc import Callable, Mapping
 from operator import getitem
@@ -9,58 +12,59 @@ from torch import Tensor
 from torch.fx.node import map_arg
 
 from hessian_tools.curvature.tangent.builder import Builder
-from hessian_tools.curvature.tangent.graph import Node, Untraceable, arguments, name_of
+from hessian_tools.curvature.tangent.graph import Node, Untraceable, arguments
 from hessian_tools.curvature.tangent.program import Tangents, Values
-
-# linear in the first argument; of the second only the shape is read
-_FIRST_ONLY = ("avg_pool2d_backward", "_adaptive_avg_pool2d_backward")
 
 
 def by_vmap(builder: Builder, node: Node) -> None:
-    """An operation linear in its one moving argument, applied to the tangent of every probe.
-
-    ``node`` is the operation, or picks one of its results.
-    """
-    source, index = arguments(node) if node.target is getitem else (node, None)
-    moving = [argument for argument in source.all_input_nodes if builder.moves(argument)]
-    if name_of(source) in _FIRST_ONLY:
-        moving = [argument for argument in moving if argument is source.args[0]]
-        if not moving:
-            return
+    """An operation linear in its one moving argument, or one of the results of such a one."""
+    source = _source(node)
+    moving = builder.moving(source.all_input_nodes)
     if len(moving) != 1:
-        raise Untraceable(
-            f"no rule for {source.target} with {len(moving)} differentiable arguments"
-        )
-    (argument,) = moving
-    others = [other for other in source.all_input_nodes if other is not argument]
-    operation = _operation(source)
+        count = len(moving)
+        raise Untraceable(f"no rule for {source.target} with {count} differentiable arguments")
+    _mapped(builder, node, moving[0])
+
+
+def by_vmap_of_first(builder: Builder, node: Node) -> None:
+    """An operation linear in its first argument, which reads only the shape of the others."""
+    first = arguments(node)[0]
+    if builder.moves(first):
+        _mapped(builder, node, first)
+
+
+def _mapped(builder: Builder, node: Node, argument: Node) -> None:
+    """The operation itself, applied to the tangent of each probe."""
+    others = [other for other in _source(node).all_input_nodes if other is not argument]
+    operation = _operation(node)
 
     def call(moved: Tensor, *values: Tensor) -> Tensor:
         known = dict(zip(others, values, strict=True))
 
-        def single(tangent: Tensor) -> Tensor:
-            result = operation(known | {argument: tangent})
-            return result if index is None else result[index]
+        def of_one_probe(tangent: Tensor) -> Tensor:
+            return operation(known | {argument: tangent})
 
-        return torch.vmap(single)(moved)
+        return torch.vmap(of_one_probe)(moved)
 
     builder.linear(node, argument, call, others)
 
 
 def by_jvp(builder: Builder, node: Node) -> None:
     """Any operation with one result, by its forward derivative in the arguments that move."""
-    moving = [argument for argument in node.all_input_nodes if builder.moves(argument)]
+    moving = builder.moving(node.all_input_nodes)
     others = [argument for argument in node.all_input_nodes if argument not in moving]
     inputs = [*moving, *others]
     operation = _operation(node)
 
     def call(k: int, tangents: Tangents, values: Values) -> Tensor:
         known = dict(zip(inputs, values, strict=True))
-        live = {a: t for a, t in zip(moving, tangents, strict=True) if t is not None}
+        pairs = zip(moving, tangents, strict=True)
+        live = {argument: tangent for argument, tangent in pairs if tangent is not None}
         primals = tuple(known[argument] for argument in live)
 
         def function(*moved: Tensor) -> Tensor:
-            return operation(known | dict(zip(live, moved, strict=True)))
+            changed = dict(zip(live, moved, strict=True))
+            return operation(known | changed)
 
         def derivative(*directions: Tensor) -> Tensor:
             return torch.func.jvp(function, primals, directions)[1]
@@ -70,8 +74,20 @@ def by_jvp(builder: Builder, node: Node) -> None:
     builder.jointly(node, moving, inputs, call)
 
 
+def _source(node: Node) -> Node:
+    """The operation whose result ``node`` is or picks."""
+    if node.target is getitem:
+        source: Node = arguments(node)[0]
+        return source
+    return node
+
+
 def _operation(node: Node) -> Callable[[Mapping[Node, Tensor]], Any]:  # Any: what ATen returns
-    """The operation of ``node`` as a function of the values of its arguments."""
+    """The value of ``node`` as a function of the values of its arguments."""
+    if node.target is getitem:
+        source, index = arguments(node)
+        several = _operation(source)
+        return lambda values: several(values)[index]
     # read now: a node that nothing needs loses its arguments
     op = node.target
     args = node.args
@@ -79,6 +95,8 @@ def _operation(node: Node) -> Callable[[Mapping[Node, Tensor]], Any]:  # Any: wh
     assert callable(op)
 
     def operation(values: Mapping[Node, Tensor]) -> Any:
-        return op(*map_arg(args, values.__getitem__), **map_arg(kwargs, values.__getitem__))
+        positional = map_arg(args, values.__getitem__)
+        named = map_arg(kwargs, values.__getitem__)
+        return op(*positional, **named)
 
     return operation

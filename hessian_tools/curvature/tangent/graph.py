@@ -37,6 +37,14 @@ def arguments(node: Node) -> tuple[Any, ...]:  # Any: values, numbers, lists, as
     return node.args
 
 
+def keywords(node: Node) -> dict[str, Any]:  # Any: as above
+    """All arguments of an ATen operation by their names in its schema, defaults filled in."""
+    schema = operation_of(node)._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema}
+    positional = dict(zip(defaults, node.args, strict=False))
+    return defaults | positional | node.kwargs
+
+
 def value_of(node: Node) -> Tensor:
     """The fake tensor that stands for the value of ``node``: shape, dtype, device, no memory."""
     value: Tensor = node.meta["val"]
@@ -61,8 +69,13 @@ def storage_of(value: Tensor) -> int:
 
 def name_of(node: Node) -> str:
     """The operation's name in ATen, without its overload: "mm" for aten.mm.default."""
+    return operation_of(node)._opname
+
+
+def operation_of(node: Node) -> OpOverload:
+    """The ATen operation; every other node is picked out before this is asked."""
     assert isinstance(node.target, OpOverload)
-    return node.target._opname
+    return node.target
 
 
 # --------------------------------------------------------------------------------------- tracing
@@ -92,17 +105,15 @@ def traced_gradient(problem: Problem, batch: Batch) -> fx.Graph:
     """
     try:
         traced = _trace(problem, batch)
-    except (
-        Exception
-    ) as error:  # a model may do anything; double backward shows what is really wrong
+    except Exception as error:
+        # a model may do anything; double backward then shows what is really wrong
         first_line = str(error).strip().partition("\n")[0]
         raise Untraceable(f"{type(error).__name__}: {first_line[:160]}") from error
     graph = traced.graph
     # inputs and outputs one after the other, not as they were nested
     graph.set_codegen(fx.graph.CodeGen())
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            node.meta["constant"] = getattr(traced, node.target)
+    for node in graph.find_nodes(op="get_attr"):
+        node.meta["constant"] = getattr(traced, node.target)
     _make_functional(graph)
     graph.eliminate_dead_code()
     return graph
@@ -117,7 +128,8 @@ def _trace(problem: Problem, batch: Batch) -> fx.GraphModule:
         tensors: Sequence[Tensor],
     ) -> Sequence[Tensor | None]:
         state = dict(zip(names, parameters, strict=True))
-        value = functional_call(loss, state, (with_tensors(batch, tensors),), tie_weights=True)
+        inputs = (with_tensors(batch, tensors),)
+        value = functional_call(loss, state, inputs, tie_weights=True)
         return torch.autograd.grad(value, parameters, allow_unused=True)
 
     tracer = make_fx(
@@ -156,23 +168,28 @@ def _make_functional(graph: fx.Graph) -> None:
 
 def _ordinary_form(op: OpOverload) -> OpOverload | None:
     """add for add_, and so on; None where there is none of the same signature."""
-    if not op._opname.endswith("_"):
+    name = op._opname
+    if not name.endswith("_"):
         return None
-    packet = getattr(_ATEN, op._opname.removesuffix("_"), None)
+    packet = getattr(_ATEN, name.removesuffix("_"), None)
     return getattr(packet, op._overloadname, None)
 
 
-def _is_seen_through_another(node: Node, order: dict[Node, int]) -> bool:
+def _is_seen_through_another(
+    node: Node,
+    order: dict[Node, int],
+) -> bool:
     """Whether the memory that ``node`` writes is read later through an earlier value."""
     written = node.args[0]
     memory = _memory(node)
-    return memory is not None and any(
-        _memory(other) == memory
-        for other in order
-        if other is not written
-        and order[other] < order[node]
-        and any(order[user] > order[node] for user in other.users)
-    )
+    if memory is None:
+        return False
+    for other in order:
+        is_earlier = order[other] < order[node] and other is not written
+        read_later = any(order[user] > order[node] for user in other.users)
+        if is_earlier and read_later and _memory(other) == memory:
+            return True
+    return False
 
 
 def _memory(node: Node) -> int | None:

@@ -9,29 +9,37 @@ from operator import getitem
 import torch
 from torch import Tensor
 
-from hessian_tools.curvature.tangent.builder import Builder
+from hessian_tools.curvature.tangent.builder import Builder, tangent_axis
 from hessian_tools.curvature.tangent.generic import by_vmap
-from hessian_tools.curvature.tangent.graph import Node, arguments, name_of, shape_of, value_of
+from hessian_tools.curvature.tangent.graph import (
+    Node,
+    arguments,
+    keywords,
+    name_of,
+    shape_of,
+    value_of,
+)
 
 _ATEN = torch.ops.aten
 
 
 def reduction(builder: Builder, node: Node) -> None:
     """sum and mean, over some axes or all."""
-    source, dims, keep = (*arguments(node), None, None)[:3]
-    if keep is None:
-        keep = node.kwargs.get("keepdim", False)
-    if isinstance(dims, int):
-        dims = [dims]
-    shape = shape_of(source)
-    axes = sorted(dim % len(shape) for dim in dims or ()) or list(range(len(shape)))
-    shifted = [axis + 1 for axis in axes]
-    divisor = math.prod(shape[axis] for axis in axes) if name_of(node) == "mean" else 1
+    source = arguments(node)[0]
+    given = keywords(node)
+    keep = given.get("keepdim", False)
+    dims = given.get("dim")
+    if not dims:  # none or an empty list: all
+        dims = range(value_of(source).ndim)
+    axes = sorted(tangent_axis(source, dim) for dim in dims)
     dtype = value_of(node).dtype
+    divisor = 1
+    if name_of(node) == "mean":
+        divisor = math.prod(shape_of(source)[dim] for dim in dims)
 
     def call(moved: Tensor) -> Tensor:
         # without axes, as for a scalar, torch would sum over the probes too
-        total = moved.sum(shifted, keepdim=keep, dtype=dtype) if shifted else moved.to(dtype)
+        total = moved.sum(axes, keepdim=keep, dtype=dtype) if axes else moved.to(dtype)
         return total if divisor == 1 else total / divisor
 
     builder.linear(node, source, call)
@@ -40,11 +48,12 @@ def reduction(builder: Builder, node: Node) -> None:
 def softmax(builder: Builder, node: Node) -> None:
     """dy = y dx - y sum(y dx)."""
     source, dim, _ = arguments(node)
-    axis = dim % value_of(node).ndim + 1
+    axis = tangent_axis(node, dim)
 
     def call(moved: Tensor, y: Tensor) -> Tensor:
         scaled = moved * y
-        return scaled.addcmul_(y, scaled.sum(axis, keepdim=True), value=-1)
+        total = scaled.sum(axis, keepdim=True)
+        return scaled.addcmul_(y, total, value=-1)
 
     builder.linear(node, source, call, [node])
 
@@ -52,22 +61,24 @@ def softmax(builder: Builder, node: Node) -> None:
 def log_softmax(builder: Builder, node: Node) -> None:
     """dy = dx - sum(exp(y) dx)."""
     source, dim, _ = arguments(node)
-    axis = dim % value_of(node).ndim + 1
+    axis = tangent_axis(node, dim)
     probabilities = builder.constant(_ATEN.exp.default, (node,), node)
 
     def call(moved: Tensor, p: Tensor) -> Tensor:
-        return moved - (moved * p).sum(axis, keepdim=True)
+        mean = (moved * p).sum(axis, keepdim=True)
+        return moved - mean
 
     builder.linear(node, source, call, [probabilities])
 
 
 def embedding(builder: Builder, node: Node) -> None:
     """Rows of the weight, picked by indices."""
-    weight, indices = arguments(node)[:2]
+    weight, indices, *_ = arguments(node)
     shape = shape_of(node)
 
-    def call(moved: Tensor, places: Tensor) -> Tensor:
-        return moved.index_select(1, places.flatten()).view(len(moved), *shape)
+    def call(moved: Tensor, indices: Tensor) -> Tensor:
+        rows = moved.index_select(1, indices.flatten())
+        return rows.view(len(moved), *shape)
 
     builder.linear(node, weight, call, [indices])
 
@@ -80,43 +91,47 @@ def embedding_gradient(builder: Builder, node: Node) -> None:
         return
     shape = shape_of(node)
 
-    def call(moved: Tensor, places: Tensor) -> Tensor:
+    def call(moved: Tensor, indices: Tensor) -> Tensor:
         k = len(moved)
-        places = places.flatten()
         rows = moved.reshape(k, -1, shape[1])
+        places = indices.flatten()
         if padding >= 0:
             rows = rows * (places != padding)[:, None]
         out = rows.new_zeros(k, *shape)
-        for i in range(k):
-            out[i].index_add_(0, places, rows[i])
+        for total, one in zip(out, rows, strict=True):
+            total.index_add_(0, places, one)
         return out
 
     builder.linear(node, gradient, call, [indices])
 
 
 def max_pool(builder: Builder, node: Node) -> None:
-    """The entry at each maximum's place."""
+    """The entry at each maximum's place in its plane."""
     pooling, _ = arguments(node)
-    indices = builder.constant(getitem, (pooling, 1), node)
-    shape = shape_of(node)
+    source = arguments(pooling)[0]
+    places = builder.constant(getitem, (pooling, 1), node)
 
     def call(moved: Tensor, places: Tensor) -> Tensor:
         k = len(moved)
-        flat = places.flatten(-2).expand(k, *shape[:-2], -1)
-        return moved.flatten(-2).gather(-1, flat).view(k, *shape)
+        flat = places.flatten(-2)
+        shared = flat.expand(k, *flat.shape)
+        maxima = moved.flatten(-2).gather(-1, shared)
+        return maxima.view(k, *places.shape)
 
-    builder.linear(node, arguments(pooling)[0], call, [indices])
+    builder.linear(node, source, call, [places])
 
 
 def max_pool_gradient(builder: Builder, node: Node) -> None:
-    """The result's gradient, added up at the maxima's places."""
-    gradient, *_, indices = arguments(node)
-    shape = shape_of(node)
+    """The result's gradient, added up at each maximum's place in its plane."""
+    gradient, *_, places = arguments(node)
+    *outer, height, width = shape_of(node)
 
     def call(moved: Tensor, places: Tensor) -> Tensor:
         k = len(moved)
-        flat = moved.flatten(-2)
-        out = flat.new_zeros(k, *shape[:-2], shape[-2] * shape[-1])
-        return out.scatter_add_(-1, places.flatten(-2).expand_as(flat), flat).view(k, *shape)
+        pieces = moved.flatten(-2)
+        flat = places.flatten(-2).expand_as(pieces)
+        out = pieces.new_zeros(k, *outer, height * width)
+        out.scatter_add_(-1, flat, pieces)
+        return out.view(k, *outer, height, width)
 
-    builder.linear(node, gradient, call, [indices])
+    builder.linear(node, gradient, call, [places])

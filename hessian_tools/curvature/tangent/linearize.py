@@ -13,12 +13,13 @@ is linear. It is compiled here from the gradient's graph
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import getitem
 
 from torch import fx
 
 from hessian_tools.curvature.tangent.builder import Builder
 from hessian_tools.curvature.tangent.constants import Constants
-from hessian_tools.curvature.tangent.graph import Node, arguments, values_of
+from hessian_tools.curvature.tangent.graph import arguments, values_of
 from hessian_tools.curvature.tangent.program import Program, Scheduled, Step, Tangent
 from hessian_tools.curvature.tangent.rules import rule_of
 
@@ -46,31 +47,31 @@ def linearize(graph: fx.Graph, num_parameters: int) -> Linearisation:
         Untraceable: for an operation without a rule.
     """
     builder = Builder(graph)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    inputs = [builder.add_input(node) for node in placeholders[:num_parameters]]
+    parameters = graph.find_nodes(op="placeholder")[:num_parameters]
+    inputs = [builder.add_input(node) for node in parameters]
     _apply_rules(graph, builder)
     (gradients,) = arguments(graph.output_node())
     outputs = [builder.held(node) if builder.moves(node) else None for node in gradients]
-    # the others lead to no gradient, and their constants need not be computed
-    steps = [scheduled.step for scheduled in _compiled(builder.steps, inputs, outputs).steps]
+    # steps that lead to no gradient go, and with them constants that only they need
+    everything = _compiled(builder.steps, inputs, outputs)
+    steps = [scheduled.step for scheduled in everything.steps]
     wanted = dict.fromkeys(node for step in steps for node in step.constants)
-    return Linearisation(steps, inputs, outputs, Constants(graph, list(wanted)))
+    constants = Constants(graph, list(wanted))
+    return Linearisation(steps, inputs, outputs, constants)
 
 
 def _apply_rules(graph: fx.Graph, builder: Builder) -> None:
-    several: set[Node] = set()  # operations with several results, some of which move
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        moving = any(builder.moves(a) or a in several for a in node.all_input_nodes)
-        if not moving or not any(value.is_floating_point() for value in values_of(node)):
-            continue
-        rule = rule_of(node)
-        if rule is None:
-            several.add(node)
-        else:
+        picks = node.target is getitem
+        source = arguments(node)[0] if picks else node
+        moving = builder.moving(source.all_input_nodes)
+        differentiable = any(value.is_floating_point() for value in values_of(node))
+        if moving and differentiable:
             builder.move_to(node)
-            rule(builder, node)
+            apply_rule = rule_of(node)
+            apply_rule(builder, node)
 
 
 def _compiled(
@@ -81,20 +82,24 @@ def _compiled(
     """The steps that lead from some input to some output, each with what is free after it."""
     moving = _moving(steps, inputs)
     reached = [tangent if tangent in moving else None for tangent in outputs]
-    needed = {tangent for tangent in reached if tangent is not None}
-    callers = set(inputs)
+    # what is read later on; the inputs are the caller's, and never free
+    needed = {*inputs, *reached}
     schedule = []
     for step in reversed(steps):
-        if step.out in needed:
-            live = tuple(tangent in moving for tangent in step.inputs)
-            used = dict.fromkeys(tangent for tangent in step.inputs if tangent in moving)
-            finished = tuple(t for t in used if t not in needed and t not in callers)
-            schedule.append(Scheduled(step, live, finished))
-            needed.update(used)
+        if step.out not in needed:
+            continue
+        live = tuple(tangent in moving for tangent in step.inputs)
+        used = dict.fromkeys(tangent for tangent in step.inputs if tangent in moving)
+        finished = tuple(tangent for tangent in used if tangent not in needed)
+        schedule.append(Scheduled(step, live, finished))
+        needed.update(used)
     return Program(schedule[::-1], inputs, reached)
 
 
-def _moving(steps: Sequence[Step], inputs: Sequence[Tangent]) -> set[Tangent]:
+def _moving(
+    steps: Sequence[Step],
+    inputs: Sequence[Tangent],
+) -> set[Tangent]:
     """The tangents that depend on some input."""
     moving = set(inputs)
     for step in steps:

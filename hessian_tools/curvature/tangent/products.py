@@ -1,78 +1,109 @@
 """Rules: matrix products and convolutions, by the product rule.
 
-Both halves of d(A B) = dA B + A dB are accumulated into one result, all probes in one call where
-the constant operand is shared.
+A product has a function for the half that each of its operands contributes: ``half(out, moved,
+*constants)`` is ``out`` plus that half, written into ``out`` unless this is None. So both halves of
+d(A B) = A dB + dA B are accumulated into one result, and either can be left out.
 
-Letters: k probes; ``moved`` is a tangent, (k, *shape), None where it is zero.
+Letters: k probes; ``moved`` is an operand's tangent, (k, *shape).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hessian_tools.curvature.tangent.builder import Builder
+from hessian_tools.curvature.tangent.builder import Builder, Half
 from hessian_tools.curvature.tangent.graph import Node, arguments, shape_of, value_of
-from hessian_tools.curvature.tangent.program import Tangents, Values
 
 _ATEN = torch.ops.aten
 
 
+# --------------------------------------------------------------------------------------- matrices
+
+
 def matrix_product(builder: Builder, node: Node) -> None:
-    """d(A B) = dA B + A dB, A (n, p), B (p, q)."""
+    """d(A B) = A dB + dA B."""
     left, right = arguments(node)
-    n, p = shape_of(left)
-
-    def call(k: int, tangents: Tangents, values: Values) -> Tensor:
-        moved_left, moved_right = tangents
-        a, b = values
-        out = None
-        if moved_right is not None:
-            out = torch.bmm(a.expand(k, n, p), moved_right)
-        if moved_left is not None:
-            out = _add_left(moved_left, b, out)
-        return _not_zero(out)
-
-    builder.bilinear(node, (left, right), (left, right), call)
+    halves = [(right, _matrix_times_moved), (left, _moved_times_matrix)]
+    builder.product(node, halves, constants=[left, right])
 
 
-def _add_left(moved: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
-    """out + moved @ b, into ``out`` if given, but not by addmm_, which no counter counts."""
+def _matrix_times_moved(
+    out: Tensor | None,
+    moved: Tensor,
+    a: Tensor,
+    b: Tensor,
+) -> Tensor:
+    """A dB, always the first half."""
+    shared = a.expand(len(moved), *a.shape)
+    return torch.bmm(shared, moved)
+
+
+def _moved_times_matrix(
+    out: Tensor | None,
+    moved: Tensor,
+    a: Tensor,
+    b: Tensor,
+) -> Tensor:
+    """dA B, added by addmm and baddbmm: their forms in place are not counted as operations."""
     k, n, p = moved.shape
     q = b.shape[1]
-    if moved.is_contiguous():  # one large product
-        rows = moved.view(k * n, p)
+    if not moved.is_contiguous():
+        shared = b.expand(k, p, q)
         if out is None:
-            return torch.mm(rows, b).view(k, n, q)
-        flat = out.view(k * n, q)
-        return torch.addmm(flat, rows, b, out=flat).view(k, n, q)
-    shared = b.expand(k, p, q)
+            return torch.bmm(moved, shared)
+        return torch.baddbmm(out, moved, shared, out=out)
+    rows = moved.view(k * n, p)  # one large product
     if out is None:
-        return torch.bmm(moved, shared)
-    return torch.baddbmm(out, moved, shared, out=out)
+        return torch.mm(rows, b).view(k, n, q)
+    flat = out.view(k * n, q)
+    torch.addmm(flat, rows, b, out=flat)
+    return out
 
 
 def batched_product(builder: Builder, node: Node) -> None:
-    """d(A B) = dA B + A dB for a batch of matrices."""
+    """d(A B) = A dB + dA B for a batch of matrices."""
     left, right = arguments(node)
-    shape = shape_of(node)
+    halves = [(right, _batch_times_moved), (left, _moved_times_batch)]
+    builder.product(node, halves, constants=[left, right])
 
-    def call(k: int, tangents: Tangents, values: Values) -> Tensor:
-        moved_left, moved_right = tangents
-        a, b = values
-        out = a.new_empty(k, *shape)
-        for i in range(k):  # no copies of the shared operand for every probe
-            if moved_right is not None:
-                torch.bmm(a, moved_right[i], out=out[i])
-            if moved_left is None:
-                continue
-            if moved_right is None:
-                torch.bmm(moved_left[i], b, out=out[i])
-            else:
-                torch.baddbmm(out[i], moved_left[i], b, out=out[i])
+
+def _batch_times_moved(
+    out: Tensor | None,
+    moved: Tensor,
+    a: Tensor,
+    b: Tensor,
+) -> Tensor:
+    """A dB, always the first half; one product a probe, for which A need not be copied."""
+    out = _empty_products(moved, a, b)
+    for total, one in zip(out, moved, strict=True):
+        torch.bmm(a, one, out=total)
+    return out
+
+
+def _moved_times_batch(
+    out: Tensor | None,
+    moved: Tensor,
+    a: Tensor,
+    b: Tensor,
+) -> Tensor:
+    """dA B; one product a probe, for which B need not be copied."""
+    if out is None:
+        out = _empty_products(moved, a, b)
+        for total, one in zip(out, moved, strict=True):
+            torch.bmm(one, b, out=total)
         return out
+    for total, one in zip(out, moved, strict=True):
+        torch.baddbmm(total, one, b, out=total)
+    return out
 
-    builder.bilinear(node, (left, right), (left, right), call)
+
+def _empty_products(moved: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    batch, n, _ = a.shape
+    return a.new_empty(len(moved), batch, n, b.shape[2])
+
+
+# ----------------------------------------------------------------------------------- convolutions
 
 
 def convolution(builder: Builder, node: Node) -> None:
@@ -80,89 +111,131 @@ def convolution(builder: Builder, node: Node) -> None:
     x, weight, bias, *geometry = arguments(node)
     shape = shape_of(node)
 
-    def call(k: int, tangents: Tangents, values: Values) -> Tensor:
-        moved, moved_weight, moved_bias = tangents
-        image, kernel = values
-        out = None
-        if moved is not None:  # the probes are further images
-            images = moved.flatten(0, 1)
-            out = torch.convolution(images, kernel, None, *geometry).unflatten(0, (k, -1))
-        if moved_weight is not None:
-            each = [torch.convolution(image, moved_weight[i], None, *geometry) for i in range(k)]
-            out = torch.stack(each) if out is None else _added_each(out, each)
-        if moved_bias is not None:
-            rows = moved_bias.view(k, 1, -1, *[1] * (image.ndim - 2))
-            out = rows.expand(k, *shape) if out is None else out.add_(rows)
-        return _not_zero(out)
+    def convolved(image: Tensor, kernel: Tensor) -> Tensor:
+        return torch.convolution(image, kernel, None, *geometry)
 
-    builder.bilinear(node, (x, weight, bias), (x, weight), call)
+    def by_input(
+        out: Tensor | None,
+        moved: Tensor,
+        image: Tensor,
+        kernel: Tensor,
+    ) -> Tensor:
+        # always the first half; the probes are further images
+        images = moved.flatten(0, 1)
+        return convolved(images, kernel).unflatten(0, (len(moved), -1))
+
+    def by_bias(
+        out: Tensor | None,
+        moved: Tensor,
+        image: Tensor,
+        kernel: Tensor,
+    ) -> Tensor:
+        k = len(moved)
+        positions = [1] * (image.ndim - 2)
+        channels = moved.view(k, 1, -1, *positions)
+        if out is None:
+            return channels.expand(k, *shape)
+        return out.add_(channels)
+
+    halves = [
+        (x, by_input),
+        (weight, _each_probe(convolved, 1)),
+        (bias, by_bias),
+    ]
+    builder.product(node, halves, constants=[x, weight])
 
 
 def convolution_gradient(builder: Builder, node: Node) -> None:
     """One of the three gradients of a convolution: to its input, its weight or its bias."""
     source, index = arguments(node)
-    rule = (_gradient_to_input, _gradient_to_weight, _gradient_to_bias)[index]
-    rule(builder, node, source)
+    rules = [_gradient_to_input, _gradient_to_weight, _gradient_to_bias]
+    rules[index](builder, node, source)
 
 
-def _gradient_to_input(builder: Builder, node: Node, source: Node) -> None:
-    """Bilinear in the result's gradient g and the weight; of the input only the shape is read."""
+def _gradient_to_input(
+    builder: Builder,
+    node: Node,
+    source: Node,
+) -> None:
+    """A product of the result's gradient g and the weight; of the input only the shape is read."""
     gradient, x, weight, _, *geometry, _ = arguments(source)
+    backward = _backward(0, geometry)
 
-    def backward(g: Tensor, image: Tensor, kernel: Tensor) -> Tensor:
-        mask = [True, False, False]
-        return _ATEN.convolution_backward(g, image, kernel, None, *geometry, mask)[0]
+    def by_gradient(
+        out: Tensor | None,
+        moved: Tensor,
+        *constants: Tensor,
+    ) -> Tensor:
+        # always the first half; the probes are further images
+        _, image, kernel = constants
+        k = len(moved)
+        number, *shape = image.shape
+        images = image.new_empty(1).expand(k * number, *shape)
+        gradients = moved.flatten(0, 1)
+        return backward(gradients, images, kernel).unflatten(0, (k, -1))
 
-    def call(k: int, tangents: Tangents, values: Values) -> Tensor:
-        moved, moved_weight = tangents
-        g, image, kernel = values
-        out = None
-        if moved is not None:  # the probes are further images
-            images = image.new_empty(1).expand(k * image.shape[0], *image.shape[1:])
-            out = backward(moved.flatten(0, 1), images, kernel).unflatten(0, (k, -1))
-        if moved_weight is not None:
-            each = [backward(g, image, moved_weight[i]) for i in range(k)]
-            out = torch.stack(each) if out is None else _added_each(out, each)
-        return _not_zero(out)
-
-    builder.bilinear(node, (gradient, weight), (gradient, x, weight), call)
+    halves = [
+        (gradient, by_gradient),
+        (weight, _each_probe(backward, 2)),
+    ]
+    builder.product(node, halves, constants=[gradient, x, weight])
 
 
-def _gradient_to_weight(builder: Builder, node: Node, source: Node) -> None:
-    """Bilinear in the result's gradient g and the input; of the weight only the shape is read."""
+def _gradient_to_weight(
+    builder: Builder,
+    node: Node,
+    source: Node,
+) -> None:
+    """A product of the result's gradient g and the input; of the weight only the shape is read."""
     gradient, x, weight, _, *geometry, _ = arguments(source)
-
-    def backward(g: Tensor, image: Tensor, kernel: Tensor) -> Tensor:
-        mask = [False, True, False]
-        return _ATEN.convolution_backward(g, image, kernel, None, *geometry, mask)[1]
-
-    def call(k: int, tangents: Tangents, values: Values) -> Tensor:
-        moved, moved_image = tangents
-        g, image, kernel = values
-        out = None
-        if moved is not None:
-            out = torch.stack([backward(moved[i], image, kernel) for i in range(k)])
-        if moved_image is not None:
-            each = [backward(g, moved_image[i], kernel) for i in range(k)]
-            out = torch.stack(each) if out is None else _added_each(out, each)
-        return _not_zero(out)
-
-    builder.bilinear(node, (gradient, x), (gradient, x, weight), call)
+    backward = _backward(1, geometry)
+    halves = [
+        (gradient, _each_probe(backward, 0)),
+        (x, _each_probe(backward, 1)),
+    ]
+    builder.product(node, halves, constants=[gradient, x, weight])
 
 
-def _gradient_to_bias(builder: Builder, node: Node, source: Node) -> None:
+def _gradient_to_bias(
+    builder: Builder,
+    node: Node,
+    source: Node,
+) -> None:
     """The sum of the result's gradient over images and positions."""
     gradient = arguments(source)[0]
     axes = [1, *range(3, value_of(gradient).ndim + 1)]
     builder.linear(node, gradient, lambda moved: moved.sum(axes))
 
 
-def _added_each(total: Tensor, pieces: Sequence[Tensor]) -> Tensor:
-    for place, piece in zip(total, pieces, strict=True):
-        place.add_(piece)
-    return total
+def _backward(
+    index: int,
+    geometry: Sequence[object],
+) -> Callable[..., Tensor]:
+    """(g, input, weight) -> one of the gradients of a convolution."""
+    mask = [index == place for place in range(3)]
+
+    def backward(g: Tensor, image: Tensor, kernel: Tensor) -> Tensor:
+        all_three = _ATEN.convolution_backward(g, image, kernel, None, *geometry, mask)
+        return all_three[index]
+
+    return backward
 
 
-def _not_zero(out: Tensor | None) -> Tensor:
-    assert out is not None  # a step runs only where one of its tangents is not zero
-    return out
+def _each_probe(product: Callable[..., Tensor], place: int) -> Half:
+    """The half of one operand of ``product(*constants)``: its tangent in that place of them."""
+
+    def half(
+        out: Tensor | None,
+        moved: Tensor,
+        *constants: Tensor,
+    ) -> Tensor:
+        before = constants[:place]
+        after = constants[place + 1 :]
+        pieces = (product(*before, one, *after) for one in moved)
+        if out is None:
+            return torch.stack(list(pieces))
+        for total, piece in zip(out, pieces, strict=True):
+            total.add_(piece)
+        return out
+
+    return half

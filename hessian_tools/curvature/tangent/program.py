@@ -26,6 +26,9 @@ class Tangent:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    def is_like(self, other: "Tangent") -> bool:
+        return (self.shape, self.dtype) == (other.shape, other.dtype)
+
     @property
     def probe_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
@@ -59,6 +62,7 @@ class Program:
     inputs: list[Tangent]
     outputs: list[Tangent | None]  # None: zero
 
+    @torch.no_grad()
     def __call__(
         self,
         cotangents: Sequence[Tensor],
@@ -96,8 +100,7 @@ class Program:
             for tangent in scheduled.finished:
                 root = owner.get(tangent, tangent)
                 holders[root] -= 1
-                callers = root not in owner
-                if holders[root] == 0 and not callers:
+                if holders[root] == 0 and root in owner:  # else it is the caller's
                     now -= root.probe_bytes
         return most
 
@@ -114,6 +117,9 @@ def _run(
         held[tangent] if live else None
         for tangent, live in zip(step.inputs, scheduled.live, strict=True)
     ]
-    held[step.out] = step.call(probes, tangents, [values[node] for node in step.constants])
+    constants = [values[node] for node in step.constants]
+    held[step.out] = step.call(probes, tangents, constants)
+    # at once: what is alive at the peak limits how many probes go together
+    del tangents
     for tangent in scheduled.finished:
         del held[tangent]

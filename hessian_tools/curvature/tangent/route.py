@@ -8,9 +8,9 @@ route and :class:`hessian_tools.curvature.tangent.graph.Untraceable` is used out
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
+from hessian_tools.curvature.tangent.constants import Constants
 from hessian_tools.curvature.tangent.graph import Node, Untraceable, traced_gradient
 from hessian_tools.curvature.tangent.linearize import Linearisation, linearize
 from hessian_tools.curvature.tangent.program import Program
@@ -35,7 +35,11 @@ class TangentRoute:
 
     name = "tangent program"
 
-    def __init__(self, problem: Problem, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        batches: Sequence[Batch],
+    ) -> None:
         self.problem = problem
         self._order = {name: index for index, name in enumerate(problem.parameters)}
         self._programs: dict[tuple[str, tuple[str, ...]], Program] = {}
@@ -43,17 +47,22 @@ class TangentRoute:
         self._constants: dict[int, tuple[Batch, Mapping[Node, Tensor]]] = {}
         self._versions: tuple[int, ...] = ()
         examples = {_signature(batch): batch for batch in batches}
-        if len(examples) > MOST_SHAPES:
-            raise Untraceable(f"micro-batches have {len(examples)} different shapes")
-        self._linearised: dict[str, Linearisation] = {
-            signature: linearize(traced_gradient(problem, batch), len(self._order))
-            for signature, batch in examples.items()
-        }
-        constants = {signature: one.constants for signature, one in self._linearised.items()}
-        whole = [one.program(range(len(self._order))) for one in self._linearised.values()]
-        self.graph_bytes = sum(constants[_signature(batch)].kept_bytes() for batch in batches)
-        self.recording_bytes = max(c.peak_bytes() - c.kept_bytes() for c in constants.values())
-        self.row_bytes = max(program.live_bytes() for program in whole)
+        count = len(examples)
+        if count > MOST_SHAPES:
+            raise Untraceable(f"micro-batches have {count} different shapes")
+        self._linearised: dict[str, Linearisation] = {}
+        for signature, batch in examples.items():
+            graph = traced_gradient(problem, batch)
+            self._linearised[signature] = linearize(graph, len(self._order))
+        self.graph_bytes = sum(self._constants_of(batch).kept_bytes() for batch in batches)
+        every = range(len(self._order))
+        self.recording_bytes = 0
+        self.row_bytes = 0
+        for linearised in self._linearised.values():
+            recording = linearised.constants.recording_bytes()
+            row = linearised.program(every).live_bytes()
+            self.recording_bytes = max(self.recording_bytes, recording)
+            self.row_bytes = max(self.row_bytes, row)
 
     def products(
         self,
@@ -68,15 +77,8 @@ class TangentRoute:
         """
         constants = self._values(batch)
         program = self._program(batch, names)
-        parameters = [self.problem.parameters[name] for name in names]
         for cotangents in chunks:
-            rows = next(len(v) for v in cotangents if v is not None)
-            with torch.no_grad():
-                given = [
-                    p.new_zeros(()).expand(rows, *p.shape) if v is None else v
-                    for p, v in zip(parameters, cotangents, strict=True)
-                ]
-                yield program(given, constants)
+            yield program(self._filled(names, cotangents), constants)
 
     def holds(self, batch: Batch) -> bool:
         """Whether the constants of ``batch`` are there."""
@@ -85,6 +87,21 @@ class TangentRoute:
     def release(self) -> None:
         """Frees the constants; the next product computes them again."""
         self._constants = {}
+
+    def _filled(
+        self,
+        names: Sequence[str],
+        cotangents: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """``cotangents`` with zeros, which take no memory, where they are None."""
+        rows = next(len(v) for v in cotangents if v is not None)
+        filled = []
+        for name, cotangent in zip(names, cotangents, strict=True):
+            if cotangent is None:
+                parameter = self.problem.parameters[name]
+                cotangent = parameter.new_zeros(()).expand(rows, *parameter.shape)
+            filled.append(cotangent)
+        return filled
 
     def _program(self, batch: Batch, names: Sequence[str]) -> Program:
         signature = _signature(batch)
@@ -100,10 +117,15 @@ class TangentRoute:
             self.release()
             self._versions = versions
         if not self.holds(batch):
-            constants = self._linearised[_signature(batch)].constants
             parameters = [p.detach() for p in self.problem.parameters.values()]
-            self._constants[id(batch)] = batch, constants.values(parameters, tensors_of(batch))
-        return self._constants[id(batch)][1]
+            constants = self._constants_of(batch)
+            computed = constants.values(parameters, tensors_of(batch))
+            self._constants[id(batch)] = (batch, computed)
+        _, values = self._constants[id(batch)]
+        return values
+
+    def _constants_of(self, batch: Batch) -> Constants:
+        return self._linearised[_signature(batch)].constants
 
 
 def _signature(batch: Batch) -> str:

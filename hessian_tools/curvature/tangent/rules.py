@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from hessian_tools.curvature.tangent import layers, products, shapes
 from hessian_tools.curvature.tangent.builder import Rule
 from hessian_tools.curvature.tangent.elementwise import elementwise
-from hessian_tools.curvature.tangent.generic import by_jvp, by_vmap
+from hessian_tools.curvature.tangent.generic import by_jvp, by_vmap, by_vmap_of_first
 from hessian_tools.curvature.tangent.graph import Node, Untraceable, arguments, name_of
 
 _IDENTITY = "clone alias detach lift_fresh lift_fresh_copy contiguous".split()
@@ -29,16 +29,17 @@ _LINEAR = """
     slice slice_backward select select_backward split split_with_sizes unbind chunk scatter
     index index_select gather flip roll repeat constant_pad_nd unfold unfold_backward im2col col2im
     diagonal diagonal_backward trace tril triu cumsum pixel_shuffle
-    avg_pool1d avg_pool2d avg_pool2d_backward _adaptive_avg_pool2d _adaptive_avg_pool2d_backward
-    upsample_nearest2d upsample_bilinear2d
+    avg_pool1d avg_pool2d _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d
 """.split()
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_IDENTITY, shapes.identity),
-    **dict.fromkeys(_CONSTANT, shapes.constant),
+    **dict.fromkeys(_CONSTANT, shapes.nothing),
     **dict.fromkeys(_RESHAPED, shapes.reshape),
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(_LINEAR, by_vmap),
+    "avg_pool2d_backward": by_vmap_of_first,
+    "_adaptive_avg_pool2d_backward": by_vmap_of_first,
     "_to_copy": shapes.cast,
     "as_strided": shapes.strided,
     "permute": shapes.permute,
@@ -67,8 +68,8 @@ PICKED: dict[str, Rule] = {
 }
 
 
-def rule_of(node: Node) -> Rule | None:
-    """The rule for ``node``; None for an operation with several results, to be picked one by one.
+def rule_of(node: Node) -> Rule:
+    """The rule for an operation, or for one result of an operation with several.
 
     Raises:
         Untraceable: where there is none.
@@ -82,6 +83,6 @@ def rule_of(node: Node) -> Rule | None:
     if isinstance(node.meta["val"], tuple | list):
         if name not in PICKED:
             raise Untraceable(f"no rule for {op}, which has several results")
-        return None
+        return shapes.nothing  # each result is differentiated where it is picked
     by_torch = elementwise if torch.Tag.pointwise in op.tags else by_jvp
     return RULES.get(name, by_torch)

@@ -1,7 +1,5 @@
 """Rules: operations that move or copy entries. The tangent's entries go the same way.
 
-A tangent has the probes' axis in front, so axis d of a value is axis d + 1 of its tangent.
-
 Letters: k probes; ``moved`` is a tangent, (k, *shape), None where it is zero.
 """
 
@@ -10,23 +8,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hessian_tools.curvature.tangent.builder import Builder
+from hessian_tools.curvature.tangent.builder import Builder, tangent_axis
 from hessian_tools.curvature.tangent.graph import (
     Node,
     Untraceable,
     arguments,
+    keywords,
     shape_of,
     value_of,
 )
 from hessian_tools.curvature.tangent.program import Tangents, Values
 
 
+def nothing(builder: Builder, node: Node) -> None:
+    """The tangent is zero: only the shape of the argument is read."""
+
+
 def identity(builder: Builder, node: Node) -> None:
     builder.same(node, arguments(node)[0])
-
-
-def constant(builder: Builder, node: Node) -> None:
-    """Only the argument's shape is read: the tangent is zero, so there is nothing to say."""
 
 
 def cast(builder: Builder, node: Node) -> None:
@@ -39,9 +38,13 @@ def cast(builder: Builder, node: Node) -> None:
 
 
 def reshape(builder: Builder, node: Node) -> None:
-    shape = shape_of(node)
     source = arguments(node)[0]
-    builder.linear(node, source, lambda moved: moved.reshape(len(moved), *shape), view=True)
+    shape = shape_of(node)
+
+    def call(moved: Tensor) -> Tensor:
+        return moved.reshape(len(moved), *shape)
+
+    builder.linear(node, source, call, view=True)
 
 
 def strided(builder: Builder, node: Node) -> None:
@@ -56,19 +59,28 @@ def strided(builder: Builder, node: Node) -> None:
 
 def permute(builder: Builder, node: Node) -> None:
     source, dims = arguments(node)
-    axes = [dim % len(dims) + 1 for dim in dims]
-    builder.linear(node, source, lambda moved: moved.permute(0, *axes), view=True)
+    axes = [tangent_axis(node, dim) for dim in dims]
+
+    def call(moved: Tensor) -> Tensor:
+        return moved.permute(0, *axes)
+
+    builder.linear(node, source, call, view=True)
 
 
 def transpose(builder: Builder, node: Node) -> None:
     source, *dims = arguments(node)
-    one, two = (dim % value_of(node).ndim + 1 for dim in dims)
-    builder.linear(node, source, lambda moved: moved.transpose(one, two), view=True)
+    one, two = (tangent_axis(node, dim) for dim in dims)
+
+    def call(moved: Tensor) -> Tensor:
+        return moved.transpose(one, two)
+
+    builder.linear(node, source, call, view=True)
 
 
 def expand(builder: Builder, node: Node) -> None:
     source = arguments(node)[0]
-    builder.linear(node, source, _expanding(source, node), view=True)
+    call = _expanding(source, node)
+    builder.linear(node, source, call, view=True)
 
 
 def copy(builder: Builder, node: Node) -> None:
@@ -86,51 +98,60 @@ def _expanding(source: Node, node: Node) -> Callable[[Tensor], Tensor]:
     before = shape_of(source)
     shape = shape_of(node)
     # axes that the value gains come after the probes', not before
-    aligned = (*[1] * (len(shape) - len(before)), *before)
+    gained = [1] * (len(shape) - len(before))
 
     def expanded(moved: Tensor) -> Tensor:
         k = len(moved)
-        return moved.reshape(k, *aligned).expand(k, *shape)
+        aligned = moved.reshape(k, *gained, *before)
+        return aligned.expand(k, *shape)
 
     return expanded
 
 
 def slice_scatter(builder: Builder, node: Node) -> None:
     """A copy of ``into`` with ``piece`` in the place of one of its slices."""
-    into, piece, *given = arguments(node)
-    defaults = [0, None, None, 1]
-    dim, *between = given + defaults[len(given) :]
-    axis = dim % value_of(node).ndim + 1
-    place = (*[slice(None)] * axis, slice(*between))
-    shape = shape_of(node)
-    like = value_of(node)
-    dtype, device = like.dtype, like.device
+    into, piece, *_ = arguments(node)
+    given = keywords(node)
+    part = slice(given["start"], given["end"], given["step"])
+    before = [slice(None)] * tangent_axis(node, given["dim"])
+    place = (*before, part)
+    zeros = _zeros(node)
 
     def call(k: int, tangents: Tangents, values: Values) -> Tensor:
         moved, moved_piece = tangents
-        zeros = torch.zeros(1, dtype=dtype, device=device).expand(k, *shape)
-        out = zeros.clone() if moved is None else moved.clone()
+        out = zeros(k).clone() if moved is None else moved.clone()
         out[place] = 0 if moved_piece is None else moved_piece
         return out
 
-    builder.jointly(node, (into, piece), (), call)
+    builder.jointly(node, [into, piece], [], call)
 
 
 def cat(builder: Builder, node: Node) -> None:
     """The pieces' tangents, one after the other, zeros for those that do not move."""
-    given, *rest = arguments(node)
-    dim = rest[0] if rest else 0
-    pieces = [piece for piece in given if shape_of(piece) != (0,)]  # cat ignores an empty cache
-    axis = dim % value_of(node).ndim + 1
-    shapes = [shape_of(piece) for piece in pieces]
-    dtype, device = value_of(node).dtype, value_of(node).device
-
-    def zeros(k: int, shape: tuple[int, ...]) -> Tensor:
-        return torch.zeros(1, dtype=dtype, device=device).expand(k, *shape)
+    given = keywords(node)
+    # torch ignores an empty cache, whatever its number of axes
+    pieces = [piece for piece in given["tensors"] if shape_of(piece) != (0,)]
+    axis = tangent_axis(node, given["dim"])
+    zeros = [_zeros(piece) for piece in pieces]
 
     def call(k: int, tangents: Tangents, values: Values) -> Tensor:
-        each = zip(tangents, shapes, strict=True)
-        whole = [zeros(k, shape) if moved is None else moved for moved, shape in each]
+        whole = [
+            zero(k) if moved is None else moved for zero, moved in zip(zeros, tangents, strict=True)
+        ]
         return torch.cat(whole, axis)
 
-    builder.jointly(node, pieces, (), call)
+    builder.jointly(node, pieces, [], call)
+
+
+def _zeros(node: Node) -> Callable[[int], Tensor]:
+    """From k to a tangent of zeros for the value of ``node``, without memory of its own."""
+    value = value_of(node)
+    shape = tuple(value.shape)
+    dtype = value.dtype
+    device = value.device
+
+    def zeros(k: int) -> Tensor:
+        zero = torch.zeros(1, dtype=dtype, device=device)
+        return zero.expand(k, *shape)
+
+    return zeros

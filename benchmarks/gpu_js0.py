@@ -8,7 +8,7 @@ Lanczos and JS.
 import functools
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import hessian_tools as ht
 from hessian_tools.app.report import readings_table, summary
 from hessian_tools.app.runs import RunFolder
+from hessian_tools.curvature.engine.engine import Collect, Spread
 from hessian_tools.curvature.engine.memory import format_bytes
 from hessian_tools.problem import data, zoo
 from hessian_tools.results import Journal, write_atomically
@@ -132,21 +133,20 @@ def plan(settings: Settings) -> Plan:
                    steps=settings.steps)  # fmt: skip
 
 
-class Timed:
-    """An operator, or a Hessian that stacks blocks, whose products a Clock times; all else is the operator's own."""
+class TimedHessian(ht.HessianOperator):
+    """A Hessian whose products a Clock times."""
 
-    def __init__(self, operator: Any, clock: Clock) -> None:
-        self._operator, self.clock = operator, clock
+    clock: Clock
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._operator, name)
-
-    def stacked(self, cut: Any) -> "Timed":
-        return Timed(self._operator.stacked(cut), self.clock)
-
-    def matmat(self, vectors: Tensor) -> Tensor:
+    def products(
+        self,
+        names: Sequence[str],
+        count: int,
+        spread: Spread,
+        collect: Collect,
+    ) -> None:
         with self.clock.running():
-            return self._operator.matmat(vectors)
+            super().products(names, count, spread, collect)
 
 
 class Phases:
@@ -187,9 +187,9 @@ def run(
     phases = Phases(path / "seconds.json", device)
     problem = build_problem(settings, device)
     phases.lap(model=0.0)
-    hessian = ht.HessianOperator(
-        problem, memory=settings.memory, **PRECISION_OPTION[settings.precision]
-    )
+    precision = PRECISION_OPTION[settings.precision]
+    hessian = TimedHessian(problem, memory=settings.memory, **precision)
+    hessian.clock = Clock(device)
     partition = ht.partition(problem.model, "tensor" if settings.model == "llama" else "official")
     phases.lap(planning=0.0)
     config = {
@@ -200,8 +200,7 @@ def run(
     }
     kept = RunFolder(path, config)
     print(f"{len(partition)} blocks; {hessian.route}", flush=True)
-    clock = Clock(device)
-    spectra = _spectra(Timed(hessian, clock), partition, settings, kept.journal, phases, minutes)
+    spectra = _spectra(hessian, partition, settings, kept.journal, phases, minutes)
     peak = peak_bytes(device)
     js = ht.js_heterogeneity(spectra)
     phases.lap(js=0.0)
@@ -216,7 +215,7 @@ def run(
 
 
 def _spectra(
-    hessian: Timed,
+    hessian: TimedHessian,
     partition: ht.Partition,
     settings: Settings,
     journal: Journal,

@@ -26,6 +26,7 @@ What came out (results/precision/table.txt; one core, TF32 emulated):
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hessian_tools as ht
 from hessian_tools.app import report
 from hessian_tools.app.runs import RunFolder
+from hessian_tools.curvature.engine.engine import Collect, Spread
 from hessian_tools.problem import zoo
 from hessian_tools.problem.batches import to_device
 
@@ -96,31 +98,23 @@ def to_tf32(tensor: Tensor) -> Tensor:
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
-class EmulatedTF32:
-    """A Hessian whose blocks' products, and nothing else, are computed in what TF32 would round."""
-
-    def __init__(self, hessian: ht.HessianOperator) -> None:
-        self.hessian = hessian
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.hessian, name)
+class EmulatedTF32(ht.HessianOperator):
+    """A Hessian whose products, and nothing else, are computed in what TF32 would round."""
 
     @property
     def route(self) -> str:
-        return (
-            f"{self.hessian.route}; TF32 emulated (operands rounded to 10 explicit mantissa bits)"
-        )
+        emulation = "TF32 emulated (operands rounded to 10 explicit mantissa bits)"
+        return f"{super().route}; {emulation}"
 
-    def stacked(self, cut: Any) -> Any:
-        blocks = self.hessian.stacked(cut)
-        exact = blocks.matmat
-
-        def matmat(vectors: Tensor) -> Tensor:
-            with RoundedOperands():
-                return exact(vectors)
-
-        blocks.matmat = matmat
-        return blocks
+    def products(
+        self,
+        names: Sequence[str],
+        count: int,
+        spread: Spread,
+        collect: Collect,
+    ) -> None:
+        with RoundedOperands():
+            super().products(names, count, spread, collect)
 
 
 class Autocast:
@@ -134,7 +128,9 @@ class Autocast:
             return self.loss_fn(model, batch)
 
 
-def operator(name: str, knobs: dict[str, int], variant: Variant, device: torch.device) -> Any:
+def operator(
+    name: str, knobs: dict[str, int], variant: Variant, device: torch.device
+) -> ht.HessianOperator:
     """The Hessian of a network of the zoo, computed so."""
     made = zoo.load(name, seed=SEED, dtype=variant.weights, device=device, **knobs)
     batches = [to_device(batch, device, variant.dtype) for batch in made.batches]
@@ -143,7 +139,7 @@ def operator(name: str, knobs: dict[str, int], variant: Variant, device: torch.d
         made.model.to(variant.dtype), loss_fn, batches, batch_stats=made.batch_stats
     )
     if variant.precision == "tf32" and device.type != "cuda":
-        return EmulatedTF32(ht.HessianOperator(problem, precision="ieee"))
+        return EmulatedTF32(problem, precision="ieee")
     return ht.HessianOperator(problem, precision=variant.precision)
 
 

@@ -30,15 +30,16 @@ from hessian_tools.spectra.density import SpectralDensity, spectral_density
 from hessian_tools.spectra.lanczos import LanczosResult, lanczos
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.spectra.slq import blockwise_slq, slq
+from hessian_tools.structure.adam_conditioning import adam_conditioning
 from hessian_tools.structure.check import check_partition
 from hessian_tools.structure.conditioning import (
     BlockConditioning,
     BlockExtremes,
-    adam_conditioning,
     block_conditioning,
     block_extremes,
 )
-from hessian_tools.structure.coupling import Coupling, coupling
+from hessian_tools.structure.coupling import coupling
+from hessian_tools.structure.coupling_result import Coupling
 from hessian_tools.structure.dense import DenseBlock, dense_block
 from hessian_tools.structure.report import PartitionReport
 

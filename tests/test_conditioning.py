@@ -9,7 +9,7 @@ from problems import dense_hessian, network
 from scipy.linalg import expm
 
 import hessian_tools as ht
-from hessian_tools.structure.conditioning import mean_gradient
+from hessian_tools.problem.gradient import mean_gradient
 
 GENERATOR = np.random.default_rng(0)
 

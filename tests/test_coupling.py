@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import hessian_tools as ht
 from hessian_tools.curvature.operators import Columns
-from hessian_tools.structure.coupling import PILOT, PLACES, layer_namer
+from hessian_tools.structure.coupling import PILOT, layer_namer
+from hessian_tools.structure.coupling_result import PLACES
 from hessian_tools.structure.dense import cuts_of
 from hessian_tools.structure.draws import BlockGrid
 

@@ -40,7 +40,8 @@ from hessian_tools.problem.problem import Problem
 from hessian_tools.results import write_atomically
 from hessian_tools.structure.check import EXACT_WORTH, MOST_EXACT, check_partition, planned_products
 from hessian_tools.structure.conditioning import MOST_ENTRIES, block_conditioning, block_extremes
-from hessian_tools.structure.coupling import Coupling, coupling
+from hessian_tools.structure.coupling import coupling
+from hessian_tools.structure.coupling_result import Coupling
 from hessian_tools.structure.dense import DenseBlock, dense_block
 from hessian_tools.structure.report import PartitionReport, TensorReport
 

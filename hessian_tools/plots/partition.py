@@ -10,9 +10,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from hessian_tools.plots.spectra import MAX_LABELS, shortened, titled, written
-from hessian_tools.structure.coupling import Coupling
+from hessian_tools.structure.coupling_result import Coupling
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE
 from hessian_tools.structure.dense import DenseBlock
 from hessian_tools.structure.report import CutEvidence, PartitionReport, TensorReport
@@ -176,7 +177,7 @@ def dense(axes: Axes, block: DenseBlock) -> None:
     _colour_bar(axes, image, f"log10 of |entry|, the lowest {DECADES} decades below the largest")
 
 
-def _borders(axes: Axes, edges: Sequence[int], width: float) -> None:
+def _borders(axes: Axes, edges: NDArray[np.int64], width: float) -> None:
     if len(edges) > MOST_BORDERS:
         return
     for edge in edges:

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
-from hessian_tools.curvature.symmetric import SymmetricOperator
+from hessian_tools.curvature.symmetric import SymmetricOperator, unit_products
 from hessian_tools.errors import NumericalError, nonfinite_product
 from hessian_tools.spectra.quadrature import Floats, Quadrature
 
@@ -43,10 +42,8 @@ def _dense(operator: SymmetricOperator, num_blocks: int, size: int) -> Tensor:
     """(B, n, n) float64, row j of each the product with unit vector j."""
     shape = (num_blocks, size, size)
     dense = torch.empty(shape, dtype=torch.float64, device=operator.device)
-    every = torch.arange(size, device=operator.device)
-    for numbers in every.split(max(1, _ROWS // num_blocks)):
-        units = one_hot(numbers, size).to(operator.dtype).repeat(num_blocks, 1)
-        dense[:, numbers] = operator.matmat(units).reshape(num_blocks, -1, size).double()
+    for numbers, products in unit_products(operator, num_blocks=num_blocks, rows=_ROWS):
+        dense[:, numbers] = products.double()
     return dense
 
 

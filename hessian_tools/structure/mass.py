@@ -246,7 +246,7 @@ class BlockMass:
         finer: str,
         coarser: str,
     ) -> Measured:
-        """``value`` of two cuts with its error; kept by ``key``, as several tests may ask for it."""
+        """``value`` of two cuts with its error, kept by ``key``: several tests may ask for it."""
         if key not in self._known:
             estimate = value(NOTHING)
             if self.exact:

@@ -34,7 +34,10 @@ _TITLES = (
 @registered
 @dataclass(frozen=True)
 class CutEvidence:
-    """One way to cut a tensor. Masses are squared Frobenius norms within the tensor's own Hessian."""
+    """One way to cut a tensor.
+
+    Masses are squared Frobenius norms within the tensor's own Hessian.
+    """
 
     cut: str  # "whole" | "rows" | "columns" | "heads" | "roles" | "elements" | ... | "claimed"
     num_blocks: int

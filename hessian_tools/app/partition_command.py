@@ -1,7 +1,7 @@
 """``hessian-tools partition``: does a partition follow the Hessian, and what would?
 
-Exit code 1 when any tensor's blocks are too coarse, too fine or along the wrong axis, so that it can guard a training
-repository's CI; 0 when none is, undecided ones included.
+Exit code 1 when any tensor's blocks are too coarse, too fine or along the wrong axis, so that it can
+guard a training repository's CI; 0 when none is, undecided ones included.
 """
 
 import argparse
@@ -224,7 +224,8 @@ def _prepared(arguments: argparse.Namespace) -> _Run:
         config = {knob: getattr(arguments, knob) for knob in _KNOBS} | settings
         folder = RunFolder(arguments.out, config)
     data = settings.get("data", "data of its own")
-    described = f"{arguments.model} ({problem.num_parameters:,} parameters, {data}, loss {problem.loss:.4g})"
+    size = f"{problem.num_parameters:,} parameters"
+    described = f"{arguments.model} ({size}, {data}, loss {problem.loss:.4g})"
     precision = arguments.precision or PRECISIONS[0]
     hessian = HessianOperator(problem, memory=arguments.memory, precision=precision)
     return _Run(arguments, hessian, claimed, folder, described)
@@ -287,7 +288,7 @@ def _report(this_run: _Run) -> PartitionReport:
     hessian = this_run.hessian
     folder = this_run.folder
     started = time.monotonic()
-    finished = dict[str, Any](folder.journal.finished) if folder else {}  # TensorReports
+    finished = dict(folder.journal.finished) if folder else {}
     _announce(this_run, finished)
 
     def keep(name: str, report: TensorReport) -> None:

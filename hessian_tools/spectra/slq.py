@@ -24,6 +24,7 @@ from hessian_tools.blocks.block import Block, Cut
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.curvature.hessian import as_operator
 from hessian_tools.curvature.operators import CurvatureOperator
+from hessian_tools.curvature.progress import product_bar
 from hessian_tools.curvature.symmetric import SymmetricOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem
@@ -119,8 +120,7 @@ def blockwise_slq(
     done = {name: finished[name] for name in names if name in finished}
     total = sum(_matvecs_left(cut, done, settings) for cut in cuts)
     operator.expect(total, len(names))
-    hidden = None if progress else True  # None: unless stderr is a terminal
-    with tqdm(total=total, unit="HVP", disable=hidden, dynamic_ncols=True) as bar:
+    with product_bar(total, shown=progress) as bar:
         for name, quadrature in solved(operator, cuts, done, settings, bar):
             done[name] = quadrature
             if on_block is not None:

@@ -20,6 +20,7 @@ from hessian_tools.blocks.presets import partition as partition_of
 from hessian_tools.blocks.specification import Spec
 from hessian_tools.curvature.hessian import as_operator, problem_of
 from hessian_tools.curvature.operators import CurvatureOperator
+from hessian_tools.curvature.progress import product_bar
 from hessian_tools.problem.problem import Problem
 from hessian_tools.structure.cuttings import CLAIMED, WHOLE, JudgedRegion, judged_regions
 from hessian_tools.structure.judgement import CONTRADICTED, FOLLOWS, Judgement, Levels, judge
@@ -86,9 +87,8 @@ def check_partition(
     known = {} if measured is None else measured
     done = dict(finished or {})
     total = planned_products(problem, blocks, num_probes, num_blocks, exact, done)
-    hidden = None if progress else True  # None: where stderr is no terminal
     regions = []
-    with tqdm(total=total, unit="HVP", disable=hidden, dynamic_ncols=True) as bar:
+    with product_bar(total, shown=progress) as bar:
         measuring = _Measuring(operator, effort, seed, known, bar)
         for region in judged_regions(problem.model, blocks):
             regions.append(region.block)
@@ -128,8 +128,9 @@ def planned_products(
     Tensors that are ``finished`` cost none.
     """
     effort = _Effort(num_probes, num_blocks, exact)
+    done = finished or {}
     regions = judged_regions(problem.model, blocks)
-    return sum(effort.products(region) for region in regions if region.name not in (finished or {}))
+    return sum(effort.products(region) for region in regions if region.name not in done)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from hessian_tools.blocks.block import Cut
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.curvature.hessian import in_float64, problem_of
 from hessian_tools.curvature.operators import CurvatureOperator
+from hessian_tools.curvature.progress import product_bar
 from hessian_tools.curvature.symmetric import unit_products
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.gradient import mean_gradient
@@ -120,8 +120,7 @@ def block_conditioning(
     total = sum(run.num_blocks * run.block_size for run in chosen)
     values: list[AdamConditioning] = []
     errors: list[Floats] = []
-    hidden = None if progress else True  # None: where stderr is no terminal
-    with tqdm(total=total, unit="HVP", disable=hidden, dynamic_ncols=True) as bar:
+    with product_bar(total, shown=progress) as bar:
         for run in chosen:
             bar.set_postfix_str(run.names[0])
             matrices, asymmetry = _dense_blocks(operator, run, bar)
@@ -183,7 +182,10 @@ def block_extremes(
 
 
 def _chosen_runs(
-    cuts: Sequence[Cut], max_size: int, num_blocks: int | None, seed: int
+    cuts: Sequence[Cut],
+    max_size: int,
+    num_blocks: int | None,
+    seed: int,
 ) -> list[Cut]:
     """Runs of the blocks that are asked for; ValueError where none is small enough."""
     small = [cut for cut in cuts if cut.block_size <= max_size]
@@ -194,7 +196,11 @@ def _chosen_runs(
     return [run for cut in small for run in _runs(cut, num_blocks, generator)]
 
 
-def _runs(cut: Cut, num_blocks: int | None, generator: np.random.Generator) -> Iterator[Cut]:
+def _runs(
+    cut: Cut,
+    num_blocks: int | None,
+    generator: np.random.Generator,
+) -> Iterator[Cut]:
     """Runs of blocks of ``cut``, all or some drawn, each small enough for memory."""
     together = max(1, _BYTES // (_COPIES * 8 * cut.block_size**2))
     positions = np.arange(cut.num_blocks)
@@ -207,7 +213,11 @@ def _runs(cut: Cut, num_blocks: int | None, generator: np.random.Generator) -> I
             yield cut.chunk(int(piece[0]), int(piece[-1]) + 1)
 
 
-def _notes(cuts: Sequence[Cut], max_size: int, num_blocks: int | None) -> Iterator[str]:
+def _notes(
+    cuts: Sequence[Cut],
+    max_size: int,
+    num_blocks: int | None,
+) -> Iterator[str]:
     """What is left out of ``cuts``, a line each."""
     for cut in cuts:
         count = cut.num_blocks
@@ -218,8 +228,10 @@ def _notes(cuts: Sequence[Cut], max_size: int, num_blocks: int | None) -> Iterat
 
 
 def _dense_blocks(
-    operator: CurvatureOperator, cut: Cut, bar: tqdm
-) -> tuple[NDArray[np.float64], Floats]:
+    operator: CurvatureOperator,
+    cut: Cut,
+    bar: tqdm,
+) -> tuple[Floats, Floats]:
     """(B, n, n) symmetrised diagonal blocks of a cut, and (B,) how far from symmetric they were."""
     size = cut.block_size
     count = cut.num_blocks
@@ -236,7 +248,8 @@ def _dense_blocks(
         )
     mirrored = dense.transpose(0, 2, 1)
     norms = np.linalg.norm(dense, axis=(1, 2))
-    asymmetry = np.linalg.norm(dense - mirrored, axis=(1, 2)) / np.where(norms > 0, norms, 1.0)
+    differences = np.linalg.norm(dense - mirrored, axis=(1, 2))
+    asymmetry = differences / np.where(norms > 0, norms, 1.0)
     return (dense + mirrored) / 2, asymmetry
 
 

@@ -27,6 +27,7 @@ from hessian_tools.blocks.block import Cut
 from hessian_tools.curvature.engine.memory import format_bytes
 from hessian_tools.curvature.hessian import as_operator, problem_of
 from hessian_tools.curvature.operators import Columns, CurvatureOperator
+from hessian_tools.curvature.progress import product_bar
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem
 from hessian_tools.spectra.probes import draw_probes
@@ -90,30 +91,25 @@ def coupling(
             f"num_blocks is {num_blocks} and num_pilot {num_pilot}; at least 1 and 0 are needed"
         )
     problem = problem_of(curvature)
-    grid = BlockGrid(cuts_of(partition, problem), layers or layer_namer(problem.model), num_blocks)
-    guiding = num_pilot if grid.drawn.any() else 0
-    spent = num_probes * grid.num_columns + guiding
-    is_cheap = grid.num_entries <= min(spent, MOST_ENTRIES)
-    if exact is True or (exact == "auto" and is_cheap):
+    layer = layers or layer_namer(problem.model)
+    grid = BlockGrid(cuts_of(partition, problem), layer, num_blocks)
+    num_pilot = num_pilot if grid.drawn.any() else 0
+    spent = num_probes * grid.num_columns + num_pilot
+    if exact == "auto":
+        exact = grid.num_entries <= min(spent, MOST_ENTRIES)
+    if exact:
         return _exact(curvature, grid, seed, progress)
     _refuse_too_large(grid, num_probes)
     operator = as_operator(curvature)
     done = dict(finished or {})
-
-    def keep(label: str, column: Floats) -> None:
-        done[label] = column
-        if on_column is not None:
-            on_column(label, column)
-
-    hidden = None if progress else True  # None: where stderr is no terminal
-    with tqdm(total=spent, unit="HVP", disable=hidden, dynamic_ncols=True) as bar:
+    with product_bar(spent, shown=progress) as bar:
         probing = _Probing(operator.columns(grid.cuts), grid, seed, num_probes, probes, bar)
-        if guiding and PILOT not in done:
-            keep(PILOT, _pilot(probing, num_pilot))
-        draws = grid.draws(seed, done.get(PILOT))
-        blocks = np.unique([draw.block for draw in draws])
-        for label, column in _probed(probing, draws, blocks, done):
-            keep(label, column)
+        for label, column in _new_columns(probing, num_pilot, done):
+            done[label] = column
+            if on_column is not None:
+                on_column(label, column)
+    draws = grid.draws(seed, done.get(PILOT))
+    blocks = _blocks_of(draws)
     table = np.stack([done[draw.label] for draw in draws], axis=1)  # (k, D, S + G)
     squares, by_group = np.split(table, [len(blocks)], axis=2)
     return Coupling(
@@ -176,20 +172,32 @@ def _pilot(probing: _Probing, num_pilot: int) -> Floats:
     return total
 
 
-def _probed(
+def _blocks_of(draws: Sequence[Draw]) -> Integers:
+    """(S,) the different blocks among ``draws``, ascending."""
+    return np.unique([draw.block for draw in draws])
+
+
+def _new_columns(
     probing: _Probing,
-    draws: Sequence[Draw],
-    blocks: Integers,
+    num_pilot: int,
     done: Mapping[str, Floats],
 ) -> Iterator[tuple[str, Floats]]:
-    """(label, (k, S + G) squares) of the draws not yet done; those of one cut go together."""
-    starts = probing.grid.starts
-    cut_of = np.searchsorted(starts, [draw.block for draw in draws], side="right") - 1
-    for number, cut in enumerate(probing.grid.cuts):
-        of_cut = [draw for draw, owner in zip(draws, cut_of, strict=True) if owner == number]
+    """(label, column) of all that are not ``done`` when it is their turn; the pilot comes first.
+
+    A column is (k, S + G) squares. Those of one cut go through together.
+    """
+    grid = probing.grid
+    pilot = done.get(PILOT)
+    if num_pilot and pilot is None:
+        pilot = _pilot(probing, num_pilot)
+        yield PILOT, pilot
+    draws = grid.draws(probing.seed, pilot)
+    blocks = _blocks_of(draws)
+    for first, cut in zip(grid.starts[:-1], grid.cuts, strict=True):
+        of_cut = [draw for draw in draws if first <= draw.block < first + cut.num_blocks]
         missing = [draw for draw in of_cut if draw.label not in done]
         probing.bar.update(probing.num_probes * (len(of_cut) - len(missing)))
-        yield from _probed_cut(probing, cut, int(starts[number]), missing, blocks)
+        yield from _probed_cut(probing, cut, int(first), missing, blocks)
 
 
 def _probed_cut(
@@ -199,7 +207,7 @@ def _probed_cut(
     draws: Sequence[Draw],
     blocks: Integers,
 ) -> Iterator[tuple[str, Floats]]:
-    """The same for ``draws`` of blocks of one cut, whose first block has number ``start``."""
+    """The columns of ``draws`` of blocks of one cut, whose first block has number ``start``."""
     columns = probing.columns
     at_once = min(_MOST_VECTORS, columns.rows)
     vectors = [(draw, probe) for draw in draws for probe in range(probing.num_probes)]
@@ -210,7 +218,8 @@ def _probed_cut(
         positions = torch.tensor([draw.block - start for draw, _ in chunk])
         products = columns.products(cut, positions, _probes_of(probing, cut, chunk))
         squares = _squared_norms(products, columns)
-        rows = np.concatenate([squares[:, blocks], probing.grid.by_group(squares)], axis=1)
+        by_group = probing.grid.by_group(squares)
+        rows = np.concatenate([squares[:, blocks], by_group], axis=1)
         for (draw, _), row in zip(chunk, rows, strict=True):
             if not np.isfinite(row).all():
                 raise NumericalError(
@@ -222,7 +231,11 @@ def _probed_cut(
         probing.bar.update(len(chunk))
 
 
-def _probes_of(probing: _Probing, cut: Cut, chunk: Sequence[tuple[Draw, int]]) -> Tensor:
+def _probes_of(
+    probing: _Probing,
+    cut: Cut,
+    chunk: Sequence[tuple[Draw, int]],
+) -> Tensor:
     """(r, block size) the probe of each (draw, number of the probe)."""
     by_label = {
         label: draw_probes(probing.kind, probing.seed, label, probing.num_probes, cut.block_size)

@@ -6,7 +6,7 @@ Letters: n entries of the region, B blocks of a cut.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor, nn
@@ -99,10 +99,11 @@ class Nesting:
     @cached_property
     def inside(self) -> dict[str, tuple[str, ...]]:
         """Cut -> the coarser cuts that it refines."""
-        return {
-            cut.name: tuple(o.name for o in self.cuttings if o is not cut and cut.refines(o))
-            for cut in self.cuttings
-        }
+        inside = {}
+        for cut in self.cuttings:
+            coarser = [other for other in self.cuttings if other is not cut and cut.refines(other)]
+            inside[cut.name] = tuple(other.name for other in coarser)
+        return inside
 
     @property
     def pairs(self) -> list[tuple[Cutting, Cutting]]:
@@ -134,7 +135,8 @@ class Nesting:
     def bases(self) -> list[Cutting]:
         """The finest cuts above single entries: products with one of their blocks measure it and
         all that is around it."""
-        coarser = {name for cut in self.others for name in self.inside[cut.name]}
+        inside = [self.inside[cut.name] for cut in self.others]
+        coarser = set(chain.from_iterable(inside))
         return [cut for cut in self.others if cut.name not in coarser]
 
     def around(self, base: Cutting) -> list[Cutting]:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from hessian_tools.blocks.block import Block, Cut
 from hessian_tools.blocks.partition import Partition
@@ -27,6 +26,7 @@ from hessian_tools.blocks.presets import partition as partition_of
 from hessian_tools.curvature.engine.memory import AUTO_SHARE, format_bytes, free_bytes
 from hessian_tools.curvature.hessian import in_float64, problem_of
 from hessian_tools.curvature.operators import CurvatureOperator
+from hessian_tools.curvature.progress import product_bar
 from hessian_tools.curvature.symmetric import unit_vectors
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem
@@ -133,10 +133,7 @@ def dense_block(
     def name_of(row: int) -> str:
         return names[np.searchsorted(offsets, row, side="right") - 1]
 
-    hidden = None if progress else True  # None: where stderr is no terminal
-    with tqdm(
-        total=size, initial=store.done, unit="HVP", disable=hidden, dynamic_ncols=True
-    ) as bar:
+    with product_bar(size, shown=progress, done=store.done) as bar:
         for first, rows in _rows(operator, cuts, store.done):
             bar.set_postfix_str(name_of(first))
             finite = np.isfinite(rows).all(axis=1)

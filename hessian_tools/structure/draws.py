@@ -77,7 +77,12 @@ class BlockGrid:
                 draws += [Draw(self.names[block], int(block), 1.0) for block in blocks]
         return draws
 
-    def _drawn(self, group: int, seed: int, pilot: NDArray[np.float64] | None) -> Iterator[Draw]:
+    def _drawn(
+        self,
+        group: int,
+        seed: int,
+        pilot: NDArray[np.float64] | None,
+    ) -> Iterator[Draw]:
         blocks = np.flatnonzero(self.group_of == group)
         count = self.columns_of[group]
         chances = np.full(len(blocks), 1 / len(blocks))

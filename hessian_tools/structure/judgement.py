@@ -147,7 +147,8 @@ def _obstacle(mass: BlockMass) -> str:
 def _number_of_tests(mass: BlockMass) -> int:
     """One for each cut within a coarser one, two for each pair of cuts of different axes."""
     nested = sum(len(coarser) for coarser in mass.inside.values())
-    crossing = sum(_is_other_axis(mass, one, other) for one, other in combinations(mass.cuts, 2))
+    pairs = combinations(mass.cuts, 2)
+    crossing = sum(_is_other_axis(mass, *pair) for pair in pairs)
     return nested + 2 * crossing
 
 
@@ -252,7 +253,8 @@ class _Judge:
     def findings(self, cut: str) -> _Findings:
         mass = self.mass
         supported, objection = self.supported(cut)
-        finer = {name: self.splits(name, cut) for name in mass.cuts if cut in mass.inside[name]}
+        refining = [name for name in mass.cuts if cut in mass.inside[name]]
+        finer = {name: self.splits(name, cut) for name in refining}
         others = [name for name in mass.cuts if _is_other_axis(mass, name, cut)]
         rivals = {name: self.beats(name, cut) for name in others}
         splitting = _those(finer, Answer.YES)
@@ -307,7 +309,8 @@ class _Judge:
         """What a verdict rests on, in words."""
         if verdict == TOO_COARSE:
             splitting = findings.supported_splitting or findings.splitting
-            return self._held(max(splitting, key=lambda f: self.mass.excess(f, cut).value), cut)
+            best = max(splitting, key=lambda finer: self.mass.excess(finer, cut).value)
+            return self._held(best, cut)
         if verdict == WRONG_AXIS:
             return self._held_by_rival(findings.winning, cut)
         if verdict == TOO_FINE:
@@ -324,8 +327,9 @@ class _Judge:
     def _held_by_rival(self, winning: Sequence[str], cut: str) -> str:
         best = max(winning, key=lambda rival: self.mass.lead(rival, cut).value)
         one, other = self.mass.matched(best, cut)
-        held, own = self.mass.share(one).value, self.mass.share(other).value
-        return f"{one} hold {held:.0%} of the mass, {other} {own:.0%}"
+        held = self.mass.share(one).value
+        held_by_cut = self.mass.share(other).value
+        return f"{one} hold {held:.0%} of the mass, {other} {held_by_cut:.0%}"
 
     def _held(self, finer: str, coarser: str) -> str:
         share = self.mass.share(finer, coarser).value

@@ -111,7 +111,8 @@ class Pilots:
             return float(table[0, 0])
         kept = self._kept(missing)
         table = table[np.ix_(kept, kept)]
-        return float((table.sum() - np.trace(table)) / (len(table) * (len(table) - 1)))
+        count = len(table)
+        return float((table.sum() - np.trace(table)) / (count * (count - 1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +194,8 @@ class BlockMass:
 
         def lead(left_out: LeftOut) -> float:
             held = self._share(other, WHOLE, left_out)
-            return self._share(one, WHOLE, left_out) - odds * held / (1 + (odds - 1) * held)
+            level = odds * held / (1 + (odds - 1) * held)
+            return self._share(one, WHOLE, left_out) - level
 
         return self._measured(("lead", one, other, odds), lead, one, other)
 
@@ -237,7 +239,8 @@ class BlockMass:
             return alone
         diagonal = self._share(ELEMENTS, coarser, left_out)
         even = _ratio(self.pilots.overlap(finer, coarser, pilot) - alone, 1 - alone)
-        return diagonal + (1 - diagonal) * _ratio(contrast * even, 1 + (contrast - 1) * even)
+        beside = _ratio(contrast * even, 1 + (contrast - 1) * even)
+        return diagonal + (1 - diagonal) * beside
 
     def _measured(
         self,
@@ -256,18 +259,20 @@ class BlockMass:
         return self._known[key]
 
     def _jackknifed(
-        self, estimate: float, value: Callable[[LeftOut], float], finer: str, coarser: str
+        self,
+        estimate: float,
+        value: Callable[[LeftOut], float],
+        finer: str,
+        coarser: str,
     ) -> Measured:
         """The error of ``estimate`` from those of the draws of both cuts and of the pilots."""
-        bases = [self.base[name] for name in (finer, coarser) if self.base.get(name) in self.draws]
+        bases = dict.fromkeys([self.base.get(finer, ""), self.base.get(coarser, "")])
+        strata = {base: self.draws[base].strata for base in bases if base in self.draws}
+        strata[PILOTS] = np.zeros(len(self.pilots.mass), int)
         parts = []  # (variance, degrees of freedom) of independent sources
-        for base in dict.fromkeys(bases):
-            strata = self.draws[base].strata
-            replicates = np.array([value(LeftOut(base, row)) for row in range(len(strata))])
-            parts.append(_jackknife(replicates, strata))
-        count = len(self.pilots.mass)
-        replicates = np.array([value(LeftOut(PILOTS, pilot)) for pilot in range(count)])
-        parts.append(_jackknife(replicates, np.zeros(count, int)))
+        for source, of_rows in strata.items():
+            replicates = [value(LeftOut(source, row)) for row in range(len(of_rows))]
+            parts.append(_jackknife(np.array(replicates), of_rows))
         total = sum(variance for variance, _ in parts)
         spread = sum(variance**2 / freedom for variance, freedom in parts)
         # Degrees of freedom of a sum of variances: Satterthwaite 1946.

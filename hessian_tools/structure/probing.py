@@ -146,10 +146,11 @@ def _pilots(
     """Pilots, their asymmetry, and by base the mean mass of each block's columns, (B,)."""
     operator = products.operator
     z = products.signs("pilots", count, operator.size)
-    y = torch.cat([products(rows.to(operator.device)).cpu() for rows in z.split(products.at_once)])
-    crossed = _crossed(z, y)
+    parts = z.split(products.at_once)
+    y = torch.cat([products(part.to(operator.device)).cpu() for part in parts])
     mass = np.array([float(row.double().square().sum()) for row in y])
     mean = mass.mean()
+    asymmetry = _rms_asymmetry(z, y) / np.sqrt(mean) if mean else 0.0
     # Both in place: of a large tensor there is room for two such arrays.
     diagonal = _gram(z.mul_(y))
     squares = y.square_()
@@ -163,15 +164,16 @@ def _pilots(
             coarser_means = sums[coarser.name].mean(0).clamp_min(_TINY)
             overlap = _gram(finer_sums, coarser_means.reciprocal()[_parents(finer, coarser)])
         overlaps[finer.name, coarser.name] = overlap
-    difference = np.sqrt(np.square(crossed - crossed.T).sum() / max(1, count * (count - 1)))
-    asymmetry = float(difference / np.sqrt(mean)) if mean else 0.0
     column_masses = {base.name: sums[base.name].mean(0).numpy() for base in nesting.bases}
-    return Pilots(mass, diagonal, overlaps), asymmetry, column_masses
+    return Pilots(mass, diagonal, overlaps), float(asymmetry), column_masses
 
 
-def _crossed(vectors: Tensor, products: Tensor) -> Floats:
-    """(K, K) inner products z_i' y_j, equal to those of (j, i) for a symmetric matrix."""
-    return np.array([[float((z.double() * y).sum()) for y in products] for z in vectors])
+def _rms_asymmetry(vectors: Tensor, products: Tensor) -> float:
+    """The rms over pairs i, j of z_i' y_j - z_j' y_i, which vanishes for a symmetric matrix."""
+    crossed = np.array([[float((z.double() * y).sum()) for y in products] for z in vectors])
+    pairs = len(vectors) * (len(vectors) - 1)
+    squares = np.square(crossed - crossed.T)
+    return float(np.sqrt(squares.sum() / max(1, pairs)))
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,8 @@ def _signs_on_blocks(
 ) -> Tensor:
     """(r, n) vectors, each with random signs at the ``entries`` of one block, of the draws from
     number ``first`` on."""
-    z = torch.zeros(len(entries), products.operator.size, dtype=products.operator.dtype)
+    operator = products.operator
+    z = torch.zeros(len(entries), operator.size, dtype=operator.dtype)
     for row, inside in enumerate(entries):
         label = f"{base.name}, draw {first + row}"
         z[row, inside] = products.signs(label, 1, len(inside))[0]
@@ -235,14 +238,18 @@ def _exact_evidence(products: _Products, nesting: Nesting) -> _Evidence:
     norm = float(squares.sum())
     difference = float((dense - dense.T).norm())
     inside = {cut.name: _mass_inside(squares, cut) for cut in nesting.with_groups}
-    overlaps = _exact_overlaps(squares.sum(1), nesting)
-    diagonal = np.array([[inside.get(ELEMENTS, 0.0)]])
-    row = Draws(np.array([list(inside.values())]), np.zeros(1, int))
+    masses = np.array([list(inside.values())])
+    draws = Draws(masses, strata=np.zeros(1, int))
+    pilots = Pilots(
+        mass=np.array([norm]),
+        diagonal=np.array([[inside.get(ELEMENTS, 0.0)]]),
+        overlaps=_exact_overlaps(squares.sum(1), nesting),
+    )
     return _Evidence(
-        {base.name: row for base in nesting.bases},
-        Pilots(np.array([norm]), diagonal, overlaps),
-        difference / norm**0.5 if norm else 0.0,
-        size,
+        draws={base.name: draws for base in nesting.bases},
+        pilots=pilots,
+        asymmetry=difference / norm**0.5 if norm else 0.0,
+        num_products=size,
     )
 
 
@@ -251,9 +258,10 @@ def _exact_overlaps(column_masses: Tensor, nesting: Nesting) -> dict[tuple[str, 
     sums = {cut.name: _sums(column_masses[None], cut)[0] for cut in nesting.cuttings}
     overlaps = {}
     for finer, coarser in nesting.pairs:
-        own = sums[finer.name]
+        inner = sums[finer.name]
         around = sums[coarser.name][_parents(finer, coarser)].clamp_min(_TINY)
-        overlaps[finer.name, coarser.name] = np.array([[float((own * own / around).sum())]])
+        overlap = float((inner * inner / around).sum())
+        overlaps[finer.name, coarser.name] = np.array([[overlap]])
     return overlaps
 
 
@@ -282,7 +290,8 @@ def _mass_inside(squares: Tensor, cut: Cutting) -> float:
         return float(squares.diagonal().sum())
     total = 0.0
     for rows, labels in zip(squares.split(_ROWS), cut.labels.split(_ROWS), strict=True):
-        total += float((rows * (labels[:, None] == cut.labels)).sum())
+        is_inside = labels[:, None] == cut.labels
+        total += float((rows * is_inside).sum())
     return total
 
 
@@ -301,5 +310,7 @@ def _gram(vectors: Tensor, weights: Tensor | None = None) -> Floats:
     gram = np.zeros((len(vectors), len(vectors)))
     for i, one in enumerate(vectors):
         wide = one.double() if weights is None else one * weights
-        gram[i, i:] = gram[i:, i] = [float((wide * other).sum()) for other in vectors[i:]]
+        row = [float((wide * other).sum()) for other in vectors[i:]]
+        gram[i, i:] = row
+        gram[i:, i] = row
     return gram

@@ -33,18 +33,29 @@ def composed(
     sites = {site.name: site for site in survey.sites}
     cuts: list[Cut] = []
     for region in regions:
-        cuts += _cuts(survey, sites[region.parameter], region, ways[region.name], claimed)
+        site = sites[region.parameter]
+        cuts += _cuts(survey, site, region, ways[region.name], claimed)
     return Partition(tuple(cuts))
 
 
-def _cuts(survey: Survey, site: Site, region: Block, way: str, claimed: Partition) -> list[Cut]:
+def _cuts(
+    survey: Survey,
+    site: Site,
+    region: Block,
+    way: str,
+    claimed: Partition,
+) -> list[Cut]:
     known = dict(survey.equal_cuts(site))
-    is_role = region.name != site.name
+    is_tensor = region.name == site.name
     if way not in known and way != WHOLE:
         of_tensor = [cut for cut in claimed.cuts if cut.parameters == (site.name,)]
-        return [cut for cut in of_tensor if not is_role or _lies_in(cut, region)]
-    if not is_role:
+        return [cut for cut in of_tensor if is_tensor or _lies_in(cut, region)]
+    if is_tensor:
         return [known[way]]
+    return _cuts_of_role(survey, site, region, way)
+
+
+def _cuts_of_role(survey: Survey, site: Site, region: Block, way: str) -> list[Cut]:
     transposed = len(site.shape) > 1 and is_transposed(site.module)
     if way not in _COUNTERS:
         return [_cut_of_region(site, region, way, transposed)]
@@ -62,18 +73,25 @@ def _cut_of_region(site: Site, region: Block, way: str, transposed: bool) -> Cut
     inputs = 0 if transposed else last
     axes = tuple(range(last + 1)) if way == ELEMENTS else (inputs,)
     pieces = replace(part, axes=axes)
-    label = region.name[len(site.name) + 1 : -1]
-    return Cut((pieces,), site.name, (label,), way.removesuffix("s"), pieces.num_blocks)
+    return Cut(
+        parts=(pieces,),
+        name=site.name,
+        labels=(region.name[len(site.name) + 1 : -1],),
+        counter=way.removesuffix("s"),
+        per_label=pieces.num_blocks,
+    )
 
 
 def _uncut(part: Part) -> Part:
     """A part of one piece, as a region that is not cut."""
-    starts = [part.index[axis].start for axis in part.axes]
-    grid = [part.index[axis].stop - start for axis, start in zip(part.axes, starts, strict=True)]
-    places = np.unravel_index(part.window[0] if part.window else 0, grid)
+    spans = [part.index[axis] for axis in part.axes]
+    grid = [span.stop - span.start for span in spans]
+    number = part.window[0] if part.window else 0
+    places = np.unravel_index(number, grid)
     index = list(part.index)
-    for axis, start, place in zip(part.axes, starts, places, strict=True):
-        index[axis] = slice(start + int(place), start + int(place) + 1)
+    for axis, span, place in zip(part.axes, spans, places, strict=True):
+        at = span.start + int(place)
+        index[axis] = slice(at, at + 1)
     return replace(part, index=tuple(index), axes=(), window=None)
 
 

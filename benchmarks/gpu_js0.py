@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import hessian_tools as ht
 from hessian_tools.app.report import readings_table, summary
-from hessian_tools.app.runs import RunFolder
+from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.curvature.engine.engine import Collect, Spread
 from hessian_tools.curvature.engine.memory import format_bytes
 from hessian_tools.problem import data, zoo

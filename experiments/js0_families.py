@@ -11,7 +11,7 @@ from pathlib import Path
 
 import hessian_tools as ht
 from hessian_tools.app import report
-from hessian_tools.app.runs import RunFolder
+from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.problem import zoo
 
 # name -> knobs of zoo.load; ResNet-18 at full size on small images, so that minutes suffice

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import hessian_tools as ht
 from hessian_tools.app import report
 from hessian_tools.app.partition_text import suggestion_text
-from hessian_tools.app.runs import RunFolder
+from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.problem import data, zoo
 from hessian_tools.problem.problem import Problem
 

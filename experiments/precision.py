@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessian_tools as ht
 from hessian_tools.app import report
-from hessian_tools.app.runs import RunFolder
+from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.curvature.engine.engine import Collect, Spread
 from hessian_tools.problem import zoo
 from hessian_tools.problem.batches import to_device

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import hessian_tools as ht
 from hessian_tools.app import report
-from hessian_tools.app.runs import RunFolder
+from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.problem import zoo
 

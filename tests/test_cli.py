@@ -21,7 +21,7 @@ from test_results import same
 
 import hessian_tools as ht
 from hessian_tools import results
-from hessian_tools.app import cli, runs
+from hessian_tools.app import cli, spectra_command, user_model
 from hessian_tools.curvature.operators import StackedBlocks
 from hessian_tools.plots import spectra as plotting
 from hessian_tools.problem import zoo
@@ -200,7 +200,7 @@ def test_json_on_stdout_is_right_and_alone(capsys):
     assert "a model's noise" in err
     found = json.loads(out)["own.py:problem"]
     assert [block["status"] for block in found["blocks"]] == ["exact"] * 6
-    problem, _ = runs.own_problem("own.py:problem", dtype=torch.float64)
+    problem, _ = user_model.problem_from("own.py:problem", dtype=torch.float64)
     dense, start = dense_hessian(problem), 0
     for block in found["blocks"]:
         part = slice(start, start + block["size"])
@@ -346,7 +346,7 @@ def test_out_of_memory_is_one_line(capsys, monkeypatch):
     def exhausted(*arguments, **keywords):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(cli, "blockwise_slq", exhausted)
+    monkeypatch.setattr(spectra_command, "blockwise_slq", exhausted)
     assert run("js0", "--model", "own.py:net", "--no-verify") == 2
     _, err = said(capsys)
     assert len(err) == 1 and "out of memory" in err[0] and "--memory" in err[0]
@@ -361,7 +361,7 @@ def test_tracebacks_on_demand_and_for_bugs(capsys, monkeypatch):
     def bug(*arguments, **keywords):
         raise KeyError("a mistake of this package")
 
-    monkeypatch.setattr(cli, "blockwise_slq", bug)
+    monkeypatch.setattr(spectra_command, "blockwise_slq", bug)
     with pytest.raises(KeyError, match="a mistake"):
         run("js0", "--model", "own.py:net", *FAST)
 
@@ -517,7 +517,7 @@ def test_a_finished_run_repeated_computes_nothing(capsys, monkeypatch):
         raise AssertionError("computed")
 
     for name in ("HessianOperator", "blockwise_slq", "js_heterogeneity"):
-        monkeypatch.setattr(cli, name, forbidden)
+        monkeypatch.setattr(spectra_command, name, forbidden)
     assert run(*command) == 0
     again, err = said(capsys)
     assert again == out and "nothing is computed" in err[0]
@@ -740,36 +740,38 @@ def test_own_files_are_repaired_once_and_only_where_that_can_help(monkeypatch):
         Path("repaired_by_the_test.py").write_text("")
         return len(calls) == 1
 
-    monkeypatch.setattr(runs, "repair", repair)
-    problem, _ = runs.own_problem("late.py:net")
+    monkeypatch.setattr(user_model, "repair", repair)
+    problem, _ = user_model.problem_from("late.py:net")
     assert problem.num_parameters == 155 and calls == [1]
     with pytest.raises(ValueError, match="KeyError"):
-        runs.own_problem("own.py:fails")
+        user_model.problem_from("own.py:fails")
     assert calls == [1]
 
 
-def test_own_problem_is_seeded_and_overridden():
-    first, identity = runs.own_problem("own.py:problem", seed=3)
+def test_a_users_problem_is_seeded_and_overridden():
+    first, identity = user_model.problem_from("own.py:problem", seed=3)
     assert identity["file"] == "own.py" and identity["function"] == "problem"
     torch.rand(5)
-    again, _ = runs.own_problem("own.py:problem", seed=3, dtype=torch.float64, device="cpu")
+    again, _ = user_model.problem_from("own.py:problem", seed=3, dtype=torch.float64, device="cpu")
     assert again.dtype == torch.float64 and again.batches[0][0].dtype == torch.float64
     assert again.batches[0][1].dtype == torch.int64 and again.loss == pytest.approx(
         first.loss, rel=1e-6
     )
-    assert runs.own_problem("own.py:problem", seed=4)[0].loss != first.loss
+    assert user_model.problem_from("own.py:problem", seed=4)[0].loss != first.loss
     assert [
-        runs.own_problem("own.py:stated", batch_stats=x)[0].batch_stats for x in (None, False)
+        user_model.problem_from("own.py:stated", batch_stats=x)[0].batch_stats
+        for x in (None, False)
     ] == [True, False]
     assert [
-        runs.own_problem("own.py:norm", batch_stats=stats)[0].batch_stats for stats in (True, False)
+        user_model.problem_from("own.py:norm", batch_stats=stats)[0].batch_stats
+        for stats in (True, False)
     ] == [
         True,
         False,
     ]
-    assert runs.fingerprint(
-        runs.own_problem("own.py:norm", batch_stats=True)[0]
-    ) == runs.fingerprint(runs.own_problem("own.py:norm", batch_stats=False)[0])
+    assert user_model.fingerprint(
+        user_model.problem_from("own.py:norm", batch_stats=True)[0]
+    ) == user_model.fingerprint(user_model.problem_from("own.py:norm", batch_stats=False)[0])
 
 
 def test_fingerprint_sees_parameters_buffers_and_data():
@@ -779,7 +781,7 @@ def test_fingerprint_sees_parameters_buffers_and_data():
         batch = (torch.randn(4, 2), torch.randn(4, 2))
         with torch.no_grad():
             change(model, batch)
-        return runs.fingerprint(ht.Problem(model, ht.mse, [batch], batch_stats=False))
+        return user_model.fingerprint(ht.Problem(model, ht.mse, [batch], batch_stats=False))
 
     changes = [
         lambda model, batch: model[0].weight[1, 1].add_(1e-6),

@@ -21,7 +21,7 @@ LAZY = {
     "problem.zoo": {"transformers"},
     "problem.data": {"tokenizers", "PIL"},
     "curvature.symmetric": {"scipy.sparse.linalg"},
-    "app.cli": {"hessian_tools.plots"},
+    "app.spectra_command": {"hessian_tools.plots"},
     "app.partition_command": {"hessian_tools.plots"},
     "app.quadratic_command": {"hessian_tools.plots"},
 }

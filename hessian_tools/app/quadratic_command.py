@@ -11,7 +11,7 @@ import numpy as np
 
 from hessian_tools.app import report
 from hessian_tools.app.options import COUNT, device, positive, say, whole_number
-from hessian_tools.app.runs import RunFolder
+from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
 from hessian_tools.quadratic import (
     BoundCheck,

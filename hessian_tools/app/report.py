@@ -41,29 +41,40 @@ def verdict_text(label: str, js: JSHeterogeneity) -> str:
 
 def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]:
     """The numbers of both tables, JSON-able (non-finite ones as words), for ``--json``."""
-    blocks = [
-        {"name": name, "size": q.size, "rms": _number(q.rms.value), "smallest": _number(q.smallest.value),
-         "largest": _number(q.largest.value), "trace": _number(q.trace.value),
-         "trace_standard_error": _number(q.trace.standard_error), "matvecs": q.num_matvecs, "status": q.status}
-        for name, q in spectra.items()
-    ]  # fmt: skip
-    found: dict[str, Any] = {
-        "blocks": blocks,
+    numbers: dict[str, Any] = {
+        "blocks": [_block_numbers(name, quadrature) for name, quadrature in spectra.items()],
         "matvecs": spectra.num_matvecs,
         "route": spectra.route,
     }
+    notes = [*spectra.notes]
     if js is not None:
-        readings: dict[str, Any] = {**js.readings, "scale_spread": js.scale_spread}
-        found["readings"] = {
+        readings = {**js.readings, "scale_spread": js.scale_spread}
+        numbers["readings"] = {
             name: {
-                "mean": _number(r.mean),
-                "standard_error": _number(r.standard_error),
-                "unit": r.unit,
+                "mean": _number(reading.mean),
+                "standard_error": _number(reading.standard_error),
+                "unit": reading.unit,
             }
-            for name, r in readings.items()
+            for name, reading in readings.items()
         }
-        found["verdict"] = {"decision": js.verdict.decision, "words": str(js.verdict)}
-    return {**found, "notes": [*spectra.notes, *(js.notes if js is not None else ())]}
+        numbers["verdict"] = {"decision": js.verdict.decision, "words": str(js.verdict)}
+        notes += js.notes
+    return {**numbers, "notes": notes}
+
+
+def _block_numbers(name: str, quadrature: Quadrature) -> dict[str, Any]:
+    trace = quadrature.trace
+    return {
+        "name": name,
+        "size": quadrature.size,
+        "rms": _number(quadrature.rms.value),
+        "smallest": _number(quadrature.smallest.value),
+        "largest": _number(quadrature.largest.value),
+        "trace": _number(trace.value),
+        "trace_standard_error": _number(trace.standard_error),
+        "matvecs": quadrature.num_matvecs,
+        "status": quadrature.status,
+    }
 
 
 def _spectrum_row(name: str, q: Quadrature) -> list[str]:

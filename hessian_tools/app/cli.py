@@ -82,7 +82,9 @@ def _explained(error: Exception) -> tuple[int, str] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = _Parser(prog="hessian-tools", description=_ABOUT, epilog=_EPILOG)
+    parser: argparse.ArgumentParser = _Parser(
+        prog="hessian-tools", description=_ABOUT, epilog=_EPILOG
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     spectra_command.add(commands, _EPILOG)
     partition_command.add(commands, _EPILOG)

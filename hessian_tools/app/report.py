@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
+from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, Reading, ScaleSpread
 from hessian_tools.heterogeneity.readings import READINGS
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.tables import plus_minus, table
@@ -48,15 +48,9 @@ def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]
     }
     notes = [*spectra.notes]
     if js is not None:
-        readings = {**js.readings, "scale_spread": js.scale_spread}
-        numbers["readings"] = {
-            name: {
-                "mean": _number(reading.mean),
-                "standard_error": _number(reading.standard_error),
-                "unit": reading.unit,
-            }
-            for name, reading in readings.items()
-        }
+        readings = {name: _reading_numbers(reading) for name, reading in js.readings.items()}
+        readings["scale_spread"] = _reading_numbers(js.scale_spread)
+        numbers["readings"] = readings
         numbers["verdict"] = {"decision": js.verdict.decision, "words": str(js.verdict)}
         notes += js.notes
     return {**numbers, "notes": notes}
@@ -74,6 +68,14 @@ def _block_numbers(name: str, quadrature: Quadrature) -> dict[str, Any]:
         "trace_standard_error": _number(trace.standard_error),
         "matvecs": quadrature.num_matvecs,
         "status": quadrature.status,
+    }
+
+
+def _reading_numbers(reading: Reading | ScaleSpread) -> dict[str, Any]:
+    return {
+        "mean": _number(reading.mean),
+        "standard_error": _number(reading.standard_error),
+        "unit": reading.unit,
     }
 
 

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from problems import dense_hessian, network
+from scipy.stats import t
 from test_partition_check import planted
 
 import hessian_tools as ht
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, cutting, judged_regions
+from hessian_tools.structure.judgement import Levels, judge
 from hessian_tools.structure.mass import Draws, Pilots, _jackknife
 from hessian_tools.structure.probing import cost, measure
 
@@ -126,6 +128,17 @@ def test_contrast_is_the_ratio_of_mean_squares():
     assert at[0] > 0 > at[1]
 
 
+def test_statements_are_t_tests_with_the_freedom_of_their_errors(uneven):
+    mass = masses(uneven, num_probes=4, num_blocks=6)
+    gap = mass.above("rows", WHOLE, 4.0, 0.5)
+    tests = {test.words: test for test in judge(mass, "rows", Levels()).tests}
+    test = tests["rows split the tensor"]
+    deviations = gap.value / gap.standard_error
+    assert 3 <= gap.freedom < 9 and abs(deviations) > 0.5
+    assert test.p_true == pytest.approx(t.sf(deviations, gap.freedom), rel=1e-6)
+    assert test.p_false == pytest.approx(t.cdf(deviations, gap.freedom), rel=1e-6)
+
+
 def test_a_seed_gives_the_same_and_another_gives_others(uneven):
     same, again, other = (masses(uneven, seed=seed).share("rows").value for seed in (1, 1, 2))
     assert same == again != other
@@ -160,6 +173,16 @@ def test_left_out_rows_are_stood_for_by_their_stratum():
     draws = Draws(np.array([[1.0], [3.0], [10.0], [14.0]]), np.array([0, 0, 1, 1]))
     assert draws.total() == 28
     assert [draws.total(row)[0] for row in range(4)] == [30, 26, 32, 24]
+
+
+def test_the_jackknife_of_a_mean_is_its_variance():
+    stream = np.random.default_rng(0)
+    values, strata = stream.standard_normal(12), np.repeat([0, 1], [8, 4])
+    groups = [values[strata == stratum] for stratum in (0, 1)]
+    means = np.array([np.delete(g, i).mean() for g in groups for i in range(len(g))])
+    variance, freedom = _jackknife(means, strata)
+    assert variance == pytest.approx(sum(g.var(ddof=1) / len(g) for g in groups))
+    assert freedom == 7 + 3
 
 
 def test_pairs_of_pilots_are_unbiased_for_squares():

@@ -130,6 +130,61 @@ def test_errors_of_two_probes_and_of_two_draws():
     assert drawn.tensor_mass_error[0, 0] == pytest.approx(abs(one - other)) and one != other
 
 
+def test_errors_are_what_estimates_vary_by():
+    _, found = runs(None, 8)
+    varied = np.var([c.mass for c in found], axis=0, ddof=1)
+    stated = np.mean([c.mass_error**2 for c in found], axis=0)
+    diagonal = np.eye(len(varied), dtype=bool)
+    for entries in (diagonal, ~diagonal):
+        ratio = stated[entries].sum() / varied[entries].sum()
+        assert 0.75 < ratio < 1.4, ratio
+
+
+def by_hand(squares: list, **changed) -> ht.Coupling:
+    """The Coupling of squares (k, D, S) of blocks that are all in one tensor, a column each."""
+    table = np.array(squares, float)
+    count = table.shape[1]
+    fields = {
+        "names": tuple("abc"[:count]),
+        "groups": ("t",),
+        "layers": ("t",),
+        "group_of": np.zeros(count, int),
+        "num_blocks": np.array([count]),
+        "columns": np.arange(count),
+        "weights": np.ones(count),
+        "drawn": np.array([False]),
+        "squares": table,
+        "by_group": table.sum(2, keepdims=True),
+        "exact": False,
+        "num_matvecs": count * len(table),
+        "seed": 0,
+        "probes": "rademacher",
+        "route": "by hand",
+    }
+    return ht.Coupling(**fields | changed)
+
+
+def test_errors_across_probes_by_hand():
+    # column 0 is (1, 2), then (3, 6); column 1 is (4, 5), then (4, 9)
+    found = by_hand([[[1, 2], [4, 5]], [[3, 6], [4, 9]]])
+    assert found.mass.tolist() == [[2, 4], [4, 7]]
+    # variances of the means: 1 and 4 in column 0, 0 and 4 in column 1; columns are independent
+    assert np.allclose(found.mass_error, [[1, np.sqrt(4 + 0) / 2], [np.sqrt(4 + 0) / 2, 2]])
+    # sums of the columns: 3 and 9, whose mean has variance 9; 9 and 13, 4
+    assert np.allclose(found.tensor_mass_error, np.sqrt(9 + 4))
+
+
+def test_errors_across_draws_by_hand():
+    squares = [[[1, 0, 0], [0, 2, 0], [0, 0, 6]]]
+    found = by_hand(squares, drawn=np.array([True]), num_blocks=np.array([9]))
+    # draws of 1, 2 and 6: their variance is 14 / 2, that of the sum of three 3 times as large
+    assert np.allclose(found.tensor_mass, 9) and np.allclose(found.tensor_mass_error, np.sqrt(21))
+    doubled = by_hand(
+        squares, drawn=np.array([True]), num_blocks=np.array([9]), weights=np.full(3, 2.0)
+    )
+    assert np.allclose(doubled.tensor_mass_error, 2 * np.sqrt(21))
+
+
 # the errors of a ratio of few draws are those of a linearisation: too small at 3 draws (73 % of these within two)
 @pytest.mark.parametrize("num_blocks", [None, 5])
 def test_shares_are_right_within_their_errors(num_blocks):

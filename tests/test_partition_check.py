@@ -12,7 +12,7 @@ import hessian_tools as ht
 from hessian_tools.blocks.block import Cut, Part
 from hessian_tools.structure import judgement as partition_verdict
 from hessian_tools.structure.check import _suggested
-from hessian_tools.structure.judgement import CONTRADICTED, VERDICTS, Statement
+from hessian_tools.structure.judgement import CONTRADICTED, VERDICTS, Answer, Statement
 from hessian_tools.structure.report import CutEvidence
 
 ROWS, COLUMNS = 16, 12
@@ -335,6 +335,21 @@ def test_the_error_rates_told_are_those_measured():
     others = sum(counted({verdict}, wrong - {verdict}) for verdict in wrong)
     assert (others, contradicted) == partition_verdict.TAKEN_FOR_ANOTHER_WRONG
     assert f"{right:,} right claims" in ht.check_partition(network("mlp"), "tensor").reliability
+
+
+def test_alpha_is_divided_by_the_number_of_tests():
+    """Of whole, elements, rows and columns, five pairs are one cut within another, and rows and
+    columns are tested against each other twice."""
+    found = check(planted((ROWS, COLUMNS), "rows", noise=0.4), "rows", alpha=0.07)
+    assert len(found.tests) > 3
+    assert [test.level for test in found.tests] == pytest.approx([0.07 / 7] * len(found.tests))
+
+
+def test_answers_are_a_three_valued_logic():
+    yes, no, unclear = Answer.YES, Answer.NO, Answer.UNCLEAR
+    assert [~answer for answer in (yes, no, unclear)] == [no, yes, unclear]
+    assert yes & yes is yes and yes & unclear is unclear and unclear & no is no
+    assert no | no is no and no | unclear is unclear and unclear | yes is yes
 
 
 def test_answers_of_tests():

@@ -65,14 +65,14 @@ def judged(problem: Problem, time: str, knobs: dict[str, Any], folder: RunFolder
             on_tensor=lambda tensor, kept, prefix=prefix: folder.journal.append(prefix + tensor, kept),
         )  # fmt: skip
     weights = ht.partition(problem.model, "weights", only=knobs["only"])
-    found["extremes"] = ht.block_extremes(hessian, weights, num_steps=knobs["steps"], seed=SEED)
+    found["extremes"] = ht.structure.block_extremes(hessian, weights, num_steps=knobs["steps"], seed=SEED)
     found["suggestions"] = {
         name: suggestion_text(problem, own)
         for name, own in found["reports"].items()
         if name != "stored rows"
     }
     claimed = ht.partition(problem.model, "adam_mini", only=knobs["only"])
-    found["savings"] = {"adam_mini": str(ht.state_savings(problem.model, claimed))}
+    found["savings"] = {"adam_mini": str(ht.blocks.state_savings(problem.model, claimed))}
     found["savings"] |= {
         f"suggested from {name}": str(own.savings) for name, own in found["reports"].items()
     }

@@ -50,7 +50,7 @@ def operator(model: str, knobs: dict[str, int]) -> tuple[ht.HessianOperator, ht.
     return ht.HessianOperator(problem, memory="4GiB"), ht.partition(problem.model, "weights")
 
 
-def summary(js: ht.JSHeterogeneity) -> dict[str, Any]:
+def summary(js: ht.heterogeneity.JSHeterogeneity) -> dict[str, Any]:
     """Means, errors and biases by reading ("scale" as well), without the matrices."""
     found = {
         name: {"mean": r.mean, "error": r.standard_error, "bias": r.bias}

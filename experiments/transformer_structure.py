@@ -7,7 +7,7 @@ fewer than 5,000 times read as a space, embedding and output layer not tied, den
 at initialisation, at 1 % of training and at its end.
 
 The share of a tensor's mass (squared Frobenius norm) inside the claimed blocks, and inside those of every other cut
-(``ht.alternatives``), stands against the permutation null: entries of the same Hessian dealt to blocks of these sizes
+(``ht.blocks.alternatives``), stands against the permutation null: entries of the same Hessian dealt to blocks of these sizes
 at random. Its mean is D + (1 - D) (n - 1) / (N - 1), D being the diagonal's share, N the tensor's entries, n a block's;
 its largest of PERMUTATIONS draws is printed. The excess is (share - mean) / (1 - mean): 0 by chance, 1 block-diagonal.
 The verdict is that of ``ht.check_partition`` on these matrices. `python figures/transformer_structure.py` draws it.
@@ -77,7 +77,7 @@ def trained(tokens: Tensor, vocabulary: int, steps: int) -> Iterator[tuple[str, 
         optimizer.step()
 
 
-def judged(model: nn.Module, matrices: dict[str, np.ndarray]) -> ht.PartitionReport:
+def judged(model: nn.Module, matrices: dict[str, np.ndarray]) -> ht.structure.PartitionReport:
     """The checker on a quadratic loss of these very Hessians, by parameter: as on the network, in less time."""
     fixed = {name: torch.from_numpy(matrix) for name, matrix in matrices.items()}
 
@@ -115,7 +115,7 @@ def against_chance(
 ) -> dict[str, Any]:
     """For every cut of a tensor into more than one block and fewer than its entries: share, chance, excess."""
     squares, stream, found = np.square(matrix), np.random.default_rng(SEED), {}
-    for name, cut in ht.alternatives(model, parameter).items():
+    for name, cut in ht.blocks.alternatives(model, parameter).items():
         if name not in ("whole", "elements"):
             part = cut.parts[0]
             owner = torch.zeros(part.shape, dtype=torch.int64)

@@ -25,7 +25,7 @@ TITLES = {
 def main(
     source: str = "results/js0_families/result", target: str = __file__.replace(".py", ".png")
 ) -> None:
-    found: dict[str, ht.JSHeterogeneity] = ht.load(source)
+    found: dict[str, ht.heterogeneity.JSHeterogeneity] = ht.load(source)
     names = list(found)
     figure, axes = plt.subplots(
         1, len(TITLES), figsize=(13, 0.34 * len(names) + 1.6), sharey=True, layout="constrained"

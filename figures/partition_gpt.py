@@ -23,7 +23,7 @@ TOKENS = {"transformer.wte.weight": {"rows": "tokens", "columns": "features"},
           "transformer.wpe.weight": {"rows": "positions", "columns": "features"}}  # fmt: skip
 
 
-def cell(report: ht.PartitionReport, name: str) -> tuple[str, str, str] | None:
+def cell(report: ht.structure.PartitionReport, name: str) -> tuple[str, str, str] | None:
     """Verdict, words, and the verdict by the estimates alone, on one weight or the tensor that it is a role of."""
     found = next((t for t in report.tensors if t.name in (name, name.partition("[")[0])), None)
     if found is None:

@@ -48,7 +48,7 @@ def test_adam_helps_near_diagonal_matrices_and_harms_dense_ones(size, kappa, ang
     generator = np.random.default_rng(0)
     for angle, tau, r in zip(angles, taus, ratios, strict=True):
         pairs = [rotated(size, kappa, angle, generator) for _ in range(120)]
-        found = ht.adam_conditioning(
+        found = ht.structure.adam_conditioning(
             np.stack([m for m, _ in pairs]), np.stack([g for _, g in pairs])
         )
         assert np.median(found.tau) == pytest.approx(tau, abs=0.02)
@@ -61,7 +61,7 @@ def test_adam_helps_near_diagonal_matrices_and_harms_dense_ones(size, kappa, ang
 def test_it_is_what_numpy_says():
     factor = GENERATOR.standard_normal((3, 8, 8))
     matrix, gradient = factor @ factor.transpose(0, 2, 1), GENERATOR.standard_normal((3, 8))
-    found = ht.adam_conditioning(matrix, gradient)
+    found = ht.structure.adam_conditioning(matrix, gradient)
     for i in range(3):
         values = np.linalg.eigvals(
             matrix[i] / np.abs(gradient[i])[:, None]
@@ -70,9 +70,9 @@ def test_it_is_what_numpy_says():
         assert np.isclose(found.kappa_adam[i], values.real.max() / values.real.min())
         assert np.isclose(found.r[i], found.kappa_adam[i] / found.kappa[i])
         assert np.isclose(found.tau[i], np.abs(np.diag(matrix[i])).sum() / np.abs(matrix[i]).sum())
-    single = ht.adam_conditioning(matrix[1], gradient[1])
+    single = ht.structure.adam_conditioning(matrix[1], gradient[1])
     assert np.isclose(single.kappa, found.kappa[1]) and np.shape(single.r) == ()
-    with_eps = ht.adam_conditioning(
+    with_eps = ht.structure.adam_conditioning(
         matrix[1], gradient[1], eps=1e9
     )  # the preconditioner is a constant then
     assert np.isclose(with_eps.r, 1.0)
@@ -80,7 +80,7 @@ def test_it_is_what_numpy_says():
 
 def test_a_diagonal_matrix_with_its_own_gradient():
     start = np.array([0.5, -2.0, 1.0, 4.0])
-    found = ht.adam_conditioning(
+    found = ht.structure.adam_conditioning(
         np.diag([1.0, 10.0, 100.0, 1000.0]), np.array([1.0, 10.0, 100.0, 1000.0]) * start
     )
     assert (
@@ -90,22 +90,22 @@ def test_a_diagonal_matrix_with_its_own_gradient():
 
 def test_negative_and_vanishing_eigenvalues_are_told():
     matrix = np.diag([4.0, -2.0, -1.0, 1e-20, 0.0])
-    found = ht.adam_conditioning(matrix, np.ones(5))
+    found = ht.structure.adam_conditioning(matrix, np.ones(5))
     assert (found.kappa, found.negative, found.dropped) == (4, 2, 2)
     assert (found.kappa_adam, found.negative_adam, found.dropped_adam) == (4, 2, 2)
-    assert ht.adam_conditioning(matrix, np.ones(5), relative_floor=0.3).kappa == 2
-    assert ht.adam_conditioning(matrix, np.ones(5), relative_floor=0.3).dropped == 3
-    zero = ht.adam_conditioning(np.zeros((2, 2)), np.ones(2))
+    assert ht.structure.adam_conditioning(matrix, np.ones(5), relative_floor=0.3).kappa == 2
+    assert ht.structure.adam_conditioning(matrix, np.ones(5), relative_floor=0.3).dropped == 3
+    zero = ht.structure.adam_conditioning(np.zeros((2, 2)), np.ones(2))
     assert np.isnan(zero.kappa) and np.isnan(zero.r) and np.isnan(zero.tau) and zero.dropped == 2
 
 
 def test_coordinates_without_gradient():
     matrix, gradient = np.diag([1.0, 8.0, 1000.0]), np.array([1.0, 2.0, 0.0])
-    found = ht.adam_conditioning(matrix, gradient)
+    found = ht.structure.adam_conditioning(matrix, gradient)
     assert found.without_gradient == 1 and np.isclose(found.kappa, 1000)
     assert np.isclose(found.kappa_adam, 4) and np.isclose(found.r, 0.5) and found.dropped_adam == 0
-    assert ht.adam_conditioning(matrix, gradient, eps=1e-8).without_gradient == 0
-    assert np.isnan(ht.adam_conditioning(matrix, np.zeros(3)).r)
+    assert ht.structure.adam_conditioning(matrix, gradient, eps=1e-8).without_gradient == 0
+    assert np.isnan(ht.structure.adam_conditioning(matrix, np.zeros(3)).r)
 
 
 @pytest.mark.parametrize(
@@ -117,16 +117,16 @@ def test_coordinates_without_gradient():
 )
 def test_bad_matrices(arguments, told):
     with pytest.raises(ValueError, match=re.escape(told)):
-        ht.adam_conditioning(*arguments)
+        ht.structure.adam_conditioning(*arguments)
     with pytest.raises(ValueError, match="eps is -1"):
-        ht.adam_conditioning(np.eye(2), np.ones(2), eps=-1)
+        ht.structure.adam_conditioning(np.eye(2), np.ones(2), eps=-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_blocks_of_a_network(dtype):
     problem = network("layernorm", dtype)
     partition = ht.partition(problem.model, "neuron")
-    found = ht.block_conditioning(problem, partition)
+    found = ht.structure.block_conditioning(problem, partition)
     referee = network("layernorm")
     for mine, given in zip(referee.parameters.values(), problem.parameters.values(), strict=True):
         mine.data.copy_(given.data)
@@ -143,7 +143,7 @@ def test_blocks_of_a_network(dtype):
         assert found.sizes[i] == len(index)
         if dtype == torch.float64:  # batches differ by rounding otherwise
             assert found.values.negative[i] == (values < -1e-14 * np.abs(values).max()).sum()
-            expected = ht.adam_conditioning(dense[np.ix_(index, index)], gradient[index])
+            expected = ht.structure.adam_conditioning(dense[np.ix_(index, index)], gradient[index])
             if found.values.dropped[i] == expected.dropped == 0:
                 assert np.isclose(
                     found.values.kappa[i], np.abs(values).max() / np.abs(values).min(), rtol=1e-6
@@ -170,8 +170,8 @@ def test_the_gradient_is_that_of_the_pooled_loss():
 def test_some_blocks_of_some_cuts():
     problem = network("mlp")
     partition = ht.partition(problem.model, "neuron")
-    found = ht.block_conditioning(problem, partition, num_blocks=2, max_size=5, seed=1)
-    every = ht.block_conditioning(problem, partition, max_size=5)
+    found = ht.structure.block_conditioning(problem, partition, num_blocks=2, max_size=5, seed=1)
+    every = ht.structure.block_conditioning(problem, partition, max_size=5)
     assert [note.split(":")[0] for note in found.notes] == ["0.weight", "0.bias", "2.weight"]
     assert len(every.names) == 7 and len(found.names) == 3 and "exceed max_size=5" in every.notes[0]
     for name, kappa in zip(found.names, found.values.kappa, strict=True):
@@ -179,18 +179,18 @@ def test_some_blocks_of_some_cuts():
             kappa, every.values.kappa[every.names.index(name)], rtol=1e-6, equal_nan=True
         )
     with pytest.raises(ValueError, match=r"max_size is 1, but the smallest block has \d+ entries"):
-        ht.block_conditioning(
+        ht.structure.block_conditioning(
             problem, [block for block in partition if block.numel > 1], max_size=1
         )
     with pytest.raises(ValueError, match="num_blocks 0"):
-        ht.block_conditioning(problem, partition, num_blocks=0)
+        ht.structure.block_conditioning(problem, partition, num_blocks=0)
 
 
 def test_extremes_of_all_blocks():
     problem = network("lstm")
     partition = ht.partition(problem.model, "tensor")
     found, dense = (
-        ht.block_extremes(problem, partition, num_steps=10),
+        ht.structure.block_extremes(problem, partition, num_steps=10),
         ht.dense_block(problem, partition),
     )
     assert found.names == dense.names and found.num_matvecs == sum(
@@ -214,7 +214,9 @@ def test_extremes_of_all_blocks():
 def test_extremes_grow_tight_with_steps():
     problem = network("layernorm")
     partition = ht.partition(problem.model, "tensor")
-    few, many = (ht.block_extremes(problem, partition, num_steps=steps) for steps in (3, 20))
+    few, many = (
+        ht.structure.block_extremes(problem, partition, num_steps=steps) for steps in (3, 20)
+    )
     assert few.largest_bound.max() > 10 * many.largest_bound.max()
     assert (few.largest <= many.largest + 1e-12).all() and (
         few.smallest >= many.smallest - 1e-12
@@ -224,8 +226,8 @@ def test_extremes_grow_tight_with_steps():
 def test_results_are_saved(tmp_path):
     problem = network("mlp")
     for result in (
-        ht.block_conditioning(problem, "tensor"),
-        ht.block_extremes(problem, ht.partition(problem.model, "tensor")),
+        ht.structure.block_conditioning(problem, "tensor"),
+        ht.structure.block_extremes(problem, ht.partition(problem.model, "tensor")),
     ):
         ht.save(result, tmp_path / "result")
         assert ht.load(tmp_path / "result").names == result.names

@@ -56,7 +56,7 @@ def random_planted() -> ht.Problem:
 @functools.cache
 def runs(
     num_blocks: int | None, num_probes: int, num_pilot: int = 2
-) -> tuple[ht.Coupling, list[ht.Coupling]]:
+) -> tuple[ht.structure.Coupling, list[ht.structure.Coupling]]:
     problem, hessian = random_planted(), ht.HessianOperator(random_planted())
     partition = ht.partition(problem.model, ROWS)
     options = {

@@ -114,7 +114,7 @@ def test_lanczos_reads_no_value(name, record):
     "read", [lambda v: float(v.sum()), lambda v: bool((v > 0).any()), lambda v: v[v > 0]]
 )
 def test_a_value_that_is_read_is_found(read):
-    operator = ht.DiagonalOperator(torch.arange(1.0, 9.0))
+    operator = ht.curvature.DiagonalOperator(torch.arange(1.0, 9.0))
     plain = operator.matmat
     operator.matmat = lambda v: (read(v), plain(v))[1]
     with Waits() as waits:

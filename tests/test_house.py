@@ -2,13 +2,17 @@
 
 import ast
 import graphlib
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import hessian_tools
 
 ROOT = Path(__file__).parent.parent
 # the reading order of the folders, and of what lies beside them: each may import only what stands before it
@@ -27,6 +31,7 @@ LAZY = {
 }
 FOLDERS = ("hessian_tools", "experiments", "figures", "tests", "benchmarks")
 PACKAGE = ROOT / "hessian_tools"
+EXPORTING = "problem blocks curvature spectra heterogeneity structure quadratic".split()
 MODULES = {  # by dotted name inside the package
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
         path.read_text()
@@ -95,6 +100,23 @@ def test_imports_inside_functions_are_the_heavy_ones(module):
     assert all(
         any(name == heavy or name.startswith(f"{heavy}.") for heavy in allowed) for name in inner
     ), inner
+
+
+def test_the_top_holds_about_25_names_and_shadows_no_folder():
+    top = hessian_tools.__all__
+    assert len(top) == len(set(top)) <= 26
+    for name in top:
+        value = getattr(hessian_tools, name)
+        is_module = isinstance(value, ModuleType)
+        assert is_module == (name in MODULES), f"ht.{name} shadows hessian_tools.{name}"
+
+
+@pytest.mark.parametrize("folder", EXPORTING)
+def test_folders_export_public_names_and_shadow_no_module(folder):
+    package = importlib.import_module(f"hessian_tools.{folder}")
+    for name in package.__all__:
+        assert hasattr(package, name)
+        assert f"{folder}.{name}" not in MODULES, f"{folder}.{name} shadows a module"
 
 
 def test_import_loads_nothing_heavy():

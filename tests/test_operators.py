@@ -10,9 +10,11 @@ import hessian_tools as ht
 
 MATRIX = torch.tensor([[2.0, -1.0, 0.0], [-1.0, 3.0, 0.5], [0.0, 0.5, -4.0]], dtype=torch.float64)
 OPERATORS = {
-    "dense": lambda: ht.DenseOperator(MATRIX),
-    "diagonal": lambda: ht.DiagonalOperator(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)),
-    "scipy": lambda: ht.ScipyOperator(
+    "dense": lambda: ht.curvature.DenseOperator(MATRIX),
+    "diagonal": lambda: ht.curvature.DiagonalOperator(
+        torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    ),
+    "scipy": lambda: ht.curvature.ScipyOperator(
         LinearOperator((3, 3), matvec=lambda v: MATRIX.numpy() @ v, dtype=np.float64)
     ),
     "hessian": lambda: ht.HessianOperator(network("mlp")),
@@ -71,11 +73,14 @@ def test_wrong_vectors_are_refused(vectors, error, words):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: ht.DenseOperator(torch.zeros(2, 3)), "square"),
-        (lambda: ht.DenseOperator(torch.tensor([[0.0, 1.0], [0.0, 0.0]])), "not symmetric"),
-        (lambda: ht.DenseOperator(torch.full((2, 2), float("nan"))), "not symmetric"),
-        (lambda: ht.DiagonalOperator(torch.zeros(2, 2)), "vector of shape"),
-        (lambda: ht.ScipyOperator(aslinearoperator(np.ones((2, 3)))), "square"),
+        (lambda: ht.curvature.DenseOperator(torch.zeros(2, 3)), "square"),
+        (
+            lambda: ht.curvature.DenseOperator(torch.tensor([[0.0, 1.0], [0.0, 0.0]])),
+            "not symmetric",
+        ),
+        (lambda: ht.curvature.DenseOperator(torch.full((2, 2), float("nan"))), "not symmetric"),
+        (lambda: ht.curvature.DiagonalOperator(torch.zeros(2, 2)), "vector of shape"),
+        (lambda: ht.curvature.ScipyOperator(aslinearoperator(np.ones((2, 3)))), "square"),
     ],
 )
 def test_what_is_no_symmetric_operator_is_refused(make, words):

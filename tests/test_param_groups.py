@@ -8,7 +8,7 @@ from architectures import ARCHITECTURES, HEADS, KV, D, F, gpt2, llama, mixtral
 from torch import nn
 
 from hessian_tools.blocks.adam_mini import adam_mini_names
-from hessian_tools.blocks.adam_mini_arguments import adam_mini_arguments
+from hessian_tools.blocks.adam_mini_call import adam_mini_arguments
 from hessian_tools.blocks.block import Cut, Part
 from hessian_tools.blocks.param_groups import (
     param_groups,

@@ -125,7 +125,9 @@ def test_out_keeps_the_report_the_suggestion_and_pictures(capsys, tmp_path):
     assert names == {"config.json", "result.json", "result.npz", "suggestion.json", "optimizer.txt", "evidence.png",
                      "hessian.png"}  # fmt: skip
     kept = ht.load(folder / "result")
-    assert code == bool(kept["report"].contradicted) and isinstance(kept["drawn"], ht.DenseBlock)
+    assert code == bool(kept["report"].contradicted) and isinstance(
+        kept["drawn"], ht.structure.DenseBlock
+    )
     assert (
         len(kept["drawn"].matrix) == 83 and "Adam_mini(" in (folder / "optimizer.txt").read_text()
     )
@@ -145,7 +147,7 @@ def test_a_larger_model_is_drawn_by_the_coupling_of_its_tensors(monkeypatch, tmp
     run("partition", "--model", "own.py:net", "--no-verify", "--out", "out", "--coupling", "3")
     assert (tmp_path / "out" / "coupling.png").read_bytes().startswith(b"\x89PNG")
     drawn = ht.load(tmp_path / "out" / "result")["drawn"]
-    assert isinstance(drawn, ht.Coupling) and drawn.groups == (
+    assert isinstance(drawn, ht.structure.Coupling) and drawn.groups == (
         "0.weight",
         "0.bias",
         "2.weight",

@@ -48,10 +48,14 @@ def samples():
     found.append(found[4].axis)
     uncertainty = Uncertainty(*np.arange(1.0, 1.0 + len(dataclasses.fields(Uncertainty))).tolist())
     history = Round(12, {"log": 0.5}, {"log": uncertainty}, ("a.weight",))
-    found += [uncertainty, history, ht.AdaptiveJS0(spectra, js, (history,), 0.05, ("log",), False)]
+    found += [
+        uncertainty,
+        history,
+        ht.heterogeneity.AdaptiveJS0(spectra, js, (history,), 0.05, ("log",), False),
+    ]
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     partition = ht.partition(model, "neuron")
-    arguments = ht.adam_mini_arguments(model, partition)
+    arguments = ht.blocks.adam_mini_arguments(model, partition)
     found += [
         partition,
         partition.cuts[0].chunk(1, 2),
@@ -59,7 +63,7 @@ def samples():
         arguments,
         arguments.keywords,
     ]
-    found += [ht.state_savings(model, partition)]
+    found += [ht.blocks.state_savings(model, partition)]
     report = ht.check_partition(
         ht.Problem(model, ht.mse, [(torch.randn(4, 2), torch.randn(4, 2))]), partition
     )
@@ -73,13 +77,13 @@ def samples():
     problem = ht.Problem(
         model.double(), ht.mse, [(torch.randn(4, 2).double(), torch.randn(4, 2).double())]
     )
-    conditioning = ht.block_conditioning(problem, "neuron")
+    conditioning = ht.structure.block_conditioning(problem, "neuron")
     found += [
         ht.dense_block(problem, partition),
         ht.coupling(problem, partition, num_probes=2),
         conditioning,
     ]
-    found += [conditioning.values, ht.block_extremes(problem, partition)]
+    found += [conditioning.values, ht.structure.block_extremes(problem, partition)]
     case, few = quadratic.case(3), {"num_starts": 2, "num_steps": 10}
     found += [
         quadratic.run(case, "gd", **few),

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hessian_tools.blocks.adam_mini_arguments import AdamMiniArguments, adam_mini_arguments
+from hessian_tools.blocks.adam_mini_call import AdamMiniArguments, adam_mini_arguments
 from hessian_tools.blocks.param_groups import patterns
 from hessian_tools.problem.problem import Problem
 from hessian_tools.structure.conditioning import BlockConditioning, BlockExtremes

@@ -1,1 +1,29 @@
-"""How a model's parameters are cut into named blocks."""
+"""HOW the parameters are cut into named blocks.
+
+Reading order: block, partition, presets, specification; what layers and attention are is found by
+survey, attention, token_tables, weight_axes; param_groups and adam_mini speak to optimizers.
+"""
+
+from hessian_tools.blocks.adam_mini import adam_mini_names
+from hessian_tools.blocks.adam_mini_call import AdamMiniArguments, adam_mini_arguments
+from hessian_tools.blocks.block import Block, Cut, Part
+from hessian_tools.blocks.param_groups import StateSavings, state_savings
+from hessian_tools.blocks.partition import Partition
+from hessian_tools.blocks.presets import PRESETS, Preset, alternatives
+from hessian_tools.blocks.specification import AXES
+
+__all__ = [
+    "AXES",
+    "PRESETS",
+    "AdamMiniArguments",
+    "Block",
+    "Cut",
+    "Part",
+    "Partition",
+    "Preset",
+    "StateSavings",
+    "adam_mini_arguments",
+    "adam_mini_names",
+    "alternatives",
+    "state_savings",
+]

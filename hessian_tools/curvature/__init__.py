@@ -1,1 +1,39 @@
-"""Products with the Hessian: exact, within a memory budget, verified."""
+"""Products with curvature matrices: exact, within a memory budget, verified.
+
+Reading order: symmetric, operators, hessian, referees, verification; how products are computed is in
+engine, the compiled route in tangent.
+"""
+
+from hessian_tools.curvature.engine.plan import Plan
+from hessian_tools.curvature.engine.recompute import Segments
+from hessian_tools.curvature.hessian import HessianOperator, as_operator, in_float64
+from hessian_tools.curvature.operators import Columns, CurvatureOperator, StackedBlocks
+from hessian_tools.curvature.referees import Reference, finite_difference, float64_copy
+from hessian_tools.curvature.symmetric import (
+    DenseOperator,
+    DiagonalOperator,
+    ScipyOperator,
+    SymmetricOperator,
+)
+from hessian_tools.curvature.verification import Check, Verification, verify
+
+__all__ = [
+    "Check",
+    "Columns",
+    "CurvatureOperator",
+    "DenseOperator",
+    "DiagonalOperator",
+    "HessianOperator",
+    "Plan",
+    "Reference",
+    "ScipyOperator",
+    "Segments",
+    "StackedBlocks",
+    "SymmetricOperator",
+    "Verification",
+    "as_operator",
+    "finite_difference",
+    "float64_copy",
+    "in_float64",
+    "verify",
+]

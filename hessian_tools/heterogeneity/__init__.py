@@ -1,1 +1,30 @@
-"""How different the spectra of blocks are: readings, their errors, a verdict."""
+"""How different the spectra of blocks are: readings, their errors, a verdict.
+
+Reading order: measure, readings, comparison, block_heterogeneity, verdict; adaptive and growing add
+probes and steps until a reading is known well enough.
+"""
+
+from hessian_tools.heterogeneity.adaptive import AdaptiveJS0, Uncertainty, adaptive_js0
+from hessian_tools.heterogeneity.block_heterogeneity import (
+    JSHeterogeneity,
+    Reading,
+    ScaleSpread,
+    js_heterogeneity,
+)
+from hessian_tools.heterogeneity.measure import Measure, PairMeasure
+from hessian_tools.heterogeneity.readings import READINGS
+from hessian_tools.heterogeneity.verdict import Verdict
+
+__all__ = [
+    "READINGS",
+    "AdaptiveJS0",
+    "JSHeterogeneity",
+    "Measure",
+    "PairMeasure",
+    "Reading",
+    "ScaleSpread",
+    "Uncertainty",
+    "Verdict",
+    "adaptive_js0",
+    "js_heterogeneity",
+]

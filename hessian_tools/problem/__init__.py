@@ -1,1 +1,27 @@
-"""What is studied: a model, a loss and data. First ``problem``; then networks and data that come with the package."""
+"""WHAT is studied: a model, a loss and data.
+
+Reading order: problem, losses, batches, evaluation, gradient; then what comes with the package: zoo,
+networks, data, vision.
+"""
+
+from hessian_tools.problem.gradient import mean_gradient
+from hessian_tools.problem.losses import (
+    CrossEntropy,
+    HuggingFace,
+    MeanSquaredError,
+    cross_entropy,
+    huggingface,
+    mse,
+)
+from hessian_tools.problem.problem import Problem
+
+__all__ = [
+    "CrossEntropy",
+    "HuggingFace",
+    "MeanSquaredError",
+    "Problem",
+    "cross_entropy",
+    "huggingface",
+    "mean_gradient",
+    "mse",
+]

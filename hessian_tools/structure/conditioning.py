@@ -1,7 +1,7 @@
 """The condition of a Hessian's diagonal blocks, with and without Adam's preconditioner, and their
 extreme eigenvalues.
 
-kappa, r and tau are defined in :mod:`hessian_tools.structure.adam_conditioning`.
+kappa, r and tau are defined in :mod:`hessian_tools.structure.adam_preconditioning`.
 
 Letters: B blocks, n entries of a block, r unit vectors.
 """
@@ -24,7 +24,7 @@ from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
 from hessian_tools.spectra.quadrature import Quadrature
 from hessian_tools.spectra.slq import blockwise_slq
-from hessian_tools.structure.adam_conditioning import (
+from hessian_tools.structure.adam_preconditioning import (
     AdamConditioning,
     Floats,
     Integers,

@@ -30,7 +30,7 @@ Integers = NDArray[np.int64]
 class AdamConditioning:
     """kappa, tau and r of matrices with leading shape (...), which all fields have.
 
-    See :mod:`hessian_tools.structure.adam_conditioning`.
+    See :mod:`hessian_tools.structure.adam_preconditioning`.
     """
 
     kappa: Floats  # of H

@@ -75,7 +75,7 @@ LLAMA_MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "s
                   "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
 
-def token_loss(model: nn.Module, batch: data.Batch) -> Tensor:
+def token_loss(model: nn.Module, batch: data.LabelledBatch) -> Tensor:
     """Mean cross-entropy (nats) in float32, also of logits in bfloat16."""
     inputs, targets = batch
     return F.cross_entropy(model(inputs).logits.flatten(0, 1).float(), targets.flatten())

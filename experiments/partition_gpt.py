@@ -40,7 +40,7 @@ SMOKE = {"training": 2, "sequences": 1, "context": 8, "batch": 2, "probes": 3, "
 OUT = Path("results/partition_gpt")
 
 
-def trained(model: torch.nn.Module, batches: list[data.Batch]) -> float:
+def trained(model: torch.nn.Module, batches: list[data.LabelledBatch]) -> float:
     """Adam on each batch once; the last loss."""
     optimizer, loss = torch.optim.Adam(model.parameters(), RATE, betas=(0.9, 0.95)), torch.zeros(())
     for batch in tqdm(batches, unit="step", disable=None):

@@ -124,7 +124,9 @@ def against_chance(
     return found
 
 
-def structure(model: NanoGPT, batches: list[data.Batch], permutations: int) -> dict[str, Any]:
+def structure(
+    model: NanoGPT, batches: list[data.LabelledBatch], permutations: int
+) -> dict[str, Any]:
     """All that is drawn and printed of one time, by tensor."""
     problem = ht.Problem(model, ht.cross_entropy, batches)
     tensors = ht.partition(model, "tensor")

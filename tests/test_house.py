@@ -22,7 +22,7 @@ ORDER = (
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the command line
 LAZY = {
-    "problem.zoo": {"transformers"},
+    "problem.specs": {"transformers"},
     "problem.data": {"tokenizers", "PIL"},
     "curvature.symmetric": {"scipy.sparse.linalg"},
     "app.spectra_command": {"hessian_tools.plots"},

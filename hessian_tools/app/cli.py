@@ -105,8 +105,10 @@ def _models(arguments: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     header = ("name", "family", "parameters", "default data", "description")
-    cells = [
-        [row["name"], row["family"], f"{row['parameters']:,}", row["data"], row["description"]]
-        for row in rows
-    ]
+    columns = ("name", "family", "parameters", "data", "description")
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
     print(table(header, cells, left=2))
+
+
+def _cell(value: str | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else value

@@ -1,4 +1,5 @@
-"""Masses inside blocks against the dense Hessian: exactly, within stated errors over seeds, and the null model."""
+"""Masses inside blocks against the dense Hessian: exactly, within stated errors over seeds, and the
+null model."""
 
 import numpy as np
 import pytest
@@ -40,9 +41,11 @@ def by_hand(matrix, rows, columns):
     total = squares.sum()
     pairs = squares.reshape(rows // 2, 2, columns, rows // 2, 2, columns)
     found = {
-        "rows": np.einsum("iaib->", squares), "columns": np.einsum("iaja->", squares),
-        ELEMENTS: np.einsum("iaia->", squares), f"rows, in {rows // 2} groups": np.einsum("iuaivb->", pairs),
-    }  # fmt: skip
+        "rows": np.einsum("iaib->", squares),
+        "columns": np.einsum("iaja->", squares),
+        ELEMENTS: np.einsum("iaia->", squares),
+        f"rows, in {rows // 2} groups": np.einsum("iuaivb->", pairs),
+    }
     return {name: value / total for name, value in found.items()}
 
 
@@ -100,7 +103,8 @@ def test_estimates_lie_within_their_errors(uneven, num_blocks):
 
 
 def test_without_structure_nothing_exceeds_the_expected_whatever_the_scales():
-    """A rank-one Hessian with rows of very different mass: shares are large, excess and contrast are not."""
+    """A rank-one Hessian with rows of very different mass: shares are large, excess and contrast
+    are not."""
     torch.manual_seed(0)
     vector = (
         torch.randn(20, 10, dtype=torch.float64)
@@ -118,7 +122,8 @@ def test_without_structure_nothing_exceeds_the_expected_whatever_the_scales():
 
 
 def test_contrast_is_the_ratio_of_mean_squares():
-    """Rows of equal mass, entries inside three times those outside: contrast 9, whatever the diagonal."""
+    """Rows of equal mass, entries inside three times those outside: contrast 9, whatever the
+    diagonal."""
     blocks = torch.eye(10, dtype=torch.float64).repeat_interleave(8, 0).repeat_interleave(8, 1)
     signs = torch.randn(80, 80, dtype=torch.float64).sign().triu(1)
     matrix = (1 + 2 * blocks) * (signs + signs.T) + 5 * torch.eye(80, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""Adam's preconditioner inside blocks and extreme eigenvalues, against numpy, theory and published behaviour."""
+"""Adam's preconditioner inside blocks and extreme eigenvalues, against numpy, theory and published
+behaviour."""
 
 import re
 

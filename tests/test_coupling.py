@@ -117,7 +117,8 @@ def test_estimates_are_right_within_their_errors(quantity):
 
 
 def test_errors_of_two_probes_and_of_two_draws():
-    """sd / sqrt(2) with one degree of freedom is half the difference; a total of two draws has twice that."""
+    """sd / sqrt(2) with one degree of freedom is half the difference; a total of two draws has
+    twice that."""
     problem = random_planted()
     partition = ht.partition(problem.model, ROWS)
     probed = ht.coupling(problem, partition, num_probes=2, exact=False)
@@ -185,7 +186,8 @@ def test_errors_across_draws_by_hand():
     assert np.allclose(doubled.tensor_mass_error, 2 * np.sqrt(21))
 
 
-# the errors of a ratio of few draws are those of a linearisation: too small at 3 draws (73 % of these within two)
+# the errors of a ratio of few draws are those of a linearisation: too small at 3 draws (73 % of
+# these within two)
 @pytest.mark.parametrize("num_blocks", [None, 5])
 def test_shares_are_right_within_their_errors(num_blocks):
     exact, found = runs(num_blocks, 8 if num_blocks is None else 2)
@@ -220,11 +222,15 @@ def test_the_pilot_finds_the_heavy_blocks():
     matrix = torch.eye(17, dtype=torch.float64) * 0.01
     matrix[4, 4] = 100.0
     problem = planted(matrix)
+    partition = ht.partition(problem.model, ROWS)
+    options = {"exact": False, "num_blocks": 2, "num_probes": 1}
     guided, even = (
-        [ht.coupling(problem, ht.partition(problem.model, ROWS), exact=False, num_blocks=2, num_probes=1, seed=seed,
-                     num_pilot=pilot) for seed in range(20)]
+        [
+            ht.coupling(problem, partition, seed=seed, num_pilot=pilot, **options)
+            for seed in range(20)
+        ]
         for pilot in (1, 0)
-    )  # fmt: skip
+    )
     assert all("a2" in c.names for c in guided) and not all("a2" in c.names for c in even)
     again = next(
         c for c in guided if len(c.names) < len(c.columns)

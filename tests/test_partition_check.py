@@ -1,4 +1,5 @@
-"""The partition checker on planted Hessians, whose structure is known by name and axis, and on small networks."""
+"""The partition checker on planted Hessians, whose structure is known by name and axis, and on
+small networks."""
 
 import math
 from pathlib import Path
@@ -37,19 +38,21 @@ def symmetric(size: int, stream: torch.Generator) -> torch.Tensor:
 
 
 def planted(shape, kind, *, noise=0.0, seed=0, layer=None, scales=None):
-    """A Problem whose (a, b) weight has a given Hessian: a matrix, or a sum over blocks and dense ``noise`` (its
-    Frobenius norm over that of the blocks). ``scales``: of each row."""
+    """A Problem whose (a, b) weight has a given Hessian: a matrix, or a sum over blocks and dense
+    ``noise`` (its Frobenius norm over that of the blocks). ``scales``: of each row."""
     (a, b), stream = shape, torch.Generator().manual_seed(seed)
     if isinstance(kind, torch.Tensor):
         matrix = kind
     else:
         entries = torch.arange(a * b).view(a, b)
         groups = {
-            "rows": list(entries), "columns": list(entries.T), "dense": [entries.flatten()],
+            "rows": list(entries),
+            "columns": list(entries.T),
+            "dense": [entries.flatten()],
             "elements": list(entries.view(-1, 1)),
             "pairs of rows": list(entries.view(a // 2, -1)),
             "alternate rows": [entries[i::2].flatten() for i in range(2)],
-        }[kind]  # fmt: skip
+        }[kind]
         matrix = torch.zeros(a * b, a * b, dtype=torch.float64)
         for group in groups:
             matrix[group[:, None], group] = symmetric(len(group), stream)
@@ -117,7 +120,8 @@ def test_planted_structure_is_found_by_name_and_axis(kind, noise, exact):
 
 
 def test_a_transposed_layer_is_found_by_what_its_axes_are():
-    """Blocks are columns of the stored tensor, which are the output neurons of a Conv1D: a naive cut is wrong."""
+    """Blocks are columns of the stored tensor, which are the output neurons of a Conv1D: a naive
+    cut is wrong."""
     problem = planted((ROWS, COLUMNS), "columns", layer=transposed_layer(COLUMNS, ROWS))
     assert check(problem, "rows").verdict == "follows"
     naive = check(problem, 0)
@@ -155,7 +159,8 @@ def test_groups_that_no_neighbours_form_are_found_when_claimed():
 
 
 def test_wrong_claims_are_told_wrong_at_every_seed_and_right_ones_never():
-    """Entries inside three times as large as outside: contrast 9, more than the 4 of the level; 10 matrices each."""
+    """Entries inside three times as large as outside: contrast 9, more than the 4 of the level; 10
+    matrices each."""
     counts: dict[str, int] = {}
     for seed in range(10):
         problem = planted((ROWS, COLUMNS), "rows", noise=1.3, seed=seed)
@@ -167,7 +172,8 @@ def test_wrong_claims_are_told_wrong_at_every_seed_and_right_ones_never():
 
 
 def test_scales_of_rows_are_no_structure():
-    """A dense Hessian whose rows differ by a factor of 30 holds more mass inside rows, but not for any structure."""
+    """A dense Hessian whose rows differ by a factor of 30 holds more mass inside rows, but not for
+    any structure."""
     problem = planted((ROWS, COLUMNS), "dense", scales=torch.logspace(0, -1.5, ROWS))
     found = check(problem, "whole", exact=True)
     assert found["rows"].share > 0.2 and found.verdict == "follows"
@@ -237,14 +243,24 @@ def test_the_suggestion_covers_what_was_judged_and_makes_a_partition():
 
 
 def test_a_trained_gpt2_contradicts_the_naive_cut_of_its_transposed_layer():
-    """Conv1D stores c_fc as (inputs, outputs): its first axis is no neuron's. 60 steps of Adam on the plays' bytes."""
+    """Conv1D stores c_fc as (inputs, outputs): its first axis is no neuron's. 60 steps of Adam on
+    the plays' bytes."""
     from hessian_tools.problem import data
 
     hf = transformers()
     config = hf.GPT2Config(
-        vocab_size=256, n_positions=32, n_embd=24, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None,
-        use_cache=False, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-    )  # fmt: skip
+        vocab_size=256,
+        n_positions=32,
+        n_embd=24,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    )
     model = hf.GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     tokens = data.text_tokens("byte", None)
@@ -310,8 +326,11 @@ def test_a_partition_of_another_model_and_too_large_a_dense_matrix_are_refused()
 
 
 def test_an_undecided_claim_is_kept_and_a_contradicted_one_replaced():
-    cuts = {"whole": ("too coarse", "too coarse", math.nan), "rows": ("undecided", "too fine", 0.1),
-            "columns": ("undecided", "follows", 0.2)}  # fmt: skip
+    cuts = {
+        "whole": ("too coarse", "too coarse", math.nan),
+        "rows": ("undecided", "too fine", 0.1),
+        "columns": ("undecided", "follows", 0.2),
+    }
     evidence = [
         CutEvidence(name, 2, 0, 0, 0, excess, 0, 0, *said) for name, (*said, excess) in cuts.items()
     ]

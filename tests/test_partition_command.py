@@ -1,4 +1,5 @@
-"""``hessian-tools partition`` as its user meets it: exit codes, tables, JSON, files, resumed runs."""
+"""``hessian-tools partition`` as its user meets it: exit codes, tables, JSON, files, resumed
+runs."""
 
 import json
 
@@ -28,7 +29,12 @@ class Rows(nn.Module):
 def rows():
     print("a model's noise")
     model = Rows()
-    return model, lambda m, b: torch.einsum("ia,iab,ib->", m.fc.weight, m.blocks, m.fc.weight), [torch.zeros(1)]
+
+    def loss(model, batch):
+        w = model.fc.weight
+        return torch.einsum("ia,iab,ib->", w, model.blocks, w)
+
+    return model, loss, [torch.zeros(1)]
 
 def net():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -122,8 +128,15 @@ def test_out_keeps_the_report_the_suggestion_and_pictures(capsys, tmp_path):
     code = run(*arguments)
     folder = tmp_path / "out"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "result.json", "result.npz", "suggestion.json", "optimizer.txt", "evidence.png",
-                     "hessian.png"}  # fmt: skip
+    assert names == {
+        "config.json",
+        "result.json",
+        "result.npz",
+        "suggestion.json",
+        "optimizer.txt",
+        "evidence.png",
+        "hessian.png",
+    }
     kept = ht.load(folder / "result")
     assert code == bool(kept["report"].contradicted) and isinstance(
         kept["drawn"], ht.structure.DenseBlock
@@ -191,7 +204,10 @@ def test_conditioning_is_told(capsys, undrawn):
     ("arguments", "message"),
     [
         (("--check", "fc.weight"), "--check fc.weight: NAME=AXIS is needed"),
-        (("--check", "fc.wight=row"), "'fc.wight' matches no trainable parameter; close: fc.weight"),
+        (
+            ("--check", "fc.wight=row"),
+            "'fc.wight' matches no trainable parameter; close: fc.weight",
+        ),
         (("--check", "fc.weight=rwo"), "axes are whole, role"),
         (("--check", "fc.weight=row", "--preset", "tensor"), "leave out --preset and --only"),
         (("--preset", "tensr"), "--preset tensr: "),
@@ -201,7 +217,7 @@ def test_conditioning_is_told(capsys, undrawn):
         (("--alpha", "1"), "'1' is not between 0 and 1"),
         (("--probes", "2"), "'2' is not a whole number of at least 3"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_code_2_in_one_line(arguments, message, capsys):
     assert run("partition", "--model", "own.py:rows", *arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "noise" not in line]

@@ -1,4 +1,5 @@
-"""Suggested cuts are the very blocks that were judged: same entries, nothing twice, nothing outside their tensor."""
+"""Suggested cuts are the very blocks that were judged: same entries, nothing twice, nothing outside
+their tensor."""
 
 import architectures
 import pytest
@@ -62,7 +63,8 @@ def _is_of(cut, region):
 
 
 def test_a_suggestion_of_inputs_for_one_role_covers_that_role():
-    """The role is one of three places of an axis of the stored (16, 3 16) tensor, its inputs the places of another."""
+    """The role is one of three places of an axis of the stored (16, 3 16) tensor, its inputs the
+    places of another."""
     model = architectures.gpt2()
     claimed = ht.partition(model, "semantic", only="*h.0.attn.c_attn.weight*")
     regions = [judged.block for judged in judged_regions(model, claimed)]

@@ -1,7 +1,7 @@
 """``hessian-tools partition``: does a partition follow the Hessian, and what would?
 
-Exit code 1 when any tensor's blocks are too coarse, too fine or along the wrong axis, so that it can
-guard a training repository's CI; 0 when none is, undecided ones included.
+Exit code 1 when any tensor's blocks are too coarse, too fine or along the wrong axis, so that it
+can guard a training repository's CI; 0 when none is, undecided ones included.
 """
 
 import argparse

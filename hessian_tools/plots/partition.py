@@ -19,7 +19,7 @@ from hessian_tools.structure.dense import DenseBlock
 from hessian_tools.structure.report import CutEvidence, PartitionReport, TensorReport
 
 MOST_ROWS = 80  # tensors of one picture
-MOST_BORDERS = 64  # lines between blocks that can be told apart
+MOST_BORDERS = 64  # more lines between blocks than these would run together
 DECADES = 5  # of a heat map's colours
 COUPLING_FLOOR = 1e-2  # of colours
 COLOURS = {
@@ -157,10 +157,7 @@ def _legend(cuts: Sequence[str]) -> list[Line2D]:
 
 
 def dense(axes: Axes, block: DenseBlock) -> None:
-    """Heat map of log10 |H_ij|, with the borders of blocks where these can be told apart.
-
-    Otherwise with those of tensors.
-    """
+    """Heat map of log10 |H_ij|, with the borders of tensors, and of blocks where these are few."""
     sizes = np.abs(block.matrix)
     floor = (sizes.max() or 1.0) * 10.0**-DECADES
     logarithms = np.log10(np.maximum(sizes, floor))

@@ -108,27 +108,7 @@ def coupling(
             done[label] = column
             if on_column is not None:
                 on_column(label, column)
-    draws = grid.draws(seed, done.get(PILOT))
-    blocks = _blocks_of(draws)
-    table = np.stack([done[draw.label] for draw in draws], axis=1)  # (k, D, S + G)
-    squares, by_group = np.split(table, [len(blocks)], axis=2)
-    return Coupling(
-        names=tuple(grid.names[block] for block in blocks),
-        groups=grid.groups,
-        layers=grid.layers,
-        group_of=grid.group_of[blocks],
-        num_blocks=grid.num_blocks,
-        columns=np.searchsorted(blocks, [draw.block for draw in draws]),
-        weights=np.array([draw.weight for draw in draws]),
-        drawn=grid.drawn,
-        squares=squares,
-        by_group=by_group,
-        exact=False,
-        num_matvecs=spent,
-        seed=seed,
-        probes=probes,
-        route=operator.route,
-    )
+    return _estimated(probing, done, spent, operator.route)
 
 
 def layer_namer(model: nn.Module) -> Callable[[str], str]:
@@ -242,6 +222,37 @@ def _probes_of(
         for label in {draw.label for draw, _ in chunk}
     }
     return torch.stack([by_label[draw.label][probe] for draw, probe in chunk])
+
+
+def _estimated(
+    probing: _Probing,
+    columns: Mapping[str, Floats],
+    spent: int,
+    route: str,
+) -> Coupling:
+    """The result of ``columns``, all that are wanted and the pilot, by label."""
+    grid = probing.grid
+    draws = grid.draws(probing.seed, columns.get(PILOT))
+    blocks = _blocks_of(draws)
+    table = np.stack([columns[draw.label] for draw in draws], axis=1)  # (k, D, S + G)
+    squares, by_group = np.split(table, [len(blocks)], axis=2)
+    return Coupling(
+        names=tuple(grid.names[block] for block in blocks),
+        groups=grid.groups,
+        layers=grid.layers,
+        group_of=grid.group_of[blocks],
+        num_blocks=grid.num_blocks,
+        columns=np.searchsorted(blocks, [draw.block for draw in draws]),
+        weights=np.array([draw.weight for draw in draws]),
+        drawn=grid.drawn,
+        squares=squares,
+        by_group=by_group,
+        exact=False,
+        num_matvecs=spent,
+        seed=probing.seed,
+        probes=probing.kind,
+        route=route,
+    )
 
 
 def _refuse_too_large(grid: BlockGrid, num_probes: int) -> None:

@@ -80,8 +80,8 @@ class Coupling:
 
         # The part of d log normalised that column ``block`` gives.
         def relative(squares: Floats, block: int) -> Floats:
-            own = squares[:, block, None]
-            return _ratio(squares, mass[:, block]) / 4 - _ratio(own, diagonal[block]) / 4
+            at_block = squares[:, block, None]
+            return _ratio(squares, mass[:, block]) / 4 - _ratio(at_block, diagonal[block]) / 4
 
         error = 2 * self.normalised * _symmetric_error(self._probe_variance(relative))
         if self.exact:

@@ -150,12 +150,12 @@ class Nesting:
     @cached_property
     def base_of(self) -> dict[str, str]:
         """Cut -> the first base that it is around; none for the whole and for single entries."""
-        found: dict[str, str] = {}
+        base_of: dict[str, str] = {}
         for base in self.bases:
             for cut in self.around(base):
                 if cut.name != WHOLE:
-                    found.setdefault(cut.name, base.name)
-        return found
+                    base_of.setdefault(cut.name, base.name)
+        return base_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -206,30 +206,28 @@ class _Findings:
     @property
     def open_questions(self) -> list[str]:
         """What keeps the cut from following, in words."""
-        questions = [
-            f"whether {cut} split its blocks" for cut in _those(self.finer, Answer.UNCLEAR)
-        ]
+        unclear = _those(self.finer, Answer.UNCLEAR)
+        questions = [f"whether {cut} split its blocks" for cut in unclear]
         if self.supported is not Answer.YES:
             return [self.objection, *questions]
-        return questions + [
-            f"whether {cut} hold more" for cut in _those(self.rivals, Answer.UNCLEAR)
-        ]
+        rivals = _those(self.rivals, Answer.UNCLEAR)
+        return questions + [f"whether {cut} hold more" for cut in rivals]
 
 
 # (verdict, condition), read from the top: the first whose condition holds is the verdict.
 _RULES: tuple[tuple[str, Callable[[_Findings], bool]], ...] = (
     # a supported finer cut splits the blocks
-    (TOO_COARSE, lambda found: bool(found.supported_splitting)),
+    (TOO_COARSE, lambda f: bool(f.supported_splitting)),
     # the cut is not supported, and a cut of another axis beats it, or none does
-    (WRONG_AXIS, lambda found: found.supported is Answer.NO and bool(found.winning)),
-    (TOO_FINE, lambda found: found.supported is Answer.NO),
+    (WRONG_AXIS, lambda f: f.supported is Answer.NO and bool(f.winning)),
+    (TOO_FINE, lambda f: f.supported is Answer.NO),
     # any finer cut splits the blocks of a supported cut
-    (TOO_COARSE, lambda found: found.supported is Answer.YES and bool(found.splitting)),
+    (TOO_COARSE, lambda f: f.supported is Answer.YES and bool(f.splitting)),
     # a cut of another axis beats one that is, or may be, supported
-    (WRONG_AXIS, lambda found: bool(found.winning)),
+    (WRONG_AXIS, lambda f: bool(f.winning)),
     # the cut is supported, and surely nothing splits its blocks or beats it
-    (FOLLOWS, lambda found: not found.open_questions),
-    (UNDECIDED, lambda found: True),
+    (FOLLOWS, lambda f: not f.open_questions),
+    (UNDECIDED, lambda f: True),
 )
 
 

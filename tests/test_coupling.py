@@ -141,7 +141,7 @@ def test_errors_are_what_estimates_vary_by():
         assert 0.75 < ratio < 1.4, ratio
 
 
-def by_hand(squares: list, **changed) -> ht.Coupling:
+def by_hand(squares: list, **changed) -> ht.structure.Coupling:
     """The Coupling of squares (k, D, S) of blocks that are all in one tensor, a column each."""
     table = np.array(squares, float)
     count = table.shape[1]
@@ -162,7 +162,7 @@ def by_hand(squares: list, **changed) -> ht.Coupling:
         "probes": "rademacher",
         "route": "by hand",
     }
-    return ht.Coupling(**fields | changed)
+    return ht.structure.Coupling(**fields | changed)
 
 
 def test_errors_across_probes_by_hand():

@@ -8,7 +8,6 @@ from test_quadrature import FakeHessian, cut_of, random_symmetric, same
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.curvature.symmetric import DenseOperator
 from hessian_tools.errors import NumericalError
-from hessian_tools.heterogeneity import adaptive
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import js_heterogeneity
 from hessian_tools.spectra.gauss import truncated
@@ -223,47 +222,6 @@ def test_nonfinite_products_name_block_and_step():
         NumericalError, match="block mid is NaN or inf, first at Lanczos step 3 of 16"
     ):
         run(hessian, partition)
-
-
-def test_neyman_s_allocation():
-    """With steps and bias settled, probes go as sqrt(V / m) and meet the tolerance that they were chosen for."""
-    variances, done, probes = (
-        np.array([4e-3, 1e-3, 0.0]),
-        np.array([10, 40, 10]),
-        np.array([4, 4, 4]),
-    )
-    shares = adaptive._Shares(probes, variances, np.zeros(3), np.zeros(3), 0.0)
-    blocks = [_Shaped(k, m) for k, m in zip(probes, done, strict=True)]
-    wishes = adaptive._wishes("abc", blocks, {"log": shares}, 0.06, 10_000, 100, False)
-    total = np.sqrt(variances * probes) @ np.sqrt(done)
-    doubt = shares.uncertainty.doubt
-    wanted = np.ceil(np.sqrt(variances * probes / done) * total * (doubt / 0.06) ** 2)
-    limited = np.minimum(np.maximum(wanted, 4), 8)
-    assert (
-        wishes
-        == {name: (k, m) for name, k, m in zip("abc", limited, done, strict=True) if k > 4}
-        != {}
-    )
-    assert np.sum(variances * probes / np.maximum(wanted, probes)) <= (0.06 / doubt) ** 2
-
-
-def test_doubt_is_an_upper_bound_in_nine_of_ten_cases():
-    """The jackknife's V of a mean of k normal numbers, once for one block and once for the sum of five."""
-    rng = np.random.default_rng(0)
-    for count, k in ((1, 4), (5, 4), (1, 30)):
-        variances = rng.standard_normal((4000, count, k)).var(axis=2, ddof=1) / k
-        zeros, probes = np.zeros(count), np.full(count, k)
-        found = [adaptive._Shares(probes, v, zeros, zeros, 0.0).uncertainty for v in variances]
-        covered = np.mean([u.doubt * u.standard_error >= np.sqrt(count / k) for u in found])
-        assert 0.86 < covered < 0.97, (count, k)
-        assert count > 1 or found[0].doubt == pytest.approx({4: 2.27, 30: 1.21}[k], abs=0.01)
-
-
-class _Shaped:
-    status, size = "complete", 100_000
-
-    def __init__(self, k, m):
-        self.num_probes, self.nodes, self.steps = k, np.zeros((k, m)), np.full(k, m)
 
 
 @pytest.mark.parametrize(

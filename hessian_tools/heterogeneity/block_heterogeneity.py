@@ -15,15 +15,14 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from hessian_tools.heterogeneity.comparison import Comparison, Jackknife, jackknife
-from hessian_tools.heterogeneity.divergence import Floats
-from hessian_tools.heterogeneity.literature import LITERATURE
+from hessian_tools.heterogeneity.literature import LiteratureDensities
 from hessian_tools.heterogeneity.log_axis import wasserstein_distances
 from hessian_tools.heterogeneity.measure import GridSettings
 from hessian_tools.heterogeneity.readings import JS0, READINGS, SCALE, pair_readings
 from hessian_tools.heterogeneity.verdict import Contrast, Verdict, decide
 from hessian_tools.results import registered
 from hessian_tools.spectra.density import LINEAR_FRACTION, LOG_WIDTH, symlog_axis
-from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 
 @registered
@@ -142,8 +141,8 @@ def js_heterogeneity(
         bias=scale.bias,
     )
     num_probes = min((block.num_probes for block in blocks if block.status != "exact"), default=0)
-    spacing = comparison.workspace.densities(LITERATURE).grid.spacing
-    width = LITERATURE.width(settings)
+    literature = comparison.workspace.densities(LiteratureDensities)
+    spacing = literature.grid.spacing
     return JSHeterogeneity(
         names=names,
         readings={name: _reading(name, comparison, parts[name]) for name in asked},
@@ -154,7 +153,7 @@ def js_heterogeneity(
         spacing=spacing,
         linthresh=comparison.workspace.axis.linthresh,
         settings=asdict(settings),
-        notes=tuple(_notes(names, log10_rms, num_probes, spacing, width)),
+        notes=tuple(_notes(names, log10_rms, num_probes, spacing, literature.width)),
     )
 
 

@@ -1,8 +1,8 @@
 """Spectra of blocks compared by all readings asked for, and how sure the means are.
 
 The jackknife leaves one probe of one block out, which changes that block's row of a matrix of
-distances and, when the block held one of its ends, the grid; what changes is computed again, nothing
-else. The probes of different blocks are independent, so the blocks are strata:
+distances and, when the block held one of its ends, the grid; what changes is computed again,
+nothing else. The probes of different blocks are independent, so the blocks are strata:
     SE^2 = sum_b (k_b - 1) / k_b sum_i (theta_bi - theta_b.)^2
     bias = sum_b (k_b - 1) (theta_b. - theta)
 with theta_bi the reading without probe i of block b and theta_b. its mean over i (Jones 1974,
@@ -18,10 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hessian_tools.heterogeneity.divergence import Floats
 from hessian_tools.heterogeneity.measure import GridSettings, Replacement, Workspace
 from hessian_tools.heterogeneity.readings import READINGS
-from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 
 class Comparison:

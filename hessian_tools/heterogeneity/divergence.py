@@ -11,12 +11,9 @@ Shapes: B blocks, G grid points.
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hessian_tools.spectra.density import SpectralGrid, kernel_sum
-from hessian_tools.spectra.quadrature import Quadrature
-
-Floats = NDArray[np.float64]
+from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 _DEPTH = 60.0  # terms below exp(-60) of a density's largest are left out: below 1e-20 of any JS
 _NEGLIGIBLE = 1e-25  # a probability that cannot change a JS in float64

@@ -12,16 +12,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hessian_tools.heterogeneity.divergence import Floats
 from hessian_tools.heterogeneity.measure import (
+    Densities,
     GridSettings,
     PairMeasure,
     Replacement,
-    Smoothing,
     Workspace,
 )
 from hessian_tools.spectra.density import Axis, SpectralGrid
-from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 
 def literature_grid(
@@ -35,23 +34,15 @@ def literature_grid(
     return SpectralGrid(Axis("linear"), low, high, num_points)
 
 
-@dataclass(frozen=True)
-class LiteratureSmoothing(Smoothing):
+class LiteratureDensities(Densities):
     """The literature's grid and kernel, both in eigenvalue units."""
 
-    def grid(
-        self,
-        blocks: Sequence[Quadrature],
-        axis: Axis,
-        settings: GridSettings,
-    ) -> SpectralGrid:
-        return literature_grid(blocks, int(settings.num_points), settings.margin)
+    def grid_for(self, workspace: Workspace) -> SpectralGrid:
+        settings = workspace.settings
+        return literature_grid(workspace.blocks, int(settings.num_points), settings.margin)
 
-    def width(self, settings: GridSettings) -> float:
+    def width_for(self, settings: GridSettings) -> float:
         return math.sqrt(settings.variance)
-
-
-LITERATURE = LiteratureSmoothing()
 
 
 @dataclass(frozen=True)
@@ -66,10 +57,10 @@ class Bounded(PairMeasure):
     scale_free: bool = False
 
     def values(self, workspace: Workspace) -> Floats:
-        return workspace.densities(LITERATURE).divergences
+        return workspace.densities(LiteratureDensities).divergences
 
     def row(self, replacement: Replacement) -> Floats:
-        return replacement.divergences(LITERATURE)
+        return replacement.divergences(LiteratureDensities)
 
 
 @dataclass(frozen=True)
@@ -84,8 +75,8 @@ class Unnormalised(Bounded):
     drawn: bool = True
 
     def values(self, workspace: Workspace) -> Floats:
-        return super().values(workspace) / workspace.densities(LITERATURE).grid.spacing
+        return super().values(workspace) / workspace.densities(LiteratureDensities).grid.spacing
 
     def row(self, replacement: Replacement) -> Floats:
-        spacing = replacement.workspace.densities(LITERATURE).grid.spacing
+        spacing = replacement.workspace.densities(LiteratureDensities).grid.spacing
         return super().row(replacement) / spacing

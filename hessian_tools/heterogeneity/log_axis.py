@@ -13,46 +13,37 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial.distance import pdist, squareform
 
-from hessian_tools.heterogeneity.divergence import Floats
 from hessian_tools.heterogeneity.measure import (
+    Densities,
     GridSettings,
     PairMeasure,
     Replacement,
-    Smoothing,
     Workspace,
 )
 from hessian_tools.spectra.density import Axis, SpectralGrid, spanning_grid
-from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 _MARGIN = 8  # kernel widths beyond the extreme nodes: 1e-15 of the mass is lost at most
 _POINTS_A_WIDTH = 16  # the sum over grid points is then the integral, to rounding
 _SLAB = 1 << 23  # numbers in one temporary
 
 
-@dataclass(frozen=True)
-class LogSmoothing(Smoothing):
+class LogDensities(Densities):
     """A grid over the symlog axis, fine enough that the sum over its points is the integral."""
 
-    def grid(
-        self,
-        blocks: Sequence[Quadrature],
-        axis: Axis,
-        settings: GridSettings,
-    ) -> SpectralGrid:
-        width = settings.log_width
-        ends = spanning_grid(blocks, axis, 2, _MARGIN * width)
+    def grid_for(self, workspace: Workspace) -> SpectralGrid:
+        axis = workspace.axis
+        width = self.width_for(workspace.settings)
+        ends = spanning_grid(workspace.blocks, axis, 2, _MARGIN * width)
         num_points = 2 + int((ends.high - ends.low) / (width / _POINTS_A_WIDTH))
         return SpectralGrid(axis, ends.low, ends.high, num_points)
 
-    def width(self, settings: GridSettings) -> float:
+    def width_for(self, settings: GridSettings) -> float:
         return settings.log_width
 
-    def serves(self, grid: SpectralGrid, needed: SpectralGrid) -> bool:
+    def serves(self, needed: SpectralGrid) -> bool:
         """A grid that reaches further gives the same integral."""
-        return grid.low <= needed.low and needed.high <= grid.high
-
-
-LOG = LogSmoothing()
+        return self.grid.low <= needed.low and needed.high <= self.grid.high
 
 
 @dataclass(frozen=True)
@@ -70,10 +61,10 @@ class Log(PairMeasure):
     reference_cases: tuple[float, float] | None = (0.081, 0.693)
 
     def values(self, workspace: Workspace) -> Floats:
-        return workspace.densities(LOG).divergences
+        return workspace.densities(LogDensities).divergences
 
     def row(self, replacement: Replacement) -> Floats:
-        return replacement.divergences(LOG)
+        return replacement.divergences(LogDensities)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What a reading of heterogeneity is made of: a measure, and the work that measures share.
 
-A :class:`Measure` knows its names and words and how its value follows from the spectra of blocks; it
-is to be computed for a :class:`Workspace` (all blocks, with the densities that several measures
-need) and again for a :class:`Replacement` (one block is another), which the jackknife asks for
-once per probe and which should cost one row of the matrix instead of all of it.
+A :class:`Measure` holds the names of a reading and how it follows from the spectra of blocks:
+from a :class:`Workspace` (all blocks, and the densities that several measures need), and again from
+a :class:`Replacement` (one block is another). The jackknife asks for the latter once per probe, so
+it should cost one row of the matrix instead of all of it.
 
 Shapes: B blocks, G grid points.
 """
@@ -15,15 +15,14 @@ from functools import cached_property
 
 import numpy as np
 
-from hessian_tools.heterogeneity.divergence import Floats, js_divergences, js_to, probabilities
+from hessian_tools.heterogeneity.divergence import js_divergences, js_to, probabilities
 from hessian_tools.spectra.density import (
     LINEAR_FRACTION,
     LOG_WIDTH,
-    Axis,
     SpectralGrid,
     symlog_axis,
 )
-from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 
 @dataclass(frozen=True)
@@ -46,34 +45,53 @@ class GridSettings:
                 raise ValueError(f"{name} is {value}; a positive finite number is needed")
 
 
-class Smoothing(ABC):
-    """How spectra become densities that can be compared: one grid for all blocks, and a kernel."""
+class Workspace:
+    """B blocks to be compared, and what several measures need of them, computed at most once.
+
+    Attributes: ``axis``, the symlog axis of all blocks (:mod:`hessian_tools.spectra.density`).
+    """
+
+    def __init__(self, blocks: Sequence[Quadrature], settings: GridSettings) -> None:
+        self.blocks = list(blocks)
+        self.settings = settings
+        self.axis = symlog_axis(self.blocks, settings.linear_fraction)
+        self._densities: dict[type[Densities], Densities] = {}
+
+    def densities(self, kind: type["Densities"]) -> "Densities":
+        """All blocks smoothed as ``kind`` does it."""
+        if kind not in self._densities:
+            self._densities[kind] = kind(self)
+        return self._densities[kind]
+
+    def serves(self, other: "Workspace") -> bool:
+        """Whether axis and grids used so far are also right for the blocks of ``other``."""
+        if other.axis != self.axis:
+            return False
+        return all(
+            densities.serves(other.densities(kind).grid)
+            for kind, densities in self._densities.items()
+        )
+
+
+class Densities(ABC):
+    """The blocks of a workspace smoothed on one grid; a subclass says on which, and how wide."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.blocks = workspace.blocks
+        self.grid = self.grid_for(workspace)
+        self.width = self.width_for(workspace.settings)
 
     @abstractmethod
-    def grid(
-        self,
-        blocks: Sequence[Quadrature],
-        axis: Axis,
-        settings: GridSettings,
-    ) -> SpectralGrid:
-        """The grid for ``blocks``, whose symlog axis is ``axis``."""
+    def grid_for(self, workspace: Workspace) -> SpectralGrid:
+        """One grid for all blocks."""
 
     @abstractmethod
-    def width(self, settings: GridSettings) -> float:
+    def width_for(self, settings: GridSettings) -> float:
         """The kernel's standard deviation, in the unit of the grid's axis."""
 
-    def serves(self, grid: SpectralGrid, needed: SpectralGrid) -> bool:
-        """Whether densities on ``grid`` give the same reading as those on the grid ``needed``."""
-        return grid == needed
-
-
-class Densities:
-    """Spectra of B blocks smoothed on one grid; each array is computed when first asked for."""
-
-    def __init__(self, blocks: Sequence[Quadrature], grid: SpectralGrid, width: float) -> None:
-        self.blocks = blocks
-        self.grid = grid
-        self.width = width
+    def serves(self, needed: SpectralGrid) -> bool:
+        """Whether this grid gives the same readings as the grid ``needed``."""
+        return self.grid == needed
 
     @cached_property
     def rows(self) -> Floats:
@@ -86,53 +104,23 @@ class Densities:
         return js_divergences(self.rows)
 
 
-class Workspace:
-    """B blocks to be compared, and what several measures need of them, computed at most once.
-
-    Attributes: ``axis``, the symlog axis common to all blocks (:mod:`hessian_tools.spectra.density`).
-    """
-
-    def __init__(self, blocks: Sequence[Quadrature], settings: GridSettings) -> None:
-        self.blocks = list(blocks)
-        self.settings = settings
-        self.axis = symlog_axis(self.blocks, settings.linear_fraction)
-        self._densities: dict[Smoothing, Densities] = {}
-
-    def densities(self, smoothing: Smoothing) -> Densities:
-        """All blocks under ``smoothing``."""
-        if smoothing not in self._densities:
-            grid = smoothing.grid(self.blocks, self.axis, self.settings)
-            width = smoothing.width(self.settings)
-            self._densities[smoothing] = Densities(self.blocks, grid, width)
-        return self._densities[smoothing]
-
-    def serves(self, other: "Workspace") -> bool:
-        """Whether this axis and all grids used so far are also right for the blocks of ``other``."""
-        if other.axis != self.axis:
-            return False
-        return all(
-            smoothing.serves(densities.grid, other.densities(smoothing).grid)
-            for smoothing, densities in self._densities.items()
-        )
-
-
 class Replacement:
-    """Block ``index`` of ``workspace`` replaced by ``block``, for which axis and grids still serve."""
+    """Block ``index`` of a workspace replaced by ``block``, for which axis and grids serve."""
 
     def __init__(self, workspace: Workspace, index: int, block: Quadrature) -> None:
         self.workspace = workspace
         self.index = index
         self.block = block
         self.others = np.arange(len(workspace.blocks)) != index  # (B,) mask of those that stay
-        self._divergences: dict[Smoothing, Floats] = {}
+        self._divergences: dict[type[Densities], Floats] = {}
 
-    def divergences(self, smoothing: Smoothing) -> Floats:
+    def divergences(self, kind: type[Densities]) -> Floats:
         """(B - 1,) JS divergences in nats of the new block and those that stay."""
-        if smoothing not in self._divergences:
-            densities = self.workspace.densities(smoothing)
+        if kind not in self._divergences:
+            densities = self.workspace.densities(kind)
             row = probabilities(densities.grid, [self.block], densities.width)[0]
-            self._divergences[smoothing] = js_to(row, densities.rows[self.others])
-        return self._divergences[smoothing]
+            self._divergences[kind] = js_to(row, densities.rows[self.others])
+        return self._divergences[kind]
 
 
 @dataclass(frozen=True)
@@ -152,8 +140,8 @@ class Measure(ABC):
     scale_free: bool  # whether it stays the same when the loss is multiplied by a constant
     drawn: bool = False  # whether js_matrix.png shows it
     # Readings of the quadratics on which GD beats Adam (case 4) and Adam beats GD (case 3) of arXiv
-    # 2402.16788, kappa = 2000, exact eigenvalues; not published, computed by this package. A reading
-    # that has them is heard in the verdict.
+    # 2402.16788, kappa = 2000, exact eigenvalues; not published, computed by this package. A
+    # reading that has them is heard in the verdict.
     reference_cases: tuple[float, float] | None = None
 
     @abstractmethod

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hessian_tools.heterogeneity.divergence import Floats
 from hessian_tools.heterogeneity.literature import Bounded, Unnormalised
 from hessian_tools.heterogeneity.log_axis import Log, Wasserstein
 from hessian_tools.heterogeneity.measure import Measure, PairMeasure, Replacement, Workspace
-from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Scale(Measure):
         return _log10_rms(workspace.blocks)
 
     def mean(self, values: Floats) -> float:
-        """Blocks that are exactly zero have no scale and are left out; nan if fewer than two stay."""
+        """Blocks that are exactly zero are left out; nan if fewer than two stay."""
         finite = values[np.isfinite(values)]
         return float(finite.std()) if len(finite) > 1 else float("nan")
 

@@ -1,0 +1,172 @@
+"""What remains uncertain about a reading, and which blocks grow for it, against written-out rules."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy.stats import chi2
+from test_heterogeneity import blocks as spectra
+
+from hessian_tools.heterogeneity.allocation import Limits, next_growth
+from hessian_tools.heterogeneity.comparison import Comparison
+from hessian_tools.heterogeneity.growing import Growth
+from hessian_tools.heterogeneity.measure import GridSettings
+from hessian_tools.heterogeneity.uncertainty import Shares, Uncertainty, shares_of
+from hessian_tools.spectra.gauss import truncated
+from hessian_tools.spectra.quadrature import Quadrature
+
+ZEROS = np.zeros(3)
+FOURS = np.array([4, 4, 4])
+TENS = np.array([10, 10, 10])
+FREE = Limits(max_matvecs=10_000, max_steps=100, exact=False)
+
+
+def block(k, m, size=100_000, **changes):
+    """k probes of m steps; what their nodes are does not matter here."""
+    steps = np.full(k, m)
+    numbers = np.zeros((k, m))
+    fields = (numbers, numbers, numbers, steps, size, k * m, "complete", "rademacher", "full")
+    return dataclasses.replace(Quadrature(*fields), **changes)
+
+
+def three(probes=FOURS, steps=TENS, size=100_000):
+    return {name: block(k, m, size) for name, k, m in zip("abc", probes, steps, strict=True)}
+
+
+# ---- uncertainty
+
+
+def test_the_total_is_the_sum_of_three_parts():
+    assert Uncertainty(0.01, 2.0, -0.3, 0.005).total == pytest.approx(0.02 + 0.09 + 0.005)
+
+
+def test_changes_of_steps_that_cancel_are_no_convergence():
+    changes = np.array([0.3, -0.3, 0.1])
+    assert Shares(FOURS, ZEROS, ZEROS, changes, 0.0).uncertainty.steps == pytest.approx(0.19**0.5)
+    assert Shares(FOURS, ZEROS, ZEROS, changes, -0.6).uncertainty.steps == pytest.approx(0.6)
+
+
+def test_standard_error_and_bias_add_up_over_blocks():
+    variances, biases = np.array([4e-4, 5e-4, 0.0]), np.array([0.2, -0.05, 0.0])
+    found = Shares(FOURS, variances, biases, ZEROS, 0.0).uncertainty
+    assert (found.standard_error, found.bias) == (pytest.approx(0.03), pytest.approx(0.15))
+
+
+def test_doubt_has_satterthwaite_s_degrees_of_freedom():
+    probes, variances = np.array([3, 9]), np.array([2e-4, 5e-4])
+    freedom = 7e-4**2 / (2e-4**2 / 2 + 5e-4**2 / 8)
+    found = Shares(probes, variances, np.zeros(2), np.zeros(2), 0.0).uncertainty
+    assert found.doubt == pytest.approx(np.sqrt(freedom / chi2.ppf(0.1, freedom)))
+    assert Shares(FOURS, ZEROS, ZEROS, ZEROS, 0.0).uncertainty.doubt == 1
+
+
+def test_doubt_is_an_upper_bound_in_nine_of_ten_cases():
+    """The jackknife's V of a mean of k normal numbers, once for one block and once for the sum of five."""
+    rng = np.random.default_rng(0)
+    for count, k in ((1, 4), (5, 4), (1, 30)):
+        variances = rng.standard_normal((4000, count, k)).var(axis=2, ddof=1) / k
+        zeros, probes = np.zeros(count), np.full(count, k)
+        found = [Shares(probes, v, zeros, zeros, 0.0).uncertainty for v in variances]
+        covered = np.mean([u.doubt * u.standard_error >= np.sqrt(count / k) for u in found])
+        assert 0.86 < covered < 0.97, (count, k)
+        assert count > 1 or found[0].doubt == pytest.approx({4: 2.27, 30: 1.21}[k], abs=0.01)
+
+
+@pytest.mark.parametrize("reading", ["unnormalised", "wasserstein", "scale"])
+def test_shares_are_fractions_of_the_mean_and_compare_with_a_third_fewer_steps(reading):
+    found = list(spectra(k=3, m=9, spread=0.3).values())
+    shares, means = shares_of(found, [reading])
+    share, mean = shares[reading], means[reading]
+    settings = GridSettings()
+    fewer = [truncated(q, 6) for q in found]
+    together = Comparison(fewer, [reading], settings).means[reading]
+    assert share.together == pytest.approx((together - mean) / mean)
+    for index in range(len(found)):
+        alone = [fewer[i] if i == index else q for i, q in enumerate(found)]
+        change = Comparison(alone, [reading], settings).means[reading] - mean
+        assert share.steps[index] == pytest.approx(change / mean, rel=1e-6)
+        replicates = [
+            Comparison(
+                [q.without_probe(probe) if i == index else q for i, q in enumerate(found)],
+                [reading],
+                settings,
+            ).means[reading]
+            for probe in range(3)
+        ]
+        variance = 2 / 3 * np.sum((replicates - np.mean(replicates)) ** 2) / mean**2
+        assert share.variances[index] == pytest.approx(variance, rel=1e-6)
+        assert share.biases[index] == pytest.approx(2 * (np.mean(replicates) - mean) / mean)
+
+
+# ---- allocation
+
+
+def test_neyman_s_allocation():
+    """With steps and bias settled, probes go as sqrt(V / m) and meet the tolerance."""
+    variances, done = np.array([4e-3, 1e-3, 0.0]), np.array([10, 40, 10])
+    shares = Shares(FOURS, variances, ZEROS, ZEROS, 0.0)
+    growths = next_growth(three(steps=done), {"log": shares}, 0.06, FREE)
+    total = np.sqrt(variances * FOURS) @ np.sqrt(done)
+    doubt = shares.uncertainty.doubt
+    wanted = np.ceil(np.sqrt(variances * FOURS / done) * total * (doubt / 0.06) ** 2)
+    limited = np.minimum(np.maximum(wanted, 4), 8)
+    expected = {n: Growth(k, m) for n, k, m in zip("abc", limited, done, strict=True) if k > 4}
+    assert growths == expected != {}
+    reached = np.sum(variances * FOURS / np.maximum(wanted, FOURS))
+    assert reached <= (0.06 / doubt) ** 2
+
+
+def test_what_meets_the_tolerance_does_not_grow():
+    shares = Shares(FOURS, np.array([1e-4, 0, 0]), ZEROS, ZEROS, 0.0)
+    assert next_growth(three(), {"log": shares}, 0.1, FREE) == {}
+
+
+def test_steps_go_first_to_the_blocks_that_change_the_mean_most():
+    """Half as many again, until the rest adds less than an eighth of the tolerance; no probes."""
+    shares = Shares(FOURS, np.array([0.0, 0.0, 1.0]), ZEROS, np.array([0.2, -0.1, 0.01]), 0.11)
+    growths = next_growth(three(), {"log": shares}, 0.1, FREE)
+    assert growths == {"a": Growth(4, 15), "b": Growth(4, 15)}
+    limits = dataclasses.replace(FREE, max_steps=12)
+    assert next_growth(three(), {"log": shares}, 0.1, limits)["a"] == Growth(4, 12)
+
+
+def test_blocks_that_can_have_no_more_steps_get_probes():
+    """At the limit, or where all probes have met invariant subspaces; steps then leave no more room."""
+    shares = Shares(FOURS, np.array([1e-2, 0.0, 0.0]), ZEROS, np.array([0.2, 0.0, 0.0]), 0.2)
+    at_limit = dataclasses.replace(FREE, max_steps=10)
+    ended = three() | {"a": block(4, 10, steps=np.full(4, 7), status="breakdown")}
+    for blocks, limits in ((three(), at_limit), (ended, FREE)):
+        assert next_growth(blocks, {"log": shares}, 0.1, limits) == {"a": Growth(8, 10)}
+
+
+def test_the_largest_biases_are_halved_by_twice_the_probes():
+    shares = Shares(FOURS, ZEROS, np.array([0.4, 0.2, 0.05]), ZEROS, 0.0)
+    growths = next_growth(three(), {"log": shares}, 0.1, FREE)
+    assert growths == {"a": Growth(8, 10), "b": Growth(8, 10)}
+
+
+def test_two_readings_grow_what_either_needs():
+    steps = Shares(FOURS, ZEROS, ZEROS, np.array([0.2, 0.0, 0.0]), 0.0)
+    probes = Shares(FOURS, np.array([0.0, 1.0, 0.0]), ZEROS, ZEROS, 0.0)
+    growths = next_growth(three(), {"log": steps, "scale": probes}, 0.1, FREE)
+    assert growths == {"a": Growth(4, 15), "b": Growth(8, 10)}
+
+
+@pytest.mark.parametrize(
+    ("size", "exact", "growth"),
+    [(40, True, Growth(exact=True)), (41, True, Growth(8, 10)), (40, False, Growth(8, 10))],
+)
+def test_a_block_is_exact_where_that_costs_no_more_products(size, exact, growth):
+    """Four more probes of ten steps, against one product a row."""
+    shares = Shares(FOURS, ZEROS, np.array([0.4, 0.0, 0.0]), ZEROS, 0.0)
+    limits = dataclasses.replace(FREE, exact=exact)
+    assert next_growth(three(size=size), {"log": shares}, 0.1, limits) == {"a": growth}
+
+
+def test_a_block_that_would_exceed_its_products_is_exact_or_stays():
+    shares = Shares(FOURS, ZEROS, np.array([0.4, 0.0, 0.0]), ZEROS, 0.0)
+    for exact, growths in ((True, {"a": Growth(exact=True)}), (False, {})):
+        limits = Limits(max_matvecs=49, max_steps=100, exact=exact)
+        assert next_growth(three(size=45), {"log": shares}, 0.1, limits) == growths
+    limits = Limits(max_matvecs=65, max_steps=100, exact=False)
+    assert next_growth(three(), {"log": shares}, 0.1, limits) == {"a": Growth(6, 10)}

@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 from test_quadrature import FakeHessian, cut_of, random_symmetric, same
+from tqdm import tqdm
 
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.curvature.symmetric import DenseOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import js_heterogeneity
+from hessian_tools.heterogeneity.growing import GrowingSpectra, Growth
 from hessian_tools.spectra.gauss import truncated
+from hessian_tools.spectra.settings import Settings
 from hessian_tools.spectra.slq import blockwise_slq, slq
 
 SIZES = {"tiny": 12, "low": 90, "mid": 200, "high": 260}
@@ -150,6 +153,36 @@ def test_without_memory_for_the_vectors_products_are_repeated_and_told():
         and found.spectra["tiny"].reorthogonalize == "full"
     )
     assert found.spectra.num_matvecs == spent(starved)
+
+
+def growing_spectra(hessian, partition, on_block=None):
+    settings = Settings(1000, 100, 0, "rademacher", "full", False)
+    return GrowingSpectra(hessian, partition, settings, {}, on_block, tqdm(disable=True))
+
+
+def test_kept_vectors_stay_within_the_budget_and_the_largest_go_first():
+    """A block that needs more steps keeps its own vectors, as long as dropping others is enough."""
+    hessian, partition, _ = setting(krylov_bytes=60_000)
+    held = []
+    growing = growing_spectra(hessian, partition, lambda *_: held.append(growing.kept.nbytes))
+
+    def repeated():
+        return [note.split(":")[0] for note in growing.notes]
+
+    for name in ("mid", "tiny", "low"):
+        growing.grow(name, Growth(2, 8))
+    assert list(growing.kept.states) == ["mid", "tiny", "low"]
+    growing.grow("low", Growth(2, 12))
+    assert list(growing.kept.states) == ["tiny", "low"] and repeated() == []
+    growing.grow("mid", Growth(2, 12))
+    growing.grow("low", Growth(2, 30))
+    assert list(growing.kept.states) == ["tiny", "low"] and repeated() == ["mid"]
+    growing.grow("low", Growth(2, 45))  # old and new vectors exceed the budget by themselves
+    assert repeated() == ["mid", "low"] and max(held) <= hessian.krylov_bytes
+    assert growing.quadratures["low"].num_matvecs == 2 * 30 + 2 * 45
+    low = [block for block in partition if block.name == "low"]
+    fixed = blockwise_slq(hessian, low, num_probes=2, num_steps=45, exact=False, progress=False)
+    assert same(growing.quadratures["low"], fixed["low"], 1e-7)
 
 
 def test_an_interrupted_run_goes_on_from_its_blocks():

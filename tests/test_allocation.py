@@ -130,6 +130,48 @@ def test_steps_go_first_to_the_blocks_that_change_the_mean_most():
     assert next_growth(three(), {"log": shares}, 0.1, limits)["a"] == Growth(4, 12)
 
 
+@pytest.mark.parametrize(("change", "grows"), [(0.0126, True), (0.0124, False)])
+def test_an_eighth_of_the_tolerance_is_left_alone(change, grows):
+    shares = Shares(FOURS, ZEROS, ZEROS, np.array([0.2, change, 0.0]), 0.0)
+    assert ("b" in next_growth(three(), {"log": shares}, 0.1, FREE)) == grows
+
+
+@pytest.mark.parametrize(("change", "growth"), [(0.026, Growth(4, 15)), (0.024, Growth(8, 10))])
+def test_steps_are_worked_on_above_a_quarter_of_the_tolerance(change, growth):
+    """Below, the standard error is."""
+    shares = Shares(FOURS, np.array([1.0, 0, 0]), ZEROS, np.array([change, 0, 0]), 0.0)
+    assert next_growth(three(), {"log": shares}, 0.1, FREE) == {"a": growth}
+
+
+@pytest.mark.parametrize(("bias", "probes"), [(0.159, 8), (0.157, 4)])
+def test_bias_is_worked_on_above_a_quarter_of_the_tolerance(bias, probes):
+    """Its square: 0.158^2 is 0.025. The change over the last steps, at the limit, misses the rest."""
+    shares = Shares(FOURS, ZEROS, np.array([bias, 0, 0]), np.array([0.2, 0, 0]), 0.0)
+    limits = dataclasses.replace(FREE, max_steps=10)
+    growths = next_growth(three(), {"log": shares}, 0.1, limits)
+    assert growths == ({"a": Growth(probes, 10)} if probes > 4 else {})
+
+
+@pytest.mark.parametrize(
+    ("steps", "bias", "max_steps", "room"),
+    [
+        (0.02, 0.1, 100, 0.07),
+        (0.2, 0.1, 10, 0.09),  # steps that no block can add are not held against the probes
+        (0.02, 0.25, 100, 0.05),  # half the tolerance is the least
+    ],
+)
+def test_probes_are_for_what_steps_and_bias_leave_of_the_tolerance(steps, bias, max_steps, room):
+    forties = 4 * TENS
+    doubt = Shares(forties, np.array([1.0, 0, 0]), ZEROS, ZEROS, 0.0).uncertainty.doubt
+    error = 1.2 * room / doubt  # 1.44 times the probes are needed, 58
+    shares = Shares(
+        forties, np.array([error**2, 0, 0]), np.array([0, bias, 0]), np.array([steps, 0, 0]), 0.0
+    )
+    limits = dataclasses.replace(FREE, max_steps=max_steps)
+    growths = next_growth(three(forties), {"log": shares}, 0.1, limits)
+    assert growths["a"] == Growth(58, 10)
+
+
 def test_blocks_that_can_have_no_more_steps_get_probes():
     """At the limit, or where all probes have met invariant subspaces; steps then leave no more room."""
     shares = Shares(FOURS, np.array([1e-2, 0.0, 0.0]), ZEROS, np.array([0.2, 0.0, 0.0]), 0.2)

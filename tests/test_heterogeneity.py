@@ -245,12 +245,16 @@ def test_replacing_a_block_is_computing_all_again(readings):
     found = list(blocks().values())
     comparison = Comparison(found, readings, settings)
     wide, narrow = quadrature([[-1e5, 1e5]] * 2), quadrature([[0.1, 0.2]] * 2)
+    largest = 0.99 * max(np.abs(q.nodes).max() for q in found)
+    deep, high = exact([-largest]), exact([largest])  # a wider grid on the same axis
     for index in range(4):
         for block in (
             found[(index + 1) % 4],
             found[index].without_probe(0),
             wide,
             narrow,
+            deep,
+            high,
             exact([0.0]),
         ):
             changed = [*found[:index], block, *found[index + 1 :]]

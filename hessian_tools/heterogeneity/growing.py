@@ -44,7 +44,8 @@ class GrowingSpectra:
         on_block: called with name and Quadrature each time a block has grown.
         bar: counts products.
 
-    Attributes: ``quadratures`` by name; ``notes`` on products that had to be made again.
+    Attributes: ``quadratures`` by name; ``kept``, the Lanczos vectors; ``notes`` on products that had
+    to be made again.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class GrowingSpectra:
         self.cuts = {block.name: block.as_cut() for block in blocks}
         self.quadratures = {name: finished[name] for name in self.cuts if name in finished}
         self.notes: list[str] = []
-        self._kept = _KeptVectors(curvature)
+        self.kept = KeptVectors(curvature)
 
     @property
     def blocks(self) -> dict[str, Quadrature]:
@@ -100,7 +101,7 @@ class GrowingSpectra:
 
     def _exact(self, name: str) -> Quadrature:
         """All eigenvalues; the products that were spent on probes before count as well."""
-        self._kept.take(name)
+        self.kept.take(name)
         exactly = replace(self.settings, exact=True)
         ((_, exact),) = solved(self.curvature, [self.cuts[name]], (), exactly, self.bar)
         if name not in self.quadratures:
@@ -137,7 +138,7 @@ class GrowingSpectra:
         )[first:]
         results = []
         while len(start):
-            rows = self._kept.rows_that_fit(run.bytes_of(run.steps))
+            rows = self.kept.rows_that_fit(run.bytes_of(run.steps))
             result = lanczos(
                 operator,
                 start[:rows],
@@ -146,7 +147,7 @@ class GrowingSpectra:
                 keep_state=self._goes_on(run),
             )
             if result.state is not None:
-                self._kept.add(run.name, result.state)
+                self.kept.add(run.name, result.state)
             results.append(replace(result, state=None))
             start = start[rows:]
         return self._quadrature(run, results)
@@ -157,11 +158,11 @@ class GrowingSpectra:
         further = k * run.bytes_of(run.steps - done)
         same_mode = run.mode == old.reorthogonalize
         if same_mode:
-            self._kept.make_room(further, but=run.name)
-        states = self._kept.take(run.name)
+            self.kept.make_room(further, but=run.name)
+        states = self.kept.take(run.name)
         held = sum(state.nbytes for state in states)
         num_held = sum(len(state.current) for state in states)
-        if not same_mode or num_held < k or not self._kept.fits(held + further):
+        if not same_mode or num_held < k or not self.kept.fits(held + further):
             states.clear()  # before the new vectors need the memory
             return self._begun_again(run, old)
         results = []
@@ -172,7 +173,7 @@ class GrowingSpectra:
             results.append(replace(result, state=None))
         if self._goes_on(run):
             for state in states:
-                self._kept.add(run.name, state)
+                self.kept.add(run.name, state)
         spent = old.num_matvecs + k * (run.steps - done)
         return replace(self._quadrature(run, results), num_matvecs=spent)
 
@@ -211,7 +212,7 @@ class _Run:
         return row_bytes(self.operator.size, steps, self.mode, self.operator.dtype)
 
 
-class _KeptVectors:
+class KeptVectors:
     """Lanczos vectors of unfinished runs by block, within the operator's budget."""
 
     def __init__(self, curvature: CurvatureOperator) -> None:
@@ -220,9 +221,11 @@ class _KeptVectors:
 
     @property
     def nbytes(self) -> int:
+        """Of all vectors kept."""
         return sum(state.nbytes for states in self.states.values() for state in states)
 
     def add(self, name: str, state: LanczosState) -> None:
+        """Keeps the vectors of some probes of a block."""
         self.states.setdefault(name, []).append(state)
 
     def take(self, name: str) -> list[LanczosState]:

@@ -245,21 +245,26 @@ def test_replacing_a_block_is_computing_all_again(readings):
     found = list(blocks().values())
     comparison = Comparison(found, readings, settings)
     wide, narrow = quadrature([[-1e5, 1e5]] * 2), quadrature([[0.1, 0.2]] * 2)
-    largest = 0.99 * max(np.abs(q.nodes).max() for q in found)
-    deep, high = exact([-largest]), exact([largest])  # a wider grid on the same axis
     for index in range(4):
         for block in (
             found[(index + 1) % 4],
             found[index].without_probe(0),
             wide,
             narrow,
-            deep,
-            high,
             exact([0.0]),
         ):
             changed = [*found[:index], block, *found[index + 1 :]]
             expected = Comparison(changed, readings, settings).means
             assert comparison.replacing(index, block) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_log_grid_that_reaches_not_far_enough_is_made_again():
+    """On the same axis: all eigenvalues are positive, and then some are not."""
+    positive = [exact([1.0]), exact([2.0, 5.0]), exact([10.0])]
+    settings = GridSettings()
+    changed = [exact([-9.0]), *positive[1:]]
+    expected = Comparison(changed, ["log"], settings).means
+    assert Comparison(positive, ["log"], settings).replacing(0, changed[0]) == expected
 
 
 def test_jackknife_error_is_the_spread_over_seeds():

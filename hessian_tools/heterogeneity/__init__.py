@@ -1,10 +1,11 @@
 """How different the spectra of blocks are: readings, their errors, a verdict.
 
-Reading order: measure, readings, comparison, block_heterogeneity, verdict; adaptive and growing add
-probes and steps until a reading is known well enough.
+Reading order: divergence, measure, literature, log_axis, readings, comparison, verdict,
+block_heterogeneity. Then, for runs that add probes and steps until a reading is known well enough:
+uncertainty, growing, allocation, adaptive.
 """
 
-from hessian_tools.heterogeneity.adaptive import AdaptiveJS0, Uncertainty, adaptive_js0
+from hessian_tools.heterogeneity.adaptive import AdaptiveJS0, adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import (
     JSHeterogeneity,
     Reading,
@@ -13,6 +14,7 @@ from hessian_tools.heterogeneity.block_heterogeneity import (
 )
 from hessian_tools.heterogeneity.measure import Measure, PairMeasure
 from hessian_tools.heterogeneity.readings import READINGS
+from hessian_tools.heterogeneity.uncertainty import Uncertainty
 from hessian_tools.heterogeneity.verdict import Verdict
 
 __all__ = [

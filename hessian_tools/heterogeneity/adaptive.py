@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 import numpy as np
-from tqdm import tqdm
 
 from hessian_tools.blocks.block import Block, Cut
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.curvature.hessian import as_operator
 from hessian_tools.curvature.operators import CurvatureOperator
+from hessian_tools.curvature.progress import product_bar
 from hessian_tools.heterogeneity.allocation import Limits, next_growth
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, js_heterogeneity
 from hessian_tools.heterogeneity.growing import GrowingSpectra, Growth
@@ -34,7 +34,7 @@ from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.spectra.settings import Settings
-from hessian_tools.spectra.slq import names_and_cuts, notes_on, solved
+from hessian_tools.spectra.slq import names_and_cuts, solved
 
 FIRST_PROBES = 4  # with fewer the errors are unknown
 FIRST_STEPS = 16  # with fewer nothing is resolved
@@ -149,8 +149,7 @@ def adaptive_js0(
     if len(names) < 2:
         raise ValueError(f"partition holds {len(names)} block; heterogeneity compares at least two")
 
-    hidden = None if progress else True  # None: unless stderr is a terminal
-    with tqdm(unit="HVP", disable=hidden, dynamic_ncols=True) as bar:
+    with product_bar(None, shown=progress) as bar:
         growing = GrowingSpectra(operator, partition, settings, finished or {}, on_block, bar)
         growths = _begin(growing, cuts, limits)
         history: list[Round] = []
@@ -158,22 +157,12 @@ def adaptive_js0(
             for name, growth in growths.items():
                 growing.grow(name, growth)
             shares, means = shares_of(list(growing.blocks.values()), asked)
+            # the last round is of the result: nothing grows after it
             growths = next_growth(growing.blocks, shares, tolerance, limits)
             history.append(_round(growing, shares, means, growths))
             bar.set_description_str(f"uncertain by {max(history[-1].totals):.2g} of {tolerance:g}")
 
-    blocks = growing.blocks
-    notes = [note for name, block in blocks.items() for note in notes_on(name, block, settings)]
-    spectra = BlockSpectra(
-        quadratures=blocks,
-        num_probes=max(block.num_probes for block in blocks.values()),
-        num_steps=max_steps,
-        seed=seed,
-        probes=probes,
-        reorthogonalize=reorthogonalize,
-        route=operator.route,
-        notes=(*notes, *growing.notes),
-    )
+    spectra = growing.spectra()
     return AdaptiveJS0(
         spectra=spectra,
         heterogeneity=js_heterogeneity(spectra),
@@ -205,7 +194,7 @@ def _begin(growing: GrowingSpectra, cuts: Iterable[Cut], limits: Limits) -> dict
     first = replace(growing.settings, num_probes=probes, num_steps=steps)
     small = [cut for cut in cuts if first.is_exact(cut.block_size)]
     exactly = replace(first, exact=True)
-    # there may be thousands of these: those of one cut go through together
+    # there may be thousands of these: not one by one, but those of a cut together
     for name, quadrature in solved(
         growing.curvature, small, growing.quadratures, exactly, growing.bar
     ):

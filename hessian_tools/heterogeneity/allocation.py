@@ -87,6 +87,7 @@ def next_growth(
 
     exactly = _cheaper_exactly(standing, wanted, steps)
     affordable = limits.max_matvecs // steps
+    # variances from few probes are rough: look again before there are more than twice as many
     most = np.minimum(2 * standing.probes, affordable)
     probes = np.minimum(np.ceil(wanted), most).astype(int)
     widened = standing.can_widen & (probes > standing.probes)

@@ -209,6 +209,7 @@ def _contrast(names: Sequence[str], comparison: Comparison) -> Contrast:
         factor = float("inf") if np.isfinite(log10_rms[large]) else 1.0
         return Contrast(names[large], names[small], factor, float("nan"))
 
+    # what is left of the difference when each spectrum is divided by its own scale
     blocks = comparison.workspace.blocks
     shapes = [
         replace(blocks[index], nodes=blocks[index].nodes / 10.0 ** log10_rms[index])

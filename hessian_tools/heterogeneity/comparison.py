@@ -46,6 +46,7 @@ class Comparison:
         blocks = list(self.workspace.blocks)
         blocks[index] = block
         settings = self.workspace.settings
+        # on another axis or grid all distances change, not only those of this block
         if not self.workspace.serves(Workspace(blocks, settings)):
             return Comparison(blocks, list(self.measures), settings).means
         replacement = Replacement(self.workspace, index, block)

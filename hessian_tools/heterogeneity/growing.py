@@ -21,9 +21,9 @@ from hessian_tools.spectra.batching import local_note, row_bytes
 from hessian_tools.spectra.gauss import gauss_quadratures
 from hessian_tools.spectra.lanczos import LanczosResult, LanczosState, lanczos, resume
 from hessian_tools.spectra.probes import draw_probes
-from hessian_tools.spectra.quadrature import Quadrature
+from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.spectra.settings import Settings
-from hessian_tools.spectra.slq import Watched, solved
+from hessian_tools.spectra.slq import Watched, notes_on, solved
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class GrowingSpectra:
         on_block: called with name and Quadrature each time a block has grown.
         bar: counts products.
 
-    Attributes: ``quadratures`` by name; ``kept``, the Lanczos vectors; ``notes`` on products that had
-    to be made again.
+    Attributes: ``quadratures`` by name; ``kept``, the Lanczos vectors; ``notes`` on products that
+    had to be made again.
     """
 
     def __init__(
@@ -68,8 +68,23 @@ class GrowingSpectra:
 
     @property
     def blocks(self) -> dict[str, Quadrature]:
-        """What all blocks have, in the partition's order, once each has something."""
+        """What all blocks have, in the partition's order."""
         return {name: self.quadratures[name] for name in self.cuts}
+
+    def spectra(self) -> BlockSpectra:
+        """The result, once each block has something."""
+        settings = self.settings
+        notes = [n for name, block in self.blocks.items() for n in notes_on(name, block, settings)]
+        return BlockSpectra(
+            quadratures=self.blocks,
+            num_probes=max(block.num_probes for block in self.blocks.values()),
+            num_steps=settings.num_steps,
+            seed=settings.seed,
+            probes=settings.probes,
+            reorthogonalize=settings.reorthogonalize,
+            route=self.curvature.route,
+            notes=(*notes, *self.notes),
+        )
 
     def store(self, name: str, quadrature: Quadrature) -> None:
         """Takes ``quadrature`` for what the block ``name`` has."""
@@ -119,7 +134,7 @@ class GrowingSpectra:
         needed = row_bytes(operator.size, steps, asked, operator.dtype)
         if asked != "full" or mode == "local" or needed <= self.curvature.krylov_bytes:
             return run
-        # one basis alone exceeds the whole budget
+        # not even the basis of one probe fits the whole budget
         message = f"{name}: {local_note(operator.size, steps)}"
         warnings.warn(message, RuntimeWarning, stacklevel=4)
         return replace(run, mode="local")
@@ -127,6 +142,7 @@ class GrowingSpectra:
     def _drawn(self, run: "_Run", first: int, last: int) -> Quadrature:
         """Probes ``first`` to before ``last``, as many at a time as the budget allows."""
         operator = run.operator
+        # probe i is the same however many are drawn
         start = draw_probes(
             self.settings.probes,
             self.settings.seed,
@@ -148,6 +164,7 @@ class GrowingSpectra:
             )
             if result.state is not None:
                 self.kept.add(run.name, result.state)
+            # a state is held by ``kept`` alone, so that dropping it frees its memory
             results.append(replace(result, state=None))
             start = start[rows:]
         return self._quadrature(run, results)
@@ -162,14 +179,14 @@ class GrowingSpectra:
         states = self.kept.take(run.name)
         held = sum(state.nbytes for state in states)
         num_held = sum(len(state.current) for state in states)
-        if not same_mode or num_held < k or not self.kept.fits(held + further):
+        if not same_mode or num_held != k or not self.kept.fits(held + further):
             states.clear()  # before the new vectors need the memory
             return self._begun_again(run, old)
         results = []
         for index, state in enumerate(states):
             result = resume(run.operator, state, run.steps, keep_state=self._goes_on(run))
             if result.state is not None:
-                states[index] = result.state
+                states[index] = result.state  # the shorter one is freed before the next resumes
             results.append(replace(result, state=None))
         if self._goes_on(run):
             for state in states:

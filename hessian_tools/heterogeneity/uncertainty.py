@@ -83,6 +83,7 @@ def shares_of(
 ) -> tuple[dict[str, Shares], dict[str, float]]:
     """The shares of all blocks in the uncertainty of each reading, and the readings themselves."""
     comparison = Comparison(blocks, readings, GridSettings())
+    # two thirds of the steps, rounded up
     fewer = [truncated(block, -(-2 * block.nodes.shape[1] // 3)) for block in blocks]
     together = Comparison(fewer, readings, GridSettings()).means
     alone = [

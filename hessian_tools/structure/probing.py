@@ -59,16 +59,16 @@ def measure(
     else:
         evidence = _probed_evidence(products, nesting, num_probes, num_blocks)
     return BlockMass(
-        region.name,
-        operator.size,
-        {cut.name: cut.num_blocks for cut in nesting.with_groups},
-        nesting.inside,
-        nesting.base_of,
-        evidence.draws,
-        evidence.pilots,
-        evidence.asymmetry,
-        exact,
-        evidence.num_products,
+        region=region.name,
+        size=operator.size,
+        num_blocks={cut.name: cut.num_blocks for cut in nesting.with_groups},
+        inside=nesting.inside,
+        base=nesting.base_of,
+        draws=evidence.draws,
+        pilots=evidence.pilots,
+        asymmetry=evidence.asymmetry,
+        exact=exact,
+        num_matvecs=evidence.num_products,
     )
 
 

@@ -71,6 +71,7 @@ def next_growth(
 
     Empty when all readings are there, or every block that matters is at a limit.
     """
+    # "not <=": what is nan, for want of probes, is not met
     unmet = [share for share in shares.values() if not share.uncertainty.total <= tolerance]
     if not unmet:
         return {}

@@ -69,7 +69,7 @@ class Shares:
         )
 
     def _doubt(self) -> float:
-        """An upper bound of the true standard error over the one found (see the module)."""
+        """An upper bound of the true standard error over the jackknife's (see the module)."""
         spread = (self.variances**2 / np.maximum(self.probes - 1, 1)).sum()
         freedom = self.variances.sum() ** 2 / spread if spread > 0 else np.inf
         if not np.isfinite(freedom):

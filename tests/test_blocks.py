@@ -42,13 +42,13 @@ def test_a_saved_partition_is_the_same_and_readable(tmp_path):
     (lambda d: d.pop("cuts"), "KeyError"),
     (lambda d: d["cuts"][0]["parts"][0].update(shape=[6, 5]), "do not fit its shape"),
     (lambda d: d["cuts"][0]["parts"][0].update(shape=[4, 6]), r"has it in shape \(6, 4\)"),
-    (lambda d: d["cuts"][0]["parts"][0].update(parameter="9.weight"), "has no such tensor"),
+    (lambda d: d["cuts"][0]["parts"][0].update(parameter="9.weight"), "does not train such a tensor"),
     (lambda d: d["cuts"][0]["parts"][0].update(index=[[0, 7], [0, 4]]), "do not fit"),
     (lambda d: d["cuts"][0]["parts"][0].update(axes=[2]), "none of its view"),
     (lambda d: d["cuts"][0]["parts"][0].update(window=[0, 9]), "outside its blocks"),
     (lambda d: d["cuts"][0].update(per_label=2), "fewer labels"),
     (lambda d: d["cuts"].append({**d["cuts"][0], "name": "copy"}), r"0.weight\[row=(.)\]' and 'copy\[row=\1\]'.*lap"),
-    (lambda d: d["cuts"].append(d["cuts"][0]), "several blocks named"),
+    (lambda d: d["cuts"].append(d["cuts"][0]), "overlap; blocks must be disjoint, and each is passed once"),
 ])  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused(tmp_path, change, words):
     with pytest.raises(ValueError, match=words):

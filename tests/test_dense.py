@@ -212,7 +212,7 @@ def test_refusals(tmp_path, monkeypatch):
         (lambda p: [], ValueError, "blocks is empty"),
         (lambda p: 3, TypeError, "blocks is 3; pass a Partition"),
         (lambda p: [3], TypeError, "blocks holds 3"),
-        (lambda p: [p.cuts[0], p.cuts[0]], ValueError, "overlaps another or occurs twice"),
+        (lambda p: [p.cuts[0], p.cuts[0]], ValueError, "which overlap"),
         (
             lambda p: [*p.cuts, *ht.partition(nn.Linear(2, 2), "tensor").cuts],
             ValueError,

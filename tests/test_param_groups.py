@@ -99,7 +99,7 @@ def test_blocks_that_no_group_can_say_and_other_models_are_refused():
         n for n, _ in model.named_parameters()
     }
     for export in (param_groups, state_savings, adam_mini_arguments):
-        with pytest.raises(ValueError, match="which the model does not train"):
+        with pytest.raises(ValueError, match="lies in no trainable parameter of this model"):
             export(model, partition(llama(), "tensor"))
 
 

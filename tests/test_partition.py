@@ -717,7 +717,7 @@ def test_more_errors(models):
         partition({})
     with pytest.raises(KeyError, match=r"c_attn.weight\[z\].*close: .*c_attn.weight\[q\]"):
         partition(models["gpt2"])["transformer.h.0.attn.c_attn.weight[z]"]
-    with pytest.raises(ValueError, match="no block of this model"):
+    with pytest.raises(ValueError, match="no trainable parameter of this model"):
         partition(models["llama"], list(partition(models["gpt2"], "tensor")))
     with pytest.raises(ValueError, match="has shape"):
         partition(models["gpt2"])["transformer.wte.weight"].select(torch.zeros(3))

@@ -7,10 +7,11 @@ import torch
 from architectures import ARCHITECTURES, HEADS, KV, D, F, V, hf, inputs
 from torch import nn
 
+from hessian_tools.blocks.kinds import KINDS
 from hessian_tools.blocks.ownership import check_disjoint
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import PRESETS, alternatives, partition
-from hessian_tools.blocks.survey import KINDS, WAYS, Survey
+from hessian_tools.blocks.survey import WAYS, Survey
 
 PARTIAL = ("weights", "official", "adam_mini_names")  # presets that say what they leave out
 

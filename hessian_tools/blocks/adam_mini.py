@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from hessian_tools.blocks.block import Cut
+from hessian_tools.blocks.kinds import Site
 from hessian_tools.blocks.partition import Partition
-from hessian_tools.blocks.survey import Site, Survey
+from hessian_tools.blocks.survey import Survey
 from hessian_tools.results import registered
 
 DIM, HEADS = 2048, 32  # the published defaults

@@ -9,7 +9,7 @@ from torch import nn
 
 from hessian_tools.blocks.adam_mini import ATTRIBUTES, Keywords, adam_mini_names
 from hessian_tools.blocks.block import Cut, Part
-from hessian_tools.blocks.param_groups import check_trained
+from hessian_tools.blocks.ownership import check_trained
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.results import registered
 
@@ -53,7 +53,7 @@ def adam_mini_arguments(model: nn.Module, partition: Partition) -> AdamMiniArgum
         ValueError: for a partition of another model.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    check_trained(partition, trained)
+    check_trained(partition.cuts, trained, "partition")
     parameters = {name: tuple(p.shape) for name, p in trained.items()}
     by_tensor: dict[str, list[Cut]] = {name: [] for name in parameters}
     for cut in partition.cuts:

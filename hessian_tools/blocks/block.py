@@ -1,15 +1,15 @@
 """Blocks: named, disjoint parts of a model's parameter tensors.
 
-A *block* is a part of one tensor (or of several together). Blocks of one size that lie in the same tensors form a *cut*
-and go through the engine together. A *partition* is disjoint blocks in order.
+A *block* is a part of one tensor, or of several together. Blocks of one size that lie in the same
+tensors form a *cut*: they are stored as one object and go through the engine together. A list of
+disjoint cuts is a partition (:mod:`hessian_tools.blocks.partition`).
 
 Letters: B blocks of a cut, n entries of a block; ``...`` are leading batch axes.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,45 +20,65 @@ from hessian_tools.results import registered
 @registered
 @dataclass(frozen=True)
 class Part:
-    """A region of one tensor, cut into B equal pieces."""
+    """A region of one tensor, cut into B equal pieces.
+
+    The tensor is viewed in another shape, a box is picked from that view, and some axes of the box
+    enumerate the pieces. The heads of the query in a fused (3 d, d) matrix: ``view`` (3, H, h, d),
+    ``index`` 0:1 of the first axis and all of the others, ``axes`` (1,).
+    """
 
     parameter: str  # name in model.named_parameters()
     shape: tuple[int, ...]  # of the tensor
-    view: tuple[int, ...]  # the shape to view it as: axes of ``shape``, some split or merged
-    index: tuple[slice, ...] = field(
-        hash=False
-    )  # the region inside the view, one slice an axis, step 1
-    axes: tuple[int, ...] = ()  # axes of the view that enumerate pieces, row-major; () is one piece
+    view: tuple[int, ...]  # axes of ``shape``, some split or merged
+    # The region inside the view, one slice of step 1 an axis. Slices cannot be hashed.
+    index: tuple[slice, ...] = field(hash=False)
+    axes: tuple[int, ...] = ()  # of the view; they enumerate pieces, row-major. () is one piece
     window: tuple[int, int] | None = None  # the run of these pieces that is meant, if not all
 
     @property
     def _grid(self) -> tuple[int, ...]:
+        """How many pieces there are along each of ``axes``, whatever the window."""
         return tuple(self.index[axis].stop - self.index[axis].start for axis in self.axes)
 
     @property
     def num_blocks(self) -> int:
-        return self.window[1] - self.window[0] if self.window else math.prod(self._grid)
+        """B."""
+        if self.window is not None:
+            return self.window[1] - self.window[0]
+        return math.prod(self._grid)
 
     @property
     def block_shape(self) -> tuple[int, ...]:
+        """The shape of one piece."""
         return tuple(s.stop - s.start for axis, s in enumerate(self.index) if axis not in self.axes)
 
     @property
     def block_size(self) -> int:
+        """n."""
         return math.prod(self.block_shape)
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """The pieces of ``tensor``, (..., *shape) -> (..., B, n); a view where torch allows it."""
-        pieces, picked = self._pieces(tensor, Tensor.reshape)
-        return pieces[picked].reshape(
-            *tensor.shape[: tensor.ndim - len(self.shape)], self.num_blocks, self.block_size
-        )
+        """The pieces of ``tensor``, (..., *shape) -> (..., B, n); a view where torch allows it.
+
+        Raises:
+            ValueError: for a tensor of another shape.
+        """
+        batch = self._batch_shape(tensor)
+        pieces = self._pieces(tensor.reshape((*batch, *self.view)))
+        picked = pieces[self._picked(len(batch), tensor.device)]
+        return picked.reshape((*batch, self.num_blocks, self.block_size))
 
     def place(self, rows: Tensor, out: Tensor) -> None:
-        """Writes ``rows``, (..., B, n), to their places in ``out``, (..., *shape); the rest of ``out`` stays."""
-        pieces, picked = self._pieces(out, Tensor.view)
-        grid = (self.num_blocks,) if self.window else self._grid
-        pieces[picked] = rows.reshape(*rows.shape[:-2], *grid, *self.block_shape).to(out.dtype)
+        """Writes ``rows``, (..., B, n), to their places in ``out``, (..., *shape).
+
+        The other entries of ``out`` stay. Raises ValueError for an ``out`` of another shape.
+        """
+        batch = self._batch_shape(out)
+        # view, not reshape: what is written into a copy would be lost.
+        pieces = self._pieces(out.view((*batch, *self.view)))
+        grid = self._grid if self.window is None else (self.num_blocks,)
+        values = rows.reshape((*rows.shape[:-2], *grid, *self.block_shape))
+        pieces[self._picked(len(batch), out.device)] = values.to(out.dtype)
 
     def chunk(self, first: int, last: int) -> "Part":
         """Pieces ``first`` to ``last - 1`` alone."""
@@ -67,26 +87,33 @@ class Part:
         start = self.window[0] if self.window else 0
         return replace(self, window=(start + first, start + last))
 
-    def _pieces(
-        self, tensor: Tensor, viewed: Callable[..., Tensor]
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """(..., *grid, *block_shape) of the tensor as ``viewed``, and the index that picks the window from it."""
+    def _batch_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The leading axes of ``tensor``, (..., *shape)."""
         rank = tensor.ndim - len(self.shape)
         if rank < 0 or tuple(tensor.shape[rank:]) != self.shape:
             raise ValueError(
                 f"tensor has shape {tuple(tensor.shape)}; {self.parameter} has shape {self.shape}"
             )
-        every = (slice(None),) * rank
-        region = viewed(tensor, (*tensor.shape[:rank], *self.view))[(*every, *self.index)]
-        pieces = region.movedim(
-            [rank + axis for axis in self.axes], list(range(rank, rank + len(self.axes)))
-        )
+        return tuple(tensor.shape[:rank])
+
+    def _pieces(self, viewed: Tensor) -> Tensor:
+        """All pieces, whatever the window: (..., *view) -> (..., *grid, *block_shape), a view."""
+        rank = viewed.ndim - len(self.view)
+        whole = (slice(None),) * rank
+        region = viewed[(*whole, *self.index)]
+        source = [rank + axis for axis in self.axes]
+        return region.movedim(source, list(range(rank, rank + len(self.axes))))
+
+    def _picked(self, rank: int, device: torch.device) -> tuple[slice | Tensor, ...]:
+        """The index of the window in :meth:`_pieces` with ``rank`` batch axes."""
         if self.window is None:
-            return pieces, (...,)
+            return ()
+        batch = (slice(None),) * rank
         if len(self.axes) == 1:
-            return pieces, (*every, slice(*self.window))
-        numbers = torch.arange(*self.window, device=tensor.device)
-        return pieces, (*every, *torch.unravel_index(numbers, self._grid))
+            return (*batch, slice(*self.window))
+        # A run of pieces in a grid of several axes is no box: it is picked one by one, by a copy.
+        numbers = torch.arange(*self.window, device=device)
+        return (*batch, *torch.unravel_index(numbers, self._grid))
 
 
 @registered
@@ -94,7 +121,8 @@ class Part:
 class Cut:
     """B blocks of one size; block i is the concatenation of the i-th pieces of all parts.
 
-    Names are made on demand: ``name[label,counter=number]``, with ``per_label`` blocks to each label in turn.
+    Names are made on demand, since a cut may have millions of blocks:
+    ``name[label,counter=number]``, with ``per_label`` blocks to each label in turn.
     """
 
     parts: tuple[Part, ...]  # all with the same num_blocks
@@ -106,25 +134,31 @@ class Cut:
 
     @property
     def num_blocks(self) -> int:
+        """B."""
         return self.parts[0].num_blocks
 
     @property
     def block_size(self) -> int:
+        """n."""
         return sum(part.block_size for part in self.parts)
 
     @property
     def parameters(self) -> tuple[str, ...]:
+        """Names of the tensors that every block lies in."""
         return tuple(dict.fromkeys(part.parameter for part in self.parts))
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(map(self.block_name, range(self.num_blocks)))
+        """(B,) names of all blocks."""
+        return tuple(self.block_name(position) for position in range(self.num_blocks))
 
     def block_name(self, position: int) -> str:
+        """The name of block ``position``, 0 <= position < B."""
         label, number = divmod(self.first + position, self.per_label)
-        inside = ",".join(
-            filter(None, (self.labels[label], f"{self.counter}={number}" if self.counter else ""))
-        )
+        inside = self.labels[label]
+        if self.counter:
+            counted = f"{self.counter}={number}"
+            inside = f"{inside},{counted}" if inside else counted
         return f"{self.name}[{inside}]" if inside else self.name
 
     def __getitem__(self, position: int) -> "Block":
@@ -135,16 +169,17 @@ class Cut:
         return Block(self, position % self.num_blocks)
 
     def chunk(self, first: int, last: int) -> "Cut":
-        """Blocks ``first`` to ``last - 1`` as a cut of their own, with their names."""
+        """Blocks ``first`` to ``last - 1`` as a cut of their own, with their names.
+
+        Raises:
+            ValueError: unless 0 <= first < last <= B.
+        """
         if not 0 <= first < last <= self.num_blocks:
             raise ValueError(
                 f"first, last are {first}, {last}; 0 <= first < last <= {self.num_blocks} is needed"
             )
-        return replace(
-            self,
-            parts=tuple(part.chunk(first, last) for part in self.parts),
-            first=self.first + first,
-        )
+        parts = tuple(part.chunk(first, last) for part in self.parts)
+        return replace(self, parts=parts, first=self.first + first)
 
     def rows(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(B, n) from tensors by parameter name, each (*shape)."""
@@ -160,6 +195,7 @@ class Block:
 
     @property
     def name(self) -> str:
+        """The parameter's name, with the part in brackets if it is not the whole tensor."""
         return self.cut.block_name(self.position)
 
     @property
@@ -178,15 +214,22 @@ class Block:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Its shape in its tensor; (n,) if it is made of several parts."""
         return self.cut.parts[0].block_shape if len(self.cut.parts) == 1 else (self.numel,)
 
     @property
     def numel(self) -> int:
+        """n."""
         return self.cut.block_size
 
     def select(self, tensor: Tensor) -> Tensor:
-        """Its entries of a tensor shaped like the parameter, (..., *parameter shape) -> (..., *shape)."""
-        rows = {part.parameter: part for part in self.as_cut().parts}[self.parameter].rows(tensor)
+        """Its entries of a tensor shaped like the parameter: (..., *parameter shape) -> (..., *shape).
+
+        Raises:
+            ValueError: for a block over several tensors, or a tensor of another shape.
+        """
+        parts = {part.parameter: part for part in self.as_cut().parts}
+        rows = parts[self.parameter].rows(tensor)  # (..., 1, n)
         return rows.reshape((*rows.shape[:-2], *self.shape))
 
     def as_cut(self) -> Cut:

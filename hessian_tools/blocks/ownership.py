@@ -1,52 +1,119 @@
-"""No entry of a tensor may lie in two blocks."""
+"""What must hold of blocks: they lie in trained tensors, no two share an entry, no two a name."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate, combinations
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Protocol
 
 import torch
 
 from hessian_tools.blocks.block import Cut, Part
 
-MOST_PAIRED = 64  # parts of one tensor that are compared in pairs; more are compared entry by entry
+# Parts of one tensor that are compared in pairs; for more, comparing entries is faster.
+MOST_PAIRED = 64
 
 
-def check_disjoint(cuts: Sequence[Cut], source: str = "spec") -> None:
-    """Raises ValueError, naming two blocks of ``source``, if an entry lies in both."""
-    by_tensor: dict[str, list[tuple[Cut, Part]]] = {}
+class Shaped(Protocol):
+    """A tensor, or whatever else stands for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_blocks(cuts: Sequence[Cut], trained: Mapping[str, Shaped], source: str) -> None:
+    """Raises ValueError unless the blocks of ``cuts`` lie in ``trained`` and are disjoint.
+
+    No two may have the same name either. ``trained``: by parameter name. ``source`` starts the
+    message: where the blocks come from.
+    """
+    check_trained(cuts, trained, source)
+    check_disjoint(cuts, source)
+    check_names(cuts, source)
+
+
+def check_trained(cuts: Iterable[Cut], trained: Mapping[str, Shaped], source: str) -> None:
+    """Raises ValueError, naming a cut of ``source``, if it lies in no tensor of ``trained``."""
     for cut in cuts:
         for part in cut.parts:
-            by_tensor.setdefault(part.parameter, []).append((cut, part))
-    for found in by_tensor.values():
-        if len(found) > MOST_PAIRED or any(
-            _may_overlap(a, b) for (_, a), (_, b) in combinations(found, 2)
-        ):
-            _check_entries(found, source)
+            parameter = trained.get(part.parameter)
+            if parameter is not None and tuple(parameter.shape) == part.shape:
+                continue
+            if parameter is None:
+                has = "does not train such a tensor"
+            else:
+                has = f"has it in shape {tuple(parameter.shape)}"
+            raise ValueError(
+                f"{source} holds {cut.name!r}, which lies in no trainable parameter of this model: "
+                f"it cuts {part.parameter!r} of shape {part.shape}, and the model {has}"
+            )
+
+
+def check_names(cuts: Iterable[Cut], source: str) -> None:
+    """Raises ValueError if two blocks of ``source`` have the same name."""
+    by_stem: defaultdict[str, list[Cut]] = defaultdict(list)
+    for cut in cuts:
+        by_stem[cut.name.partition("[")[0]].append(cut)
+    counts = Counter[str]()
+    for sharing in by_stem.values():
+        for cut in sharing:
+            # Millions of names take seconds: those that differ by their number alone are not made.
+            is_numbered = bool(cut.counter) and len(cut.labels) == 1
+            if len(sharing) > 1 or not is_numbered:
+                counts.update(cut.names)
+    for name, count in counts.items():
+        if count > 1:
+            raise ValueError(
+                f"{source} has several blocks named {name!r}; give them different names"
+            )
+
+
+def check_disjoint(cuts: Iterable[Cut], source: str = "spec") -> None:
+    """Raises ValueError, naming two blocks of ``source``, if an entry lies in both."""
+    by_tensor: defaultdict[str, list[tuple[Cut, Part]]] = defaultdict(list)
+    for cut in cuts:
+        for part in cut.parts:
+            by_tensor[part.parameter].append((cut, part))
+    for owners in by_tensor.values():
+        pairs = combinations((part for _, part in owners), 2)
+        if len(owners) > MOST_PAIRED or any(_may_overlap(a, b) for a, b in pairs):
+            _check_entries(owners, source)
 
 
 def _may_overlap(a: Part, b: Part) -> bool:
-    """Whether two parts of a tensor may share an entry; exact for parts with the same view, True for others."""
+    """Whether two parts of a tensor may share an entry: exact if their views agree, else True."""
     if a.view != b.view:
         return True
-    if any(
-        max(s.start, t.start) >= min(s.stop, t.stop) for s, t in zip(a.index, b.index, strict=True)
-    ):
-        return False
-    alike = a.index == b.index and a.axes == b.axes and a.window and b.window
-    return not alike or max(a.window[0], b.window[0]) < min(a.window[1], b.window[1])  # type: ignore[index]
+    for s, t in zip(a.index, b.index, strict=True):
+        if not _meet((s.start, s.stop), (t.start, t.stop)):
+            return False
+    if a.index == b.index and a.axes == b.axes and a.window and b.window:
+        return _meet(a.window, b.window)
+    return True
 
 
-def _check_entries(found: Sequence[tuple[Cut, Part]], source: str) -> None:
-    owner = torch.zeros(
-        found[0][1].shape, dtype=torch.int32
-    )  # the number of the block that has an entry; 0 is none
-    starts = [1, *accumulate((part.num_blocks for _, part in found), initial=1)][1:]
-    for (cut, part), start in zip(found, starts[:-1], strict=True):
-        earlier, position = part.rows(owner).amax(dim=1).max(dim=0)
-        if earlier:
-            number = bisect_right(starts, int(earlier)) - 1
-            both = f"{found[number][0].block_name(int(earlier) - starts[number])!r} and {cut.block_name(int(position))!r}"
-            raise ValueError(f"{source} has blocks {both}, which overlap; blocks must be disjoint")
-        part.place(
-            torch.arange(start, start + part.num_blocks)[:, None].expand(-1, part.block_size), owner
-        )
+def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two ranges (start, stop) have a number in common."""
+    return max(a[0], b[0]) < min(a[1], b[1])
+
+
+def _check_entries(owners: Sequence[tuple[Cut, Part]], source: str) -> None:
+    """:func:`check_disjoint` for parts of one tensor, entry by entry."""
+    # Blocks are numbered from 1 across all parts; an entry holds the number of its block, or 0.
+    numbers = torch.zeros(owners[0][1].shape, dtype=torch.int32)
+    starts: list[int] = []  # the number of each part's first block
+    start = 1
+    for cut, part in owners:
+        taken, position = part.rows(numbers).amax(dim=1).max(dim=0)
+        if taken:
+            earlier = bisect_right(starts, int(taken)) - 1
+            first = owners[earlier][0].block_name(int(taken) - starts[earlier])
+            second = cut.block_name(int(position))
+            raise ValueError(
+                f"{source} has blocks {first!r} and {second!r}, which overlap; blocks must be "
+                "disjoint, and each is passed once"
+            )
+        mine = torch.arange(start, start + part.num_blocks)[:, None]
+        part.place(mine.expand(-1, part.block_size), numbers)
+        starts.append(start)
+        start += part.num_blocks

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from hessian_tools.blocks.block import Part
+from hessian_tools.blocks.ownership import check_trained
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.results import registered
 
@@ -29,7 +30,7 @@ def param_groups(model: nn.Module, partition: Partition) -> list[dict[str, Any]]
         ValueError: a block that joins parts of several tensors, or a part of a tensor that is not whole in its cuts.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    check_trained(partition, parameters)
+    check_trained(partition.cuts, parameters, "partition")
     by_tensor: dict[str, list[Part]] = {}
     groups: list[dict[str, Any]] = []
     for cut in partition.cuts:
@@ -79,18 +80,6 @@ def _is_whole(part: Part) -> bool:
     return part.num_blocks == 1 and part.block_size == math.prod(part.shape)
 
 
-def check_trained(partition: Partition, parameters: Mapping[str, nn.Parameter]) -> None:
-    for part in (part for cut in partition.cuts for part in cut.parts):
-        if (
-            part.parameter not in parameters
-            or tuple(parameters[part.parameter].shape) != part.shape
-        ):
-            raise ValueError(
-                f"partition has blocks in {part.parameter!r} of shape {part.shape}, which the model does not train; "
-                "make the partition of this model"
-            )
-
-
 @registered
 @dataclass(frozen=True)
 class StateSavings:
@@ -123,7 +112,7 @@ def state_savings(model: nn.Module, partition: Partition) -> StateSavings:
     several dtypes counts in that of the first).
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    check_trained(partition, parameters)
+    check_trained(partition.cuts, parameters, "partition")
     left = {name: p.numel() for name, p in parameters.items()}
     blocks, moments = 0, 0
     for cut in partition.cuts:

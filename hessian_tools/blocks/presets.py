@@ -14,11 +14,12 @@ from typing import Any
 from torch import nn
 
 from hessian_tools.blocks.adam_mini import published_cuts
-from hessian_tools.blocks.attention import is_transposed
 from hessian_tools.blocks.block import Cut
+from hessian_tools.blocks.kinds import MATRICES, Site, together
 from hessian_tools.blocks.partition import Partition, close_names
+from hessian_tools.blocks.projection import is_transposed
 from hessian_tools.blocks.specification import SEMANTIC, Spec, chosen, own_cuts
-from hessian_tools.blocks.survey import MATRICES, Site, Survey, together
+from hessian_tools.blocks.survey import Survey
 
 
 @dataclass(frozen=True)

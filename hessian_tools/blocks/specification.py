@@ -26,11 +26,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from hessian_tools.blocks.attention import whole
 from hessian_tools.blocks.block import Block, Cut, Part
-from hessian_tools.blocks.ownership import check_disjoint
+from hessian_tools.blocks.kinds import Site, together
+from hessian_tools.blocks.ownership import check_disjoint, check_trained
 from hessian_tools.blocks.partition import close_names, examples
-from hessian_tools.blocks.survey import Site, Survey, together
+from hessian_tools.blocks.projection import whole
+from hessian_tools.blocks.survey import Survey
 
 Axis = str | int | tuple[int, ...] | None
 Spec = (
@@ -193,13 +194,7 @@ def _named(sites: Mapping[str, Site], item: str | Block) -> Cut:
         raise TypeError(
             f"spec holds a {type(item).__name__}; a list of names, globs or Blocks is needed"
         )
-    if any(
-        part.parameter not in sites or sites[part.parameter].shape != part.shape
-        for part in item.cut.parts
-    ):
-        raise ValueError(
-            f"spec holds {item}, which is no block of this model's trainable parameters"
-        )
+    check_trained([item.cut], sites, "spec")
     return item.as_cut()
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from hessian_tools.blocks.ownership import check_trained
 from hessian_tools.blocks.param_groups import state_savings
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import partition as partition_of
@@ -248,14 +249,7 @@ def _suggested(evidence: Sequence[CutEvidence], claim: str) -> str:
 
 def _partition(problem: Problem, given: Partition | str | Spec) -> Partition:
     blocks = given if isinstance(given, Partition) else partition_of(problem.model, given)
-    for cut in blocks.cuts:
-        for part in cut.parts:
-            parameter = problem.parameters.get(part.parameter)
-            if parameter is None or tuple(parameter.shape) != part.shape:
-                raise ValueError(
-                    f"partition holds {cut.name!r}, which lies in no trainable parameter of this "
-                    "model"
-                )
+    check_trained(blocks.cuts, problem.parameters, "partition")
     return blocks
 
 

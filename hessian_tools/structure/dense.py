@@ -10,7 +10,6 @@ Letters: B blocks, n entries of all blocks together, r rows (vectors) that go th
 import hashlib
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hessian_tools.blocks.block import Block, Cut
+from hessian_tools.blocks.ownership import check_blocks
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import partition as partition_of
 from hessian_tools.curvature.engine.memory import AUTO_SHARE, format_bytes, free_bytes
@@ -183,10 +182,7 @@ def cuts_of(
     cuts = _joined(_chosen(blocks, problem, known))
     if not cuts:
         raise ValueError("blocks is empty; choose at least one block")
-    _check_entries(cuts, problem)
-    name, count = Counter(name for cut in cuts for name in cut.names).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"blocks has two blocks named {name!r}; give them different names")
+    check_blocks(cuts, problem.parameters, "blocks")
     return cuts
 
 
@@ -249,27 +245,6 @@ def _is_next(item: Block | Cut, block: Block) -> bool:
 
 def _cut_of_run(run: Sequence[Block]) -> Cut:
     return run[0].cut.chunk(run[0].position, run[-1].position + 1)
-
-
-def _check_entries(cuts: Sequence[Cut], problem: Problem) -> None:
-    """Raises ValueError for a cut of another model, or with an entry that another cut has."""
-    taken: dict[str, Tensor] = {}  # by parameter, which entries a cut has
-    for cut in cuts:
-        for part in cut.parts:
-            parameter = problem.parameters.get(part.parameter)
-            if parameter is None or tuple(parameter.shape) != part.shape:
-                raise ValueError(
-                    f"blocks holds {cut.name!r}, which lies in no trainable parameter of this model"
-                )
-            if part.parameter not in taken:
-                taken[part.parameter] = torch.zeros(part.shape, dtype=torch.bool)
-            mask = taken[part.parameter]
-            if part.rows(mask).any():
-                raise ValueError(
-                    f"blocks holds {cut.name!r}, which overlaps another or occurs twice; "
-                    "pass it once"
-                )
-            part.place(torch.ones(()).expand(part.num_blocks, part.block_size), mask)
 
 
 def _refuse_too_large(size: int, max_size: int, path: Path | None) -> None:

@@ -10,10 +10,11 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from hessian_tools.blocks.attention import is_transposed
 from hessian_tools.blocks.block import Block, Cut, Part
+from hessian_tools.blocks.kinds import Site
 from hessian_tools.blocks.partition import Partition
-from hessian_tools.blocks.survey import Site, Survey
+from hessian_tools.blocks.projection import is_transposed
+from hessian_tools.blocks.survey import Survey
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE
 
 _COUNTERS = {"whole": "", "heads": "head", "rows": "row"}  # of the ways to cut along a role's axis

@@ -18,7 +18,7 @@ from hessian_tools.blocks.block import Cut
 from hessian_tools.blocks.kinds import MATRICES, Site, together
 from hessian_tools.blocks.partition import Partition, close_names
 from hessian_tools.blocks.projection import is_transposed
-from hessian_tools.blocks.specification import SEMANTIC, Spec, chosen, own_cuts
+from hessian_tools.blocks.specification import SEMANTIC, Spec, chosen, specified_cuts
 from hessian_tools.blocks.survey import Survey
 
 
@@ -178,7 +178,7 @@ def partition(
             )
         cuts, preset = list(PRESETS[spec](survey)), spec
     else:
-        cuts, preset = own_cuts(survey, spec), ""
+        cuts, preset = specified_cuts(survey, spec), ""
     if only is not None:
         cuts = chosen(cuts, [only] if isinstance(only, str) else only)
     return Partition(tuple(cuts), preset, tuple(survey.notes))

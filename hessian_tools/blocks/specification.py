@@ -1,4 +1,4 @@
-"""A user's own blocks: lists of names and globs, slices, globs to axes, functions and an optimizer's groups.
+"""A user's blocks: lists of names and globs, slices, globs to axes, functions and an optimizer's groups.
 
 Every way ends in cuts that are checked to be disjoint. An *axis* says how one tensor is cut:
 
@@ -17,7 +17,7 @@ None               left out
 Plurals will do.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import groupby
@@ -44,34 +44,20 @@ SEMANTIC = {"else": "roles"}
 AXES = ("whole", "role", "head", "row", "column", "expert", "element")
 
 
-def own_cuts(survey: Survey, spec: Spec) -> list[Cut]:
+def specified_cuts(survey: Survey, spec: Spec) -> list[Cut]:
     """The cuts of ``spec``, for what :func:`hessian_tools.blocks.presets.partition` says of it."""
-    sites = {site.name: site for site in survey.sites}
     if isinstance(spec, Optimizer):
         cuts = _of_groups(survey, spec)
     elif isinstance(spec, Mapping):
-        axes = {key: value for key, value in spec.items() if _is_axis(value, sites)}
-        if axes and len(axes) < len(spec):
-            mixed = next(key for key in spec if key not in axes)
-            raise ValueError(
-                f"spec has axes for globs ({next(iter(axes))!r}) and a named block ({mixed!r}); put them into two dicts"
-            )
-        cuts = (
-            _by_globs(survey, axes)
-            if axes
-            else [_sliced(sites, name, value) for name, value in spec.items()]
-        )
+        cuts = _of_dict(survey, spec)
     elif isinstance(spec, Iterable):
-        items = list(spec)
-        globs = [item for item in items if isinstance(item, str) and item not in sites]
-        cuts = [_named(sites, item) for item in items if item not in globs]
-        cuts += chosen((cut for site in survey.sites for cut in survey.cuts(site, SEMANTIC)), globs)
+        cuts = _of_list(survey, list(spec))
     elif callable(spec):
-        cuts = _by_function(survey, spec)
+        cuts = _of_function(survey, spec)
     else:
         raise TypeError(
-            f"spec is a {type(spec).__name__}; pass a preset, a list of names, globs or Blocks, a dict, a function or "
-            "an optimizer"
+            f"spec is a {type(spec).__name__}; pass a preset, a list of names, globs or Blocks, a "
+            "dict, a function or an optimizer"
         )
     if not cuts:
         raise ValueError("spec is empty; name at least one block")
@@ -79,7 +65,7 @@ def own_cuts(survey: Survey, spec: Spec) -> list[Cut]:
     return cuts
 
 
-def along(survey: Survey, site: Site, axis: Any) -> list[Cut]:
+def along(survey: Survey, site: Site, axis: Axis) -> list[Cut]:
     """``site`` cut by one axis (of the table above); [] for None.
 
     Raises:
@@ -89,26 +75,15 @@ def along(survey: Survey, site: Site, axis: Any) -> list[Cut]:
     if axis is None:
         return []
     if isinstance(axis, str):
-        word = axis.removesuffix("s")
-        if word not in AXES:
-            raise ValueError(
-                f"spec cuts {site.name} by {axis!r}; axes are {', '.join(AXES)}, numbers and None"
-            )
-        if word in ("column", "expert"):
-            found = dict(survey.equal_cuts(site)).get(f"{word}s")
-            if found is None:
-                survey.notes.append(f"{site.name}: it has no {word}s, so it is left whole")
-            return [found or site.uncut()]
-        if word == "head" and site.name not in survey.attention.projections:
-            survey.notes.append(f"{site.name}: it has no heads, so it is left whole")
-        return survey.cuts(site, {"else": word if word == "whole" else f"{word}s"})
+        return _along_word(survey, site, axis)
     axes = axis if isinstance(axis, tuple) else (axis,)
     if not axes or not all(isinstance(a, int) and not isinstance(a, bool) for a in axes):
         raise TypeError(
             f"spec cuts {site.name} by {axis!r}; axes are {', '.join(AXES)}, numbers and None"
         )
     rank = len(site.shape)
-    if not all(-rank <= a < rank for a in axes) or len({a % rank for a in axes}) < len(axes):
+    exist = all(-rank <= a < rank for a in axes)
+    if not exist or len({a % rank for a in axes}) < len(axes):
         raise ValueError(
             f"spec cuts {site.name} by axis {axis}; its shape {site.shape} has axes 0 to {rank - 1}"
         )
@@ -116,28 +91,62 @@ def along(survey: Survey, site: Site, axis: Any) -> list[Cut]:
     return [site.along(axes, "axis" + "x".join(map(str, axes)))]
 
 
-def _is_axis(value: Any, sites: Mapping[str, Site]) -> bool:
+def _along_word(survey: Survey, site: Site, axis: str) -> list[Cut]:
+    word = axis.removesuffix("s")
+    if word not in AXES:
+        raise ValueError(
+            f"spec cuts {site.name} by {axis!r}; axes are {', '.join(AXES)}, numbers and None"
+        )
+    if word == "whole":
+        return survey.cuts(site, {"else": "whole"})
+    if word in ("column", "expert"):
+        cut = dict(survey.equal_cuts(site)).get(f"{word}s")
+        if cut is None:
+            survey.notes.append(f"{site.name}: it has no {word}s, so it is left whole")
+        return [cut or site.uncut()]
+    if word == "head" and site.name not in survey.attention.projections:
+        survey.notes.append(f"{site.name}: it has no heads, so it is left whole")
+    return survey.cuts(site, {"else": f"{word}s"})
+
+
+def _of_dict(survey: Survey, spec: Mapping[str, Any]) -> list[Cut]:
+    """Either {glob: axis} or {block name: parameter or slices of it}."""
+    sites = _by_name(survey)
+    axes = {key: value for key, value in spec.items() if _is_axis(value, sites)}
+    if not axes:
+        return [_sliced(sites, name, value) for name, value in spec.items()]
+    for key in spec:
+        if key not in axes:
+            raise ValueError(
+                f"spec has axes for globs ({next(iter(axes))!r}) and a named block ({key!r}); put "
+                "them into two dicts"
+            )
+    return _of_globs(survey, axes)
+
+
+def _is_axis(value: object, sites: Mapping[str, Site]) -> bool:
     if isinstance(value, str):
         return value.removesuffix("s") in AXES and value not in sites
-    return (
-        value is None
-        or isinstance(value, int)
-        or (isinstance(value, tuple) and {*map(type, value)} == {int})
-    )
+    if isinstance(value, tuple):
+        return {*map(type, value)} == {int}
+    return value is None or isinstance(value, int)
 
 
-def _by_globs(survey: Survey, axes: Mapping[str, Any]) -> list[Cut]:
+def _of_globs(survey: Survey, axes: Mapping[str, Axis]) -> list[Cut]:
     names = [site.name for site in survey.sites]
     for glob in axes:
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(
                 f"spec's {glob!r} matches no trainable parameter{close_names(glob, names)}"
             )
-    cuts, missed = [], []
+    cuts: list[Cut] = []
+    missed = []
     for site in survey.sites:
-        decisive = [axis for glob, axis in axes.items() if fnmatchcase(site.name, glob)][:1]
-        missed += [] if decisive else [site.name]
-        cuts += along(survey, site, decisive[0]) if decisive else []
+        decisive = next((glob for glob in axes if fnmatchcase(site.name, glob)), None)
+        if decisive is None:
+            missed.append(site.name)
+        else:
+            cuts += along(survey, site, axes[decisive])
     if missed:
         survey.notes.append(
             f"{len(missed)} tensors match no glob and are in no block: {_first(missed)}"
@@ -145,46 +154,58 @@ def _by_globs(survey: Survey, axes: Mapping[str, Any]) -> list[Cut]:
     return cuts
 
 
-def _first(names: Sequence[str]) -> str:
-    return ", ".join([*names[:5], *["..."] * (len(names) > 5)])
-
-
-def _by_function(
-    survey: Survey, choose: Callable[[str, nn.Parameter, nn.Module], Axis | Cut]
+def _of_function(
+    survey: Survey,
+    choose: Callable[[str, nn.Parameter, nn.Module], Axis | Cut],
 ) -> list[Cut]:
-    parameters, cuts = dict(survey.model.named_parameters()), []
+    parameters = dict(survey.model.named_parameters())
+    cuts: list[Cut] = []
     for site in survey.sites:
         answer = choose(site.name, parameters[site.name], site.module)
         if not isinstance(answer, Cut):
             cuts += along(survey, site, answer)
-        elif any(part.parameter != site.name or part.shape != site.shape for part in answer.parts):
+            continue
+        if any(part.parameter != site.name or part.shape != site.shape for part in answer.parts):
             raise ValueError(
-                f"spec gives for {site.name!r} a cut of {', '.join(answer.parameters)}; cut the tensor asked for"
+                f"spec gives for {site.name!r} a cut of {', '.join(answer.parameters)}; cut the "
+                "tensor asked for"
             )
-        else:
-            cuts.append(answer)
+        cuts.append(answer)
     return cuts
 
 
 def _of_groups(survey: Survey, optimizer: Optimizer) -> list[Cut]:
     """A block a group: what shares one learning rate."""
-    owned = {id(p): name for name, p in survey.model.named_parameters()}
-    sites, cuts, seen = {site.name: site for site in survey.sites}, [], set[str]()
+    names = {id(p): name for name, p in survey.model.named_parameters()}
+    sites = _by_name(survey)
+    cuts: list[Cut] = []
+    seen: set[str] = set()
     for number, group in enumerate(optimizer.param_groups):
-        if not all(id(p) in owned for p in group["params"]):
+        if not all(id(p) in names for p in group["params"]):
             raise ValueError(
-                f"spec is an optimizer whose group {number} holds a tensor that is no parameter of the model"
+                f"spec is an optimizer whose group {number} holds a tensor that is no parameter of "
+                "the model"
             )
-        members = [sites[owned[id(p)]] for p in group["params"] if owned[id(p)] in sites]
-        seen |= {site.name for site in members}
-        if members:
-            cuts.append(together(members, str(group.get("name", f"group {number}"))))
+        trained = [names[id(p)] for p in group["params"] if names[id(p)] in sites]
+        seen |= set(trained)
+        if trained:
+            label = str(group.get("name", f"group {number}"))
+            cuts.append(together([sites[name] for name in trained], label))
     missed = [name for name in sites if name not in seen]
     if missed:
         survey.notes.append(
             f"{len(missed)} tensors are in no group and in no block: {_first(missed)}"
         )
     return cuts
+
+
+def _of_list(survey: Survey, items: Sequence[str | Block]) -> list[Cut]:
+    """Whole tensors by name and Blocks; what is no name is a glob over semantic blocks."""
+    sites = _by_name(survey)
+    globs = [item for item in items if isinstance(item, str) and item not in sites]
+    cuts = [_named(sites, item) for item in items if item not in globs]
+    semantic = (cut for site in survey.sites for cut in survey.cuts(site, SEMANTIC))
+    return cuts + chosen(semantic, globs)
 
 
 def _named(sites: Mapping[str, Site], item: str | Block) -> Cut:
@@ -198,53 +219,79 @@ def _named(sites: Mapping[str, Site], item: str | Block) -> Cut:
     return item.as_cut()
 
 
-def _sliced(sites: Mapping[str, Site], name: str, chosen: Any) -> Cut:
-    parameter, index = chosen if isinstance(chosen, tuple) and len(chosen) == 2 else (chosen, ())
-    index = index if isinstance(index, tuple) else (index,)
-    if not isinstance(parameter, str) or not all(isinstance(i, slice) for i in index):
-        raise TypeError(
-            f"spec[{name!r}] is {chosen!r}; give a parameter name or (parameter name, tuple of slices)"
-        )
+def _sliced(sites: Mapping[str, Site], name: str, value: object) -> Cut:
+    parameter, index = _parameter_and_slices(name, value)
     if parameter not in sites:
         raise ValueError(
-            f"spec[{name!r}] names {parameter!r}, no trainable parameter{close_names(parameter, sites)}"
+            f"spec[{name!r}] names {parameter!r}, no trainable parameter"
+            f"{close_names(parameter, sites)}"
         )
-    site = sites[parameter]
-    bounds = [s.indices(size) for s, size in zip(index, site.shape, strict=False)]
-    if len(index) > len(site.shape) or any(
-        step != 1 or start >= stop for start, stop, step in bounds
-    ):
+    shape = sites[parameter].shape
+    bounds = [s.indices(size) for s, size in zip(index, shape, strict=False)]
+    are_runs = all(step == 1 and start < stop for start, stop, step in bounds)
+    if len(index) > len(shape) or not are_runs:
         raise ValueError(
-            f"spec[{name!r}] is {index}; non-empty slices of step 1 into shape {site.shape} are needed"
+            f"spec[{name!r}] is {index}; non-empty slices of step 1 into shape {shape} are needed"
         )
     picked = tuple(slice(start, stop) for start, stop, _ in bounds)
-    return Cut(
-        (Part(parameter, site.shape, site.shape, (*picked, *whole(site.shape[len(picked) :]))),),
-        name,
-    )
+    rest = whole(shape[len(picked) :])
+    return Cut((Part(parameter, shape, shape, (*picked, *rest)),), name)
+
+
+def _parameter_and_slices(name: str, value: object) -> tuple[str, tuple[slice, ...]]:
+    parameter, index = value if isinstance(value, tuple) and len(value) == 2 else (value, ())
+    slices = index if isinstance(index, tuple) else (index,)
+    if not isinstance(parameter, str) or not all(isinstance(i, slice) for i in slices):
+        raise TypeError(
+            f"spec[{name!r}] is {value!r}; give a parameter name or (parameter name, tuple of "
+            "slices)"
+        )
+    return parameter, slices
 
 
 def chosen(cuts: Iterable[Cut], patterns: Sequence[str]) -> list[Cut]:
-    """What of ``cuts`` one of ``patterns`` matches, by block or parameter name; every pattern must match something."""
+    """What of ``cuts`` one of ``patterns`` matches, by block or parameter name.
+
+    Raises ValueError for a pattern that matches nothing.
+    """
     cuts = list(cuts)
-    wanted: list[set[int]] = [set() for _ in cuts]  # positions in each cut
+    matched: list[set[int]] = [set() for _ in cuts]  # positions in each cut
     for pattern in patterns:
-        glob = partial(
-            fnmatchcase, pat=pattern.replace("[", "[[]")
-        )  # names have brackets, so they are no wildcards
-        hits = [
-            {i for i, name in enumerate(cut.names) if any(map(glob, (name, *cut.parameters)))}
-            for cut in cuts
-        ]
+        # names have brackets, so these are no wildcards
+        glob = partial(fnmatchcase, pat=pattern.replace("[", "[[]"))
+        hits = [_matching(cut, glob) for cut in cuts]
         if not any(hits):
             raise ValueError(
-                f"{pattern!r} matches no block or trainable parameter{close_names(pattern, examples(cuts))}"
+                f"{pattern!r} matches no block or trainable parameter"
+                f"{close_names(pattern, examples(cuts))}"
             )
-        wanted = [before | new for before, new in zip(wanted, hits, strict=True)]
-    picked = []
-    for cut, positions in zip(cuts, wanted, strict=True):
-        for is_wanted, run in groupby(range(cut.num_blocks), key=positions.__contains__):
-            if is_wanted:
-                first, *rest = run
-                picked.append(cut.chunk(first, first + len(rest) + 1))
-    return picked
+        for positions, new in zip(matched, hits, strict=True):
+            positions |= new
+    return [
+        chunk
+        for cut, positions in zip(cuts, matched, strict=True)
+        for chunk in _runs(cut, positions)
+    ]
+
+
+def _matching(cut: Cut, glob: Callable[[str], bool]) -> set[int]:
+    if any(map(glob, cut.parameters)):
+        return set(range(cut.num_blocks))
+    return {i for i, name in enumerate(cut.names) if glob(name)}
+
+
+def _runs(cut: Cut, positions: set[int]) -> Iterator[Cut]:
+    """Runs of neighbouring blocks among ``positions``."""
+    for is_wanted, run in groupby(range(cut.num_blocks), key=positions.__contains__):
+        if is_wanted:
+            first, *rest = run
+            yield cut.chunk(first, first + len(rest) + 1)
+
+
+def _by_name(survey: Survey) -> dict[str, Site]:
+    return {site.name: site for site in survey.sites}
+
+
+def _first(names: Sequence[str]) -> str:
+    dots = ["..."] if len(names) > 5 else []
+    return ", ".join([*names[:5], *dots])

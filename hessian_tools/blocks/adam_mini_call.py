@@ -1,8 +1,12 @@
-"""Arguments that bring the published Adam-mini 1.1.1 closest to a partition."""
+"""Arguments that bring the published Adam-mini 1.1.1 closest to a partition.
+
+It can cut a tensor into slices of the first axis of a matrix, into runs of entries of one length
+(the same for the whole model: the length that most entries want), into entries, or not at all.
+"""
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from torch import nn
@@ -13,11 +17,14 @@ from hessian_tools.blocks.ownership import check_trained
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.results import registered
 
+Shapes = Mapping[str, tuple[int, ...]]  # by parameter
+CutsByTensor = dict[str, list[Cut]]
+
 
 @registered
 @dataclass(frozen=True)
 class AdamMiniArguments:
-    """Arguments and lists of names that bring the published Adam-mini 1.1.1 closest to a partition."""
+    """Arguments and lists of names for the published Adam-mini 1.1.1."""
 
     dim: int  # with n_heads: its heads are runs of dim^2 / n_heads entries
     n_heads: int
@@ -27,100 +34,75 @@ class AdamMiniArguments:
     @property
     def code(self) -> str:
         """Python that makes the optimizer so."""
-        lines = [
-            f"optimizer = Adam_mini(model.named_parameters(), lr=lr, dim={self.dim}, n_heads={self.n_heads})"
-        ]
+        arguments = f"lr=lr, dim={self.dim}, n_heads={self.n_heads}"
+        lines = [f"optimizer = Adam_mini(model.named_parameters(), {arguments})"]
         for field, attribute in ATTRIBUTES.items():
             words = ", ".join(f'"{word}"' for word in getattr(self.keywords, field))
-            lines.append(
-                f"optimizer.{attribute} = {{{words}}}"
-                if words
-                else f"optimizer.{attribute} = set()"
-            )
+            names = f"{{{words}}}" if words else "set()"
+            lines.append(f"optimizer.{attribute} = {names}")
         return "\n".join(lines)
 
 
 def adam_mini_arguments(model: nn.Module, partition: Partition) -> AdamMiniArguments:
     """What to give the published Adam-mini 1.1.1 so that it runs on the nearest thing to ``partition``.
 
-    It can cut a tensor into slices of the first axis of a matrix, into runs of entries of one length (the same for the
-    whole model: the length that most entries want), into entries, or not at all. A tensor whose blocks are runs of
-    several lengths gets the longest if it is that one (heads for a fused value too), one in no block keeps Adam's own,
-    any other is not cut; ``inexpressible`` names each with the reason. What it would do is taken from
-    :func:`hessian_tools.blocks.adam_mini`, not assumed.
+    A tensor whose blocks are runs of several lengths gets the longest if it is that one (heads for a
+    fused value too), one in no block keeps Adam's own, any other is not cut; ``inexpressible`` names
+    each with the reason. What it would do is taken from :func:`adam_mini_names`, not assumed.
 
     Raises:
         ValueError: for a partition of another model.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     check_trained(partition.cuts, trained, "partition")
-    parameters = {name: tuple(p.shape) for name, p in trained.items()}
-    by_tensor: dict[str, list[Cut]] = {name: [] for name in parameters}
-    for cut in partition.cuts:
-        for name in cut.parameters:
-            by_tensor[name].append(cut)
-    runs = {name: _run_lengths(shape, by_tensor[name]) for name, shape in parameters.items()}
-    # Heads for query and key, rows for value: the longer runs keep the former exact.
-    lengths = {name: max(found, default=0) for name, found in runs.items()}
-    rules = {
-        name: _rule(shape, lengths[name]) if by_tensor[name] else "adam"
-        for name, shape in parameters.items()
-    }
-    wanted = Counter[int]()
-    for name, rule in rules.items():
-        wanted[lengths[name] if rule == "query_key" else 0] += math.prod(parameters[name])
-    run = max((length for length in wanted if length), key=wanted.__getitem__, default=1)
-    rules = {
-        name: "" if rule == "query_key" and lengths[name] != run else rule
-        for name, rule in rules.items()
-    }
-    words = {
-        rule: _keywords([n for n in rules if rules[n] == rule], rules)
-        for rule in ("adam", "query_key", "mlp")
-    }
-    keywords = Keywords(
-        **{field.name: tuple(words.get(field.name, ())) for field in fields(Keywords)}
-    )
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
+    wanted = _by_tensor(shapes, partition.cuts)
+    lengths = {name: _run_lengths(shape, wanted[name]) for name, shape in shapes.items()}
+    rules, run = _rules(shapes, wanted, lengths)
+    keywords = _keywords(rules)
     done = adam_mini_names(model, dim=run, n_heads=run, keywords=keywords)
-    made: dict[str, list[Cut]] = {name: [] for name in parameters}
-    for cut in done.cuts:
-        made[cut.parameters[0]].append(cut)
-    inexpressible = {
-        name: _why(cuts, made[name])
-        for name, cuts in by_tensor.items()
-        if len(runs[name]) != 1 or runs[name] != _run_lengths(parameters[name], made[name])
-    }
+    made = _by_tensor(shapes, done.cuts)
+    inexpressible = {}
+    for name, cuts in wanted.items():
+        has_one_length = len(lengths[name]) == 1
+        if not has_one_length or lengths[name] != _run_lengths(shapes[name], made[name]):
+            inexpressible[name] = _why(cuts, made[name])
     return AdamMiniArguments(run, run, keywords, inexpressible)
 
 
-def _run_lengths(shape: tuple[int, ...], cuts: list[Cut]) -> set[int]:
-    """The lengths of the runs of neighbouring entries that the blocks of a tensor are; empty for other blocks."""
-    parts = [part for cut in cuts for part in cut.parts]
-    covered = sum(cut.num_blocks * cut.block_size for cut in cuts) == math.prod(shape)
-    joined = any(len(cut.parts) > 1 for cut in cuts)
-    return (
-        {part.block_size for part in parts}
-        if covered and not joined and all(map(_is_runs, parts))
-        else set()
-    )
+def _by_tensor(shapes: Shapes, cuts: Sequence[Cut]) -> CutsByTensor:
+    by_tensor: CutsByTensor = {name: [] for name in shapes}
+    for cut in cuts:
+        for name in cut.parameters:
+            by_tensor[name].append(cut)
+    return by_tensor
 
 
-def _is_runs(part: Part) -> bool:
-    """Whether every piece is neighbouring entries that start at a multiple of their number."""
-    outer = [axis for axis in part.axes if part.view[axis] > 1]
-    inner = [
-        axis for axis in range(len(part.view)) if axis not in part.axes and part.view[axis] > 1
-    ]
-    if not inner or min(inner) < max(outer, default=-1):
-        return not inner
-    first, rest = inner[0], math.prod(part.view[inner[0] + 1 :])
-    entire = part.block_size == rest * (part.index[first].stop - part.index[first].start)
-    starts = (part.view[first] * rest, part.index[first].start * rest)
-    return entire and all(start % part.block_size == 0 for start in starts)
+def _rules(
+    shapes: Shapes,
+    wanted: CutsByTensor,
+    lengths: Mapping[str, set[int]],
+) -> tuple[dict[str, str], int]:
+    """The published code's rule for each tensor, and the one length of runs."""
+    # Heads for query and key, rows for value: the longer runs keep the former exact.
+    longest = {name: max(found, default=0) for name, found in lengths.items()}
+    rules = {
+        name: _rule(shape, longest[name]) if wanted[name] else "adam"
+        for name, shape in shapes.items()
+    }
+    entries = Counter[int]()  # that want runs of each length
+    for name, rule in rules.items():
+        if rule == "query_key":
+            entries[longest[name]] += math.prod(shapes[name])
+    run = max(entries, key=entries.__getitem__, default=1)
+    for name, rule in rules.items():
+        if rule == "query_key" and longest[name] != run:
+            rules[name] = ""
+    return rules, run
 
 
 def _rule(shape: tuple[int, ...], length: int) -> str:
-    """The published code's rule that makes such runs; "" for one block and for what none of them makes."""
+    """The rule that makes such runs; "" for one block and for what none of them makes."""
     if length in (0, math.prod(shape)):
         return ""
     if length == 1:
@@ -128,23 +110,64 @@ def _rule(shape: tuple[int, ...], length: int) -> str:
     return "mlp" if len(shape) == 2 and length == shape[1] else "query_key"
 
 
-def _keywords(names: list[str], rules: Mapping[str, str]) -> list[str]:
-    """Short endings of ``names`` that are part of no name with another rule; the full name where there is none."""
-    chosen: list[str] = []
-    others = [
-        name.lower() for name, rule in rules.items() if rules.get(names[0] if names else "") != rule
-    ]
-    for name in map(str.lower, names):
-        if any(word in name for word in chosen):
+def _run_lengths(shape: tuple[int, ...], cuts: list[Cut]) -> set[int]:
+    """The lengths of the runs of neighbouring entries that the blocks of a tensor are.
+
+    Empty for other blocks.
+    """
+    parts = [part for cut in cuts for part in cut.parts]
+    covers_all = sum(cut.num_blocks * cut.block_size for cut in cuts) == math.prod(shape)
+    is_joined = any(len(cut.parts) > 1 for cut in cuts)
+    if is_joined or not covers_all or not all(map(_is_runs, parts)):
+        return set()
+    return {part.block_size for part in parts}
+
+
+def _is_runs(part: Part) -> bool:
+    """Whether every piece is neighbouring entries that start at a multiple of their number."""
+    outer = [axis for axis in part.axes if part.view[axis] > 1]
+    inner = [a for a, size in enumerate(part.view) if size > 1 and a not in part.axes]
+    if not inner:
+        return True
+    first = inner[0]
+    if min(inner) < max(outer, default=-1):
+        return False
+    rest = math.prod(part.view[first + 1 :])
+    span = part.index[first]
+    if part.block_size != rest * (span.stop - span.start):
+        return False
+    starts = (part.view[first] * rest, span.start * rest)
+    return all(start % part.block_size == 0 for start in starts)
+
+
+def _keywords(rules: Mapping[str, str]) -> Keywords:
+    """Substrings that pick the tensors of each rule; none where no tensor has it."""
+    words: dict[str, tuple[str, ...]] = {field.name: () for field in fields(Keywords)}
+    for rule in ("adam", "query_key", "mlp"):
+        words[rule] = tuple(_endings(rule, rules))
+    return Keywords(**words)
+
+
+def _endings(rule: str, rules: Mapping[str, str]) -> list[str]:
+    """Short endings of the names with ``rule`` that are part of no name with another.
+
+    The full name where there is none.
+    """
+    names = [name.lower() for name, other in rules.items() if other == rule]
+    others = [name.lower() for name, other in rules.items() if other != rule]
+    endings: list[str] = []
+    for name in names:
+        if any(word in name for word in endings):
             continue
         pieces = name.split(".")
-        endings = (
-            ".".join(pieces[-count:]) for count in range(min(2, len(pieces)), len(pieces) + 1)
-        )
-        chosen.append(
-            next((word for word in endings if not any(word in other for other in others)), name)
-        )
-    return chosen
+        ending = name
+        for count in range(min(2, len(pieces)), len(pieces) + 1):
+            shorter = ".".join(pieces[-count:])
+            if not any(shorter in other for other in others):
+                ending = shorter
+                break
+        endings.append(ending)
+    return endings
 
 
 def _why(wanted: list[Cut], made: list[Cut]) -> str:
@@ -154,4 +177,7 @@ def _why(wanted: list[Cut], made: list[Cut]) -> str:
     if any(len(cut.parts) > 1 for cut in wanted):
         return f"its block joins several tensors; it gets {got} of its own"
     count = sum(cut.num_blocks for cut in wanted)
-    return f"its {count} blocks are no rows of a matrix and no runs of the one length that it can have; it gets {got}"
+    return (
+        f"its {count} blocks are no rows of a matrix and no runs of the one length that it can "
+        f"have; it gets {got}"
+    )

@@ -87,13 +87,7 @@ def _marked_but_unread(model: nn.Module, read: list[str]) -> list[str]:
 
 def _transformer_layers(model: nn.Module, attention: list[str]) -> tuple[str, ...]:
     """Members of the innermost lists of modules whose every member holds one of ``attention``."""
-    stacks: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Sequential | nn.ModuleList):
-            continue
-        members = [join(path, name) for name, _ in module.named_children()]
-        if members and all(_holds_any(member, attention) for member in members):
-            stacks[path] = members
+    stacks = _stacks(model, attention)
     several = {path: members for path, members in stacks.items() if len(members) > 1}
     stacks = several or stacks
     layers: list[str] = []
@@ -102,6 +96,18 @@ def _transformer_layers(model: nn.Module, attention: list[str]) -> tuple[str, ..
         if not holds_another:
             layers += members
     return tuple(layers)
+
+
+def _stacks(model: nn.Module, attention: list[str]) -> dict[str, list[str]]:
+    """{path of a list of modules: paths of its members, each of which holds one of ``attention``}."""
+    stacks: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Sequential | nn.ModuleList):
+            continue
+        members = [join(path, name) for name, _ in module.named_children()]
+        if members and all(_holds_any(member, attention) for member in members):
+            stacks[path] = members
+    return stacks
 
 
 def _holds_any(path: str, inner: list[str]) -> bool:

@@ -13,8 +13,7 @@ from torch import nn
 from hessian_tools.blocks.attention import Attention, find_attention, is_inside
 from hessian_tools.blocks.block import Cut, Part
 from hessian_tools.blocks.projection import Region, is_transposed, whole
-from hessian_tools.blocks.token_tables import token_tables
-from hessian_tools.blocks.weight_axes import output_axes
+from hessian_tools.blocks.trial_runs import output_axes, token_tables
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -166,18 +165,19 @@ class Anatomy:
         """The matrices of the last layer; [] where a table is tied to it."""
         if "tied" in kinds.values():
             return []
+        tokens = {site.shape[0] for site in self._of_kind("embedding", kinds)}
         matrices = [
-            site
-            for site in self.all
-            if kinds[site.name] == "mlp" and self.layer_of(site.name) is None
+            site for site in self._of_kind("mlp", kinds) if self.layer_of(site.name) is None
         ]
-        tokens = {site.shape[0] for site in self.all if kinds[site.name] == "embedding"}
         outputs = [site for site in matrices if site.shape[self.row_axes(site)[-1]] in tokens]
         if outputs and self.attention.layers:
             return outputs
         # without known layers, a row count may agree by accident
-        convolutions = [site for site in self.all if kinds[site.name] == "conv"]
-        return outputs[-1:] or matrices[-1:] or convolutions[-1:]
+        last = outputs or matrices or self._of_kind("conv", kinds)
+        return last[-1:]
+
+    def _of_kind(self, kind: str, kinds: dict[str, str]) -> list[Site]:
+        return [site for site in self.all if kinds[site.name] == kind]
 
     def _kind(self, site: Site) -> str:
         projection = self.attention.projections.get(site.name)
@@ -208,7 +208,6 @@ class Anatomy:
 
     def _matrix_kind(self, site: Site) -> str:
         module = site.module
-        ndim = len(site.shape)
         if isinstance(module, CONVOLUTIONS):
             return "conv"
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -218,10 +217,15 @@ class Anatomy:
         if isinstance(module, nn.Linear | nn.Bilinear) or is_transposed(module):
             return "mlp"
         if self.row_axes(site):
-            return "experts" if ndim == 3 else "mlp"
-        if ndim == 3 and site.shape[0] == 1 and not _is_leaf(module):
-            return "class token" if site.shape[1] == 1 else "position"
-        return "other"
+            return "experts" if len(site.shape) == 3 else "mlp"
+        return self._loose_kind(site)
+
+    @staticmethod
+    def _loose_kind(site: Site) -> str:
+        """The kind of a tensor that no module applies as a matrix: (1, T, d) may be added to tokens."""
+        if len(site.shape) != 3 or site.shape[0] != 1 or _is_leaf(site.module):
+            return "other"
+        return "class token" if site.shape[1] == 1 else "position"
 
     @cached_property
     def _tables(self) -> list[str]:

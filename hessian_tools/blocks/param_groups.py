@@ -1,4 +1,4 @@
-"""A partition in the words of optimizers: torch's param groups, and the state that a second moment a block saves.
+"""A partition in the words of optimizers: torch's param groups, and the state that it saves.
 
 Letters: P parameters, B blocks.
 """
@@ -11,57 +11,66 @@ from typing import Any
 
 from torch import nn
 
-from hessian_tools.blocks.block import Part
+from hessian_tools.blocks.block import Cut, Part
 from hessian_tools.blocks.ownership import check_trained
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.results import registered
 
+# What torch.optim takes as a group; its values are of many types.
+ParamGroup = dict[str, Any]
 
-def param_groups(model: nn.Module, partition: Partition) -> list[dict[str, Any]]:
+
+def param_groups(model: nn.Module, partition: Partition) -> list[ParamGroup]:
     """Groups for ``torch.optim``, so that a block never spans two groups.
 
-    A block of whole tensors is one group: ``params``, ``names``, ``block`` (its name), ``cuts`` empty. A tensor that is
-    cut is one group as well, whose ``cuts`` say how, one dict each in plain numbers: ``view`` (the shape to view the
-    tensor as), ``index`` ((start, stop) an axis of the view), ``axes`` (those that enumerate blocks; the others are
-    averaged over), ``num_blocks``. Any optimizer of torch takes the groups as they are (one rate a group); one that
-    keeps a second moment a block reads ``cuts``. Trainable tensors in no block come last, named "(no block)".
+    A block of whole tensors is one group: ``params``, ``names``, ``block`` (its name), ``cuts``
+    empty. A tensor that is cut is one group as well, whose ``cuts`` say how, one dict each in plain
+    numbers: ``view`` (the shape to view the tensor as), ``index`` ((start, stop) an axis of the
+    view), ``axes`` (those that enumerate blocks; the others are averaged over), ``num_blocks``. Any
+    optimizer of torch takes the groups as they are (one rate a group); one that keeps a second
+    moment a block reads ``cuts``. Trainable tensors in no block come last, named "(no block)".
 
     Raises:
-        ValueError: a block that joins parts of several tensors, or a part of a tensor that is not whole in its cuts.
+        ValueError: a block that joins parts of several tensors, or a part of a tensor that is not
+            whole in its cuts.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = _trained(model)
     check_trained(partition.cuts, parameters, "partition")
-    by_tensor: dict[str, list[Part]] = {}
-    groups: list[dict[str, Any]] = []
+    parts: dict[str, list[Part]] = {}  # by tensor that is cut
+    groups: list[ParamGroup] = []
     for cut in partition.cuts:
-        if cut.num_blocks == 1 and all(_is_whole(part) for part in cut.parts):
-            names = cut.parameters
-            groups.append(_group(cut.block_name(0), names, parameters, []))
-        elif len(cut.parts) > 1:
+        if _holds_whole_tensors(cut):
+            groups.append(_group(cut.block_name(0), cut.parameters, parameters))
+            continue
+        if len(cut.parts) > 1:
             raise ValueError(
-                f"partition has {cut.name!r}, whose blocks join parts of several tensors; no group can say so"
+                f"partition has {cut.name!r}, whose blocks join parts of several tensors; no group "
+                "can say so"
             )
-        elif cut.parameters[0] in by_tensor:
-            by_tensor[cut.parameters[0]].append(cut.parts[0])
-        else:
-            by_tensor[cut.parameters[0]] = [cut.parts[0]]
-            groups.append(
-                _group(cut.parameters[0], cut.parameters, parameters, by_tensor[cut.parameters[0]])
-            )
+        name = cut.parameters[0]
+        if name not in parts:
+            parts[name] = []
+            groups.append(_group(name, [name], parameters))
+        parts[name].append(cut.parts[0])
     for group in groups:
-        group["cuts"] = [_plain(part) for part in group["cuts"]]
-    left = [name for name in parameters if not any(name in group["names"] for group in groups)]
-    return groups + ([_group("(no block)", left, parameters, [])] if left else [])
+        group["cuts"] = [_plain(part) for part in parts.get(group["block"], [])]
+    left = set(parameters).difference(*(group["names"] for group in groups))
+    if left:
+        groups.append(_group("(no block)", [n for n in parameters if n in left], parameters))
+    return groups
 
 
 def _group(
-    block: str, names: Iterable[str], parameters: Mapping[str, nn.Parameter], cuts: list[Part]
-) -> dict[str, Any]:
+    block: str,
+    names: Iterable[str],
+    parameters: Mapping[str, nn.Parameter],
+) -> ParamGroup:
+    names = list(names)
     return {
         "params": [parameters[name] for name in names],
-        "names": list(names),
+        "names": names,
         "block": block,
-        "cuts": cuts,
+        "cuts": [],
     }
 
 
@@ -76,8 +85,13 @@ def _plain(part: Part) -> dict[str, Any]:
     } | window
 
 
-def _is_whole(part: Part) -> bool:
-    return part.num_blocks == 1 and part.block_size == math.prod(part.shape)
+def _holds_whole_tensors(cut: Cut) -> bool:
+    """Whether the cut is one block of whole tensors."""
+    return cut.num_blocks == 1 and all(p.block_size == math.prod(p.shape) for p in cut.parts)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @registered
@@ -86,9 +100,8 @@ class StateSavings:
     """Optimizer state with one second moment a block, against Adam's two numbers a parameter."""
 
     num_parameters: int  # P, trainable
-    num_blocks: (
-        int  # B learning rates: blocks, and the entries that are in none (they keep Adam's own)
-    )
+    # B learning rates: blocks, and the entries that are in none (they keep Adam's own)
+    num_blocks: int
     adam_bytes: int  # first and second moments, 2 P
     state_bytes: int  # first moments and a number a block, P + B
 
@@ -102,19 +115,22 @@ class StateSavings:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_blocks:,} learning rates for {self.num_parameters:,} parameters; optimizer state "
-            f"{self.state_bytes:,} bytes, {self.saved_percent:.1f} % less than Adam's {self.adam_bytes:,}"
+            f"{self.num_blocks:,} learning rates for {self.num_parameters:,} parameters; optimizer "
+            f"state {self.state_bytes:,} bytes, {self.saved_percent:.1f} % less than Adam's "
+            f"{self.adam_bytes:,}"
         )
 
 
 def state_savings(model: nn.Module, partition: Partition) -> StateSavings:
-    """What Adam-mini on this partition keeps, in the parameters' own dtype (arXiv 2406.16793; a block over tensors of
-    several dtypes counts in that of the first).
+    """What Adam-mini on this partition keeps, in the parameters' own dtype (arXiv 2406.16793).
+
+    A block over tensors of several dtypes counts in that of the first.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = _trained(model)
     check_trained(partition.cuts, parameters, "partition")
     left = {name: p.numel() for name, p in parameters.items()}
-    blocks, moments = 0, 0
+    blocks = 0
+    moments = 0
     for cut in partition.cuts:
         blocks += cut.num_blocks
         moments += cut.num_blocks * parameters[cut.parameters[0]].element_size()
@@ -127,26 +143,35 @@ def state_savings(model: nn.Module, partition: Partition) -> StateSavings:
 
 
 def patterns(partition: Partition) -> dict[str, str]:
-    """{regular expression over whole parameter names: how these tensors are cut}, layer numbers as ``\\d+``.
+    """{regular expression over whole parameter names: how these tensors are cut}.
 
-    The way is what the blocks count: "whole", "role", "head", "row", "column", "element" ..., several joined by "+".
-    Expressions that would stand for several ways keep their layer numbers.
+    Layer numbers become ``\\d+``. The way is what the blocks count: "whole", "role", "head", "row",
+    "column", "element" ..., several joined by "+". Expressions that would stand for several ways
+    keep their layer numbers.
     """
     ways: dict[str, set[str]] = {}
     for cut in partition.cuts:
-        labelled = "role" if len(cut.labels) > 1 or cut.labels[0] else "whole"
-        counted = cut.counter or ("head" if any("head=" in label for label in cut.labels) else "")
         for name in cut.parameters:
-            ways.setdefault(name, set()).add(counted or labelled)
+            ways.setdefault(name, set()).add(_counted(cut))
     by_name = {name: "+".join(sorted(way)) for name, way in ways.items()}
-    general: dict[str, set[str]] = {}
+    by_expression: dict[str, set[str]] = {}
     for name, way in by_name.items():
-        general.setdefault(_expression(name), set()).add(way)
-    alone = {expression for expression, found in general.items() if len(found) == 1}
-    return {
-        (_expression(n) if _expression(n) in alone else f"^{re.escape(n)}$"): way
-        for n, way in by_name.items()
-    }
+        by_expression.setdefault(_expression(name), set()).add(way)
+    shown = {}
+    for name, way in by_name.items():
+        expression = _expression(name)
+        is_clear = len(by_expression[expression]) == 1
+        shown[expression if is_clear else f"^{re.escape(name)}$"] = way
+    return shown
+
+
+def _counted(cut: Cut) -> str:
+    """What the blocks of a cut count."""
+    if cut.counter:
+        return cut.counter
+    if any("head=" in label for label in cut.labels):
+        return "head"
+    return "role" if len(cut.labels) > 1 or cut.labels[0] else "whole"
 
 
 def _expression(name: str) -> str:

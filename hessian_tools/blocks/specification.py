@@ -76,6 +76,10 @@ def along(survey: Survey, site: Site, axis: Axis) -> list[Cut]:
         return []
     if isinstance(axis, str):
         return _along_word(survey, site, axis)
+    return _along_numbers(site, axis)
+
+
+def _along_numbers(site: Site, axis: int | tuple[int, ...]) -> list[Cut]:
     axes = axis if isinstance(axis, tuple) else (axis,)
     if not axes or not all(isinstance(a, int) and not isinstance(a, bool) for a in axes):
         raise TypeError(

@@ -65,33 +65,30 @@ def counted(q: quadratic.Quadratic, method: str, settings: dict[str, Any]) -> fl
 
 
 def products_alone(q: quadratic.Quadratic, starts: int, steps: int) -> float:
-    """Seconds of the products of all runs, in the pieces and on the threads of the simulation; from a tenth of them."""
-    pieces = list(simulation._pieces(q.num_problems, starts, q.size, q.hessian.device.type))
+    """Seconds of the products of all runs, in the simulation's pieces and on its threads.
+
+    Taken from a tenth of the steps.
+    """
+    device = q.hessian.device
+    pieces = list(simulation.pieces_of(q.num_problems, starts, q.size, device.type))
     fewer = max(1, steps // 10)
 
-    def one(piece: tuple[slice, slice]) -> Tensor:
+    def one(piece: simulation.Piece) -> Tensor:
         problems, runs = piece
         part = q.part(problems)
-        w = torch.randn(
-            part.num_problems,
-            runs.stop - runs.start,
-            q.size,
-            dtype=torch.float64,
-            device=q.hessian.device,
-        )
-        tiles = simulation.tiles_of(part)
-        if part.num_problems == 1:
-            w, tiles = w[0], [(where, block[0]) for where, block in tiles]
+        shape = (part.num_problems, runs.stop - runs.start, q.size)
+        w = torch.randn(shape, dtype=torch.float64, device=device)
         out = torch.empty_like(w)
+        multiply = simulation.product(part, w, out)
         for _ in range(fewer):
-            simulation.product(tiles, w, out)
+            multiply()
         return out[..., :1].sum()
 
-    list(simulation._mapped(one, pieces[:2], q.hessian.device.type))  # warm
-    wait(q.hessian.device)
+    list(simulation.in_threads(one, pieces[:2], device.type))  # warm
+    wait(device)
     started = time.perf_counter()
-    list(simulation._mapped(one, pieces, q.hessian.device.type))
-    wait(q.hessian.device)
+    list(simulation.in_threads(one, pieces, device.type))
+    wait(device)
     return (time.perf_counter() - started) * steps / fewer
 
 

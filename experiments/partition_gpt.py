@@ -65,7 +65,9 @@ def judged(problem: Problem, time: str, knobs: dict[str, Any], folder: RunFolder
             on_tensor=lambda tensor, kept, prefix=prefix: folder.journal.append(prefix + tensor, kept),
         )  # fmt: skip
     weights = ht.partition(problem.model, "weights", only=knobs["only"])
-    found["extremes"] = ht.structure.block_extremes(hessian, weights, num_steps=knobs["steps"], seed=SEED)
+    found["extremes"] = ht.structure.block_extremes(
+        hessian, weights, num_steps=knobs["steps"], seed=SEED
+    )
     found["suggestions"] = {
         name: suggestion_text(problem, own)
         for name, own in found["reports"].items()

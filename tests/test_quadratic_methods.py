@@ -6,6 +6,7 @@ import torch
 
 from hessian_tools import quadratic
 from hessian_tools.quadratic import simulation
+from hessian_tools.quadratic.construction import haar
 from hessian_tools.quadratic.methods import METHODS
 
 QUIET = {"progress": False}
@@ -187,7 +188,7 @@ def test_adam_of_single_coordinates_and_of_no_memory():
 
 def test_rotation_changes_nothing_for_gradient_descent_and_much_for_adam():
     q = quadratic.case(3, seed=1)
-    turn = quadratic.problems.haar(7, "turn", 9)
+    turn = haar(7, "turn", 9)
     turned = quadratic.from_matrix(turn @ q.hessian[0] @ turn.T)
     starts = quadratic.draw_starts(q, 6, 0)[0]
     for name, same in (("gd", True), ("heavy_ball", True), ("nesterov", True), ("adam", False)):
@@ -260,12 +261,11 @@ def test_products_by_blocks_are_the_dense_products():
         [np.linspace(1, 9, 20), np.linspace(20, 30, 7), np.linspace(2, 5, 18)], num_problems=3
     )
     for part in (q, q.part(slice(1, 2))):
-        tiles, w = (
-            simulation.tiles_of(part),
-            torch.randn(part.num_problems, 4, 45, dtype=torch.float64),
-        )
-        assert [where.stop - where.start for where, _ in tiles] == [20, 25]
-        simulation.product(tiles, w, out := torch.empty_like(w))
+        widths = [where.stop - where.start for where, _ in simulation.tiles_of(part)]
+        assert widths == [20, 25]
+        w = torch.randn(part.num_problems, 4, 45, dtype=torch.float64)
+        out = torch.empty_like(w)
+        simulation.product(part, w, out)()
         assert torch.allclose(out, w @ part.hessian, rtol=1e-12)
 
 

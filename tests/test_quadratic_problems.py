@@ -7,7 +7,7 @@ import torch
 import hessian_tools as ht
 from hessian_tools import quadratic
 from hessian_tools.quadratic.cases import shifted_and_scaled
-from hessian_tools.quadratic.problems import haar
+from hessian_tools.quadratic.construction import haar
 from hessian_tools.spectra.quadrature import Quadrature
 
 

@@ -1,31 +1,29 @@
 """Quadratic problems: the theory of gradient descent against Adam as a laboratory.
 
-Reading order: problems, cases, methods, preconditioning, simulation, sweeps, theory, lineup.
+Reading order: problems, construction, cases, methods, preconditioning, plan, watch, simulation,
+steps, sweeps, runs, theory, practice, lineup.
 """
 
 from hessian_tools.quadratic.cases import CASES, case, from_spectra
+from hessian_tools.quadratic.construction import dense, from_blocks, from_matrix, rotated
 from hessian_tools.quadratic.lineup import LINEUP, Standing, compare, standings
 from hessian_tools.quadratic.methods import METHOD_DEFAULTS, METHODS
-from hessian_tools.quadratic.preconditioning import extremes, linear_iterations
-from hessian_tools.quadratic.problems import (
-    Quadratic,
-    dense,
-    draw_starts,
-    from_blocks,
-    from_matrix,
-    rotated,
-)
-from hessian_tools.quadratic.simulation import Runs
-from hessian_tools.quadratic.sweeps import STEPS, Sweep, best_step, run
-from hessian_tools.quadratic.theory import (
+from hessian_tools.quadratic.practice import (
     BoundCheck,
-    Constants,
     LimitCycle,
-    Scorecard,
     check_adam_bound,
     check_gd_bound,
-    constants,
     limit_cycle,
+)
+from hessian_tools.quadratic.preconditioning import extremes, linear_iterations
+from hessian_tools.quadratic.problems import Quadratic, draw_starts
+from hessian_tools.quadratic.runs import Runs, run
+from hessian_tools.quadratic.steps import STEPS
+from hessian_tools.quadratic.sweeps import Sweep, best_step
+from hessian_tools.quadratic.theory import (
+    Constants,
+    Scorecard,
+    constants,
     random_problems,
     score_prediction,
 )

@@ -1,24 +1,25 @@
-"""The methods that are usually held against each other, each with its step size, and their runs on one problem."""
+"""The methods that are usually compared, each with its step size, and their runs on one problem."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from hessian_tools.quadratic.methods import Settings
+from hessian_tools.quadratic.plan import TOLERANCES
 from hessian_tools.quadratic.problems import Quadratic
-from hessian_tools.quadratic.simulation import TOLERANCES, Runs
-from hessian_tools.quadratic.sweeps import run
+from hessian_tools.quadratic.runs import Runs, run
 
-TEXTBOOK = {
+# Kingma & Ba, arXiv 1412.6980
+TEXTBOOK: Settings = {
     "beta1": 0.9,
     "beta2": 0.999,
     "eps": 1e-8,
     "bias_correction": True,
-}  # Kingma & Ba, arXiv 1412.6980
+}
 # name -> method, settings, step size from theory where there is one
-LINEUP: dict[str, tuple[str, dict[str, Any], str]] = {
+LINEUP: dict[str, tuple[str, Settings, str]] = {
     "gd": ("gd", {}, "optimal"),
     "heavy_ball": ("heavy_ball", {}, "optimal"),
     "nesterov": ("nesterov", {}, "optimal"),
@@ -34,7 +35,7 @@ LINEUP: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @dataclass(frozen=True)
 class Standing:
-    """One method's place: quartiles over starts of the iterations to the tolerance, and the factor to GD."""
+    """One method's place: quartiles over starts of its iterations to the tolerance."""
 
     name: str
     step: str  # how its step size was chosen
@@ -45,9 +46,16 @@ class Standing:
 
 
 def compare(
-    problem: Quadratic, names: Iterable[str] = tuple(LINEUP), *, tuned: bool = False, num_starts: int = 100,
-    num_steps: int = 20_000, tolerance: float = 1e-6, seed: int = 0, progress: bool = True,
-) -> dict[str, Runs]:  # fmt: skip
+    problem: Quadratic,
+    names: Iterable[str] = tuple(LINEUP),
+    *,
+    tuned: bool = False,
+    num_starts: int = 100,
+    num_steps: int = 20_000,
+    tolerance: float = 1e-6,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Runs]:
     """Runs of every method of ``names`` (of ``LINEUP``) from the same starts.
 
     ``tuned``: every method has the best step of a sweep, not only those without a step from theory.
@@ -55,33 +63,47 @@ def compare(
     Raises:
         ValueError: for an unknown name, or what :func:`hessian_tools.quadratic.run` refuses.
     """
-    chosen, found = list(names), {}
+    chosen = list(names)
     unknown = [name for name in chosen if name not in LINEUP]
     if unknown or not chosen:
         raise ValueError(f"names is {chosen}; choose among {', '.join(LINEUP)}")
     tolerances = sorted({*TOLERANCES, tolerance}, reverse=True)
+    runs = {}
     for name in chosen:
         method, settings, step = LINEUP[name]
-        found[name] = run(
-            problem, method, step="best" if tuned else step, num_starts=num_starts, num_steps=num_steps, seed=seed,
-            tolerance=tolerance, tolerances=tolerances, progress=progress, **settings,
-        )  # fmt: skip
-    return found
+        runs[name] = run(
+            problem,
+            method,
+            step="best" if tuned else step,
+            num_starts=num_starts,
+            num_steps=num_steps,
+            seed=seed,
+            tolerance=tolerance,
+            tolerances=tolerances,
+            progress=progress,
+            **settings,
+        )
+    return runs
 
 
 def standings(runs: dict[str, Runs], tolerance: float = 1e-6) -> list[Standing]:
-    """The methods of one problem in order of their medians; GD, named "gd", is what ``speedup`` compares with."""
+    """The methods of one problem in order of their medians.
+
+    ``speedup`` compares with the method named "gd"; it is nan where there is none.
+    """
     reference = float(runs["gd"].median_iterations(tolerance)) if "gd" in runs else math.nan
-    found = []
-    for name, of in runs.items():
-        low, middle, high = (float(q) for q in of.quantiles(tolerance))
-        factor = (
-            math.nan
-            if math.isinf(reference) and math.isinf(middle)
-            else reference / max(middle, 1.0)
-        )
-        eta = float(np.median(of.steps))
-        found.append(
-            Standing(name, of.step, eta, (low, middle, high), float(of.diverged.mean()), factor)
-        )
-    return sorted(found, key=lambda place: place.quartiles[1])
+    places = [_standing(name, some, tolerance, reference) for name, some in runs.items()]
+    return sorted(places, key=lambda place: place.quartiles[1])
+
+
+def _standing(name: str, runs: Runs, tolerance: float, reference: float) -> Standing:
+    low, middle, high = (float(q) for q in runs.quantiles(tolerance))
+    neither_arrives = math.isinf(reference) and math.isinf(middle)
+    return Standing(
+        name,
+        runs.step,
+        eta=float(np.median(runs.steps)),
+        quartiles=(low, middle, high),
+        diverged=float(runs.diverged.mean()),
+        speedup=math.nan if neither_arrives else reference / max(middle, 1.0),
+    )

@@ -1,131 +1,196 @@
-"""Methods w <- w - eta P g with a fixed P: the spectrum of P^1/2 H P^1/2, in which their runs are closed forms.
+"""Methods w <- w - eta P g with a fixed P: the spectrum of P^1/2 H P^1/2, which decides their runs.
 
-Gradient descent (P = I), Jacobi, blockwise gradient descent, and Adam with beta1 = 0 and beta2 = 1, whose
-P = diag(1 / |g_0|) differs from start to start. In u = P^-1/2 w they are gradient descent on u' (P^1/2 H P^1/2) u / 2.
+Gradient descent (P = I), Jacobi, blockwise gradient descent, and Adam with beta1 = 0 and beta2 = 1,
+whose P = diag(1 / |g_0|) differs from start to start. In u = P^-1/2 w they are gradient descent on
+u' (P^1/2 H P^1/2) u / 2, so that their losses are closed forms.
 
-Shapes: N problems, S starts, d coordinates, L blocks, n_l size of block l.
+Shapes: N problems, S starts, S' starts that are treated at once, d coordinates, L blocks, n_l size
+of block l.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hessian_tools.quadratic.methods import METHODS
+from hessian_tools.quadratic.methods import METHODS, Settings
 from hessian_tools.quadratic.problems import Quadratic
+from hessian_tools.spectra.quadrature import Floats
 
 _DENSE_BYTES = 1 << 26  # dense blocks held at a time
 _MOST_STEPS = 2**62
 
 
-def preconditioned(
-    problem: Quadratic, method: str, settings: dict[str, Any], starts: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """P^1/2 H P^1/2 of methods w <- w - eta P g, block by block, for the starts of one run of rows at a time.
+class PreconditionedBlock(NamedTuple):
+    """P^1/2 H P^1/2 within one block, for some of the starts."""
 
-    Yields where the block lies, P^-1/2 w_0 there (N, S', n_l), and the matrices (N, S' or 1, n_l, n_l).
+    where: slice  # of the block among the d coordinates
+    starts: Tensor  # (N, S', n_l) P^-1/2 w_0
+    matrices: Tensor  # (N, S' or 1, n_l, n_l)
+
+
+def fixed_preconditioner(
+    problem: Quadratic,
+    method: str,
+    settings: Settings,
+    starts: Tensor,
+) -> Tensor | None:
+    """P as in :class:`hessian_tools.quadratic.methods.Rule`; None for a method without a fixed P."""
+    gradient = starts @ problem.hessian
+    rule = METHODS[method](problem, gradient, torch.ones_like(gradient[..., :1]), **settings)
+    return rule.scaling
+
+
+def preconditioned(
+    problem: Quadratic,
+    method: str,
+    settings: Settings,
+    starts: Tensor,
+) -> Iterator[PreconditionedBlock]:
+    """P^1/2 H P^1/2 of methods w <- w - eta P g, block by block and some starts at a time.
 
     Raises:
         ValueError: for a method that is not of that form.
     """
-    gradient = starts @ problem.hessian
-    rule = METHODS[method](problem, gradient, torch.ones_like(gradient[..., :1]), **settings)
-    if rule.scaling is None:
+    scaling = fixed_preconditioner(problem, method, settings, starts)
+    if scaling is None:
         raise ValueError(
-            f"{method} with {settings} has no fixed preconditioner; give a number for step, or 'best'"
+            f"{method} with {settings} has no fixed preconditioner; "
+            "give a number for step, or 'best'"
         )
-    if rule.scaling.ndim == 4:  # P = R R', and R' H R has the same eigenvalues
-        root = torch.linalg.cholesky(rule.scaling[:, 0])
-        whole = (root.mT @ problem.hessian @ root)[:, None]
-        yield slice(0, problem.size), torch.linalg.solve(root, starts.mT).mT, whole
+    if scaling.ndim == 4:
+        yield _by_full_matrix(problem, scaling[:, 0], starts)
         return
-    roots = rule.scaling.sqrt().expand(problem.num_problems, -1, -1)
+    roots = scaling.sqrt().expand(problem.num_problems, -1, -1)
     for where in problem.slices:
-        block, root = problem.hessian[:, None, where, where], roots[..., where]
-        if root.shape[1] == 1:
-            yield where, starts[..., where] / root, root[..., :, None] * block * root[..., None, :]
-            continue
-        at_once = max(1, _DENSE_BYTES // (8 * block.numel()))
-        for some, rows in zip(
-            root.split(at_once, dim=1), starts[..., where].split(at_once, dim=1), strict=True
-        ):
-            yield where, rows / some, some[..., :, None] * block * some[..., None, :]
+        yield from _by_diagonal(problem, where, roots[..., where], starts[..., where])
 
 
-def extremes(
-    problem: Quadratic, method: str, settings: dict[str, Any], starts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Smallest and largest eigenvalue of P^1/2 H P^1/2, (N, S) each; raises as :func:`preconditioned`."""
-    low, high = dict[int, list[Tensor]](), dict[int, list[Tensor]]()
-    for where, rows, matrices in preconditioned(problem, method, settings, starts):
-        values = torch.linalg.eigvalsh(matrices)
-        repeats = (
-            rows.shape[1] // values.shape[1]
-        )  # not expanded: torch's median errs on such tensors
-        low.setdefault(where.start, []).append(values[..., 0].repeat(1, repeats))
-        high.setdefault(where.start, []).append(values[..., -1].repeat(1, repeats))
-    joined = [
-        torch.stack([torch.cat(parts, dim=1) for parts in ends.values()]) for ends in (low, high)
-    ]
-    return joined[0].amin(0), joined[1].amax(0)
-
-
-def linear_iterations(
-    problem: Quadratic, method: str, starts: Tensor, steps: Tensor, tolerance: float, **settings: object
-) -> np.ndarray:  # fmt: skip
-    """(N, S) iterations to f / f(w_0) <= ``tolerance`` of w <- w - eta P g, exactly and without running it.
-
-    In the eigenvectors of P^1/2 H P^1/2 each mode of energy c_i shrinks by (1 - eta a_i)^2 a step: f after t steps is
-    sum_i c_i (1 - eta a_i)^(2 t), the first t by bisection; inf where a mode does not shrink.
-
-    Args:
-        starts: (N, S, d). steps: eta, (N, S) or what expands to it.
-    """
-    rates, energies = [], []
-    for _, rows, matrices in preconditioned(problem, method, dict(settings), starts):
-        a, v = torch.linalg.eigh(matrices)
-        energies.append(a * (rows[..., None, :] @ v)[..., 0, :] ** 2)
-        rates.append(a.expand_as(energies[-1]))
-    s = starts.shape[1]
-    energy, rate = (torch.cat(_by_block(parts, s), dim=-1) for parts in (energies, rates))
-    logs = 2 * (1 - steps.expand(rate.shape[:2])[..., None] * rate).abs().log()
-    target = tolerance * energy.sum(-1)
-    reached = (logs < 0).all(-1)
-    low, high = torch.zeros_like(target), torch.ones_like(target)
-    while bool(
-        (
-            open_ := reached
-            & ((energy * (high[..., None] * logs).exp()).sum(-1) > target)
-            & (high < _MOST_STEPS)
-        ).any()
-    ):
-        low, high = torch.where(open_, high, low), torch.where(open_, 2 * high, high)
-    while bool((high - low > 1).any()):
-        middle = ((low + high) / 2).floor()
-        above = (energy * (middle[..., None] * logs).exp()).sum(-1) > target
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return torch.where(reached, high, math.inf).cpu().numpy()
-
-
-def first_gradient_ratios(problem: Quadratic, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """C1_l and C2_l, (N, S, L): least and greatest |g_0| in block l over the block's largest eigenvalue."""
-    sizes = [gradient[..., where].abs() for where in problem.slices]
-    tops = [e[:, -1:] for e in problem.eigenvalues]
-    least = [g.amin(-1) / top for g, top in zip(sizes, tops, strict=True)]
-    return torch.stack(least, -1), torch.stack(
-        [g.amax(-1) / top for g, top in zip(sizes, tops, strict=True)], -1
+def _by_full_matrix(problem: Quadratic, matrix: Tensor, starts: Tensor) -> PreconditionedBlock:
+    """With P = R R', where R' H R has the eigenvalues of P^1/2 H P^1/2."""
+    root = torch.linalg.cholesky(matrix)
+    whole = (root.mT @ problem.hessian @ root)[:, None]
+    return PreconditionedBlock(
+        slice(0, problem.size), torch.linalg.solve(root, starts.mT).mT, whole
     )
 
 
-def _by_block(parts: list[Tensor], starts: int) -> list[Tensor]:
-    """Rows that came in several runs put together, block by block."""
-    joined, rows = [], list[Tensor]()
-    for part in parts:
-        rows.append(part)
-        if sum(row.shape[1] for row in rows) == starts:
-            joined.append(torch.cat(rows, dim=1))
-            rows = []
-    return joined
+def _by_diagonal(
+    problem: Quadratic,
+    where: slice,
+    roots: Tensor,
+    starts: Tensor,
+) -> Iterator[PreconditionedBlock]:
+    """With the square roots of P's diagonal in this block, (N, S or 1, n_l)."""
+    block = problem.hessian[:, None, where, where]
+    if roots.shape[1] == 1:
+        pieces = [(roots, starts)]
+    else:  # a matrix for every start: only so many are held at a time
+        count = max(1, _DENSE_BYTES // (8 * block.numel()))
+        pieces = list(zip(roots.split(count, dim=1), starts.split(count, dim=1), strict=True))
+    for root, rows in pieces:
+        matrices = root[..., :, None] * block * root[..., None, :]
+        yield PreconditionedBlock(where, rows / root, matrices)
+
+
+def extremes(
+    problem: Quadratic,
+    method: str,
+    settings: Settings,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Smallest and largest eigenvalue of P^1/2 H P^1/2, (N, S) each.
+
+    Raises:
+        ValueError: for a method that is not w <- w - eta P g with a fixed P.
+    """
+    smallest = []
+    largest = []
+    for block in preconditioned(problem, method, settings, starts):
+        values = torch.linalg.eigvalsh(block.matrices)
+        # repeated, not expanded: torch's median is wrong on expanded tensors
+        repeats = block.starts.shape[1] // values.shape[1]
+        smallest.append((block.where, values[..., 0].repeat(1, repeats)))
+        largest.append((block.where, values[..., -1].repeat(1, repeats)))
+    low = torch.stack(_joined_by_block(smallest))
+    high = torch.stack(_joined_by_block(largest))
+    return low.amin(0), high.amax(0)
+
+
+def linear_iterations(
+    problem: Quadratic,
+    method: str,
+    starts: Tensor,
+    steps: Tensor,
+    tolerance: float,
+    **settings: object,
+) -> Floats:
+    """(N, S) iterations to f / f(w_0) <= ``tolerance`` of w <- w - eta P g, without running it.
+
+    In the eigenvectors of P^1/2 H P^1/2 each mode of energy c_i shrinks by (1 - eta a_i)^2 a step:
+    f after t steps is sum_i c_i (1 - eta a_i)^(2 t), and the first t is found by bisection. It is
+    inf where a mode does not shrink.
+
+    Args:
+        starts: (N, S, d).
+        steps: eta, (N, S) or what expands to it.
+    Raises:
+        ValueError: for a method that is not w <- w - eta P g with a fixed P.
+    """
+    energies = []
+    rates = []
+    for block in preconditioned(problem, method, settings, starts):
+        values, vectors = torch.linalg.eigh(block.matrices)
+        coordinates = (block.starts[..., None, :] @ vectors)[..., 0, :]
+        energy = values * coordinates**2
+        energies.append((block.where, energy))
+        rates.append((block.where, values.expand_as(energy)))
+    energy = torch.cat(_joined_by_block(energies), dim=-1)
+    rate = torch.cat(_joined_by_block(rates), dim=-1)
+    eta = steps.expand(rate.shape[:2])[..., None]
+    logs = 2 * (1 - eta * rate).abs().log()
+    return _first_step(energy, logs, tolerance * energy.sum(-1)).cpu().numpy()
+
+
+def _first_step(energy: Tensor, logs: Tensor, target: Tensor) -> Tensor:
+    """The least whole t > 0 with sum_i c_i exp(t logs_i) <= ``target``, inf where a mode grows."""
+
+    def above(steps: Tensor) -> Tensor:
+        return (energy * (steps[..., None] * logs).exp()).sum(-1) > target
+
+    shrinks = (logs < 0).all(-1)
+    low = torch.zeros_like(target)
+    high = torch.ones_like(target)
+    while True:  # double until the target lies between low and high
+        doubled = shrinks & above(high) & (high < _MOST_STEPS)
+        if not bool(doubled.any()):
+            break
+        low = torch.where(doubled, high, low)
+        high = torch.where(doubled, 2 * high, high)
+    while bool((high - low > 1).any()):
+        middle = ((low + high) / 2).floor()
+        more = above(middle)
+        low = torch.where(more, middle, low)
+        high = torch.where(more, high, middle)
+    return torch.where(shrinks, high, math.inf)
+
+
+def first_gradient_ratios(problem: Quadratic, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """C1_l and C2_l, (N, S, L): least and greatest |g_0| in block l over its largest eigenvalue."""
+    least = []
+    greatest = []
+    for where, e in zip(problem.slices, problem.eigenvalues, strict=True):
+        sizes = gradient[..., where].abs()
+        least.append(sizes.amin(-1) / e[:, -1:])
+        greatest.append(sizes.amax(-1) / e[:, -1:])
+    return torch.stack(least, -1), torch.stack(greatest, -1)
+
+
+def _joined_by_block(parts: Iterable[tuple[slice, Tensor]]) -> list[Tensor]:
+    """The starts of each block, which came in pieces, put together along their axis."""
+    pieces: dict[int, list[Tensor]] = {}
+    for where, part in parts:
+        pieces.setdefault(where.start, []).append(part)
+    return [torch.cat(some, dim=1) for some in pieces.values()]

@@ -3,23 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from problems.compared import same_quadrature
+from problems.planted import FakeHessian, cut_of, random_symmetric
 
-from hessian_tools.blocks.block import Cut, Part
 from hessian_tools.blocks.partition import Partition
-from hessian_tools.curvature.operators import CurvatureOperator
-from hessian_tools.curvature.symmetric import DenseOperator, DiagonalOperator, SymmetricOperator
+from hessian_tools.curvature.symmetric import DenseOperator, DiagonalOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.spectra.gauss import ritz
 from hessian_tools.spectra.probes import draw_probes
 from hessian_tools.spectra.slq import blockwise_slq, slq
-
-
-def random_symmetric(eigenvalues, seed=0):
-    rng = np.random.default_rng(seed)
-    vectors = np.linalg.qr(rng.standard_normal((len(eigenvalues), len(eigenvalues))))[0]
-    matrix = (vectors * np.asarray(eigenvalues, float)) @ vectors.T
-    return (matrix + matrix.T) / 2
-
 
 SPECTRUM = np.random.default_rng(5).standard_normal(80) ** 3 + 0.3
 
@@ -205,64 +197,6 @@ def test_bad_arguments_are_named(change):
 # ---- blockwise: a stand-in for the engine, dense blocks instead of networks
 
 
-class NamedCut(Cut):
-    """A cut whose labels are the names of its blocks."""
-
-    def block_name(self, position):
-        return self.labels[self.first + position]
-
-
-def cut_of(names, size):
-    """The rows of a tensor (len(names), size)."""
-    shape = (len(names), size)
-    rows = Part(names[0], shape, shape, tuple(slice(0, n) for n in shape), axes=(0,))
-    return NamedCut((rows,), "", labels=tuple(names))
-
-
-class FakeHessian(CurvatureOperator):
-    """Block-diagonal, of matrices by the blocks' names; ``calls`` are (names, rows) of products."""
-
-    route = "dense blocks"
-    krylov_bytes = 1 << 30
-
-    def __init__(self, matrices, dtype=torch.float64, krylov_bytes=1 << 30, poison=None):
-        SymmetricOperator.__init__(self, sum(map(len, matrices.values())), dtype, "cpu")
-        self.matrices = matrices
-        self.krylov_bytes = krylov_bytes
-        self.poison = poison  # the block whose third product holds a NaN
-        self.calls = []
-
-    def products(self, names, count, spread, collect):
-        raise AssertionError("blocks only")
-
-    def rebuilt(self, problem, **settings):
-        raise AssertionError("blocks only")
-
-    def reference(self, problem, direction):
-        raise AssertionError("blocks only")
-
-    def stacked(self, cut):
-        return FakeBlocks(self, cut)
-
-
-class FakeBlocks(SymmetricOperator):
-    def __init__(self, parent, cut):
-        super().__init__(cut.block_size, parent.dtype, parent.device)
-        self.parent = parent
-        self.cut = cut
-        self.products = 0
-
-    def _matmat(self, vectors):
-        names = self.cut.names
-        self.products += 1
-        self.parent.calls.append((names, len(vectors)))
-        matrices = [torch.as_tensor(self.parent.matrices[n], dtype=self.dtype) for n in names]
-        product = vectors.reshape(len(names), -1, self.size) @ torch.stack(matrices)
-        if self.parent.poison in names and self.products == 3:
-            product[names.index(self.parent.poison), -1, 0] = float("nan")
-        return product.reshape(-1, self.size)
-
-
 def setting(**options):
     rng = np.random.default_rng(0)
     small = cut_of(["s0", "s1", "s2"], 6)
@@ -278,13 +212,6 @@ def setting(**options):
 def run(hessian, partition, **options):
     return blockwise_slq(
         hessian, partition, **{"num_probes": 2, "num_steps": 8, "progress": False, **options}
-    )
-
-
-def same(a, b, tolerance=1e-12):
-    parts = ("nodes", "weights", "residuals")
-    return all(
-        np.allclose(getattr(a, part), getattr(b, part), atol=tolerance, rtol=0) for part in parts
     )
 
 
@@ -304,7 +231,7 @@ def test_blocks_together_equal_each_alone():
         alone = slq(
             DenseOperator(hessian.matrices[name]), num_probes=2, num_steps=8, seed=7, name=name
         )
-        assert same(alone, spectra[name]) and alone.status == spectra[name].status
+        assert same_quadrature(alone, spectra[name]) and alone.status == spectra[name].status
         assert spectra[name].status == ("exact" if name[0] == "s" else "complete")
     assert spectra.num_matvecs == 3 * 6 + 5 * 16 == sum(rows for _, rows in hessian.calls)
     assert (spectra.num_probes, spectra.num_steps, spectra.seed, spectra.route, spectra.notes) == (
@@ -321,7 +248,7 @@ def test_a_list_of_blocks_and_more_probes_keep_the_probes():
     chosen = [block for block in partition if block.name in ("l3", "l1")]
     assert run(hessian, chosen).names == ("l1", "l3")
     whole = run(hessian, partition)
-    assert same(run(hessian, chosen)["l3"], whole["l3"])
+    assert same_quadrature(run(hessian, chosen)["l3"], whole["l3"])
     more = run(hessian, chosen, num_probes=3, exact=False)["l3"]
     assert np.allclose(more.nodes[:2], whole["l3"].nodes)
 
@@ -352,7 +279,10 @@ def test_memory_budget_cuts_blocks_then_probes_then_orthogonality():
             max(len(names) for names, _ in hessian.calls) == blocks
             and max(n for _, n in hessian.calls) == rows
         )
-        assert all(same(found[name], reference[name]) for name in found) and found.notes == ()
+        assert (
+            all(same_quadrature(found[name], reference[name]) for name in found)
+            and found.notes == ()
+        )
         assert found.num_matvecs == 5 * 16
     hessian, _, _ = setting(krylov_bytes=row - 1)
     with pytest.warns(
@@ -361,7 +291,7 @@ def test_memory_budget_cuts_blocks_then_probes_then_orthogonality():
         found = run(hessian, large, exact=False)
     assert {q.reorthogonalize for q in found.values()} == {"local"} and len(found.notes) == 5
     assert all(
-        same(found[name], reference[name], 1e-8) for name in found
+        same_quadrature(found[name], reference[name], 1e-8) for name in found
     )  # eight steps lose no orthogonality yet
 
 
@@ -375,7 +305,7 @@ def test_finished_blocks_are_not_computed_again():
     assert resumed.names == tuple(order) and all(
         resumed[name] is finished[name] for name in finished
     )
-    assert all(same(resumed[name], whole[name]) for name in order)
+    assert all(same_quadrature(resumed[name], whole[name]) for name in order)
     touched = {name for names, _ in again.calls for name in names}
     assert touched == set(order) - set(finished) == set(seen)
     assert resumed.num_matvecs == whole.num_matvecs

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import HEADS, D, F, V, gpt2, llama, mixtral, phi3
+from problems.architectures import HEADS, D, F, V, gpt2, llama, mixtral, phi3
 
 from hessian_tools.blocks.presets import alternatives, partition
 

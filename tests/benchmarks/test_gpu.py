@@ -14,7 +14,7 @@ import hessian_tools as ht
 from hessian_tools.curvature.engine.memory import measuring
 from hessian_tools.results import load
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
 import gpu_js0
 import gpu_throughput

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from problems.planted import blocks, exact, quadrature
 from scipy.integrate import quad
 from scipy.spatial.distance import jensenshannon
 from scipy.special import logsumexp
@@ -21,35 +22,6 @@ from hessian_tools.heterogeneity.verdict import (
     published_boundaries,
 )
 from hessian_tools.spectra.density import Axis, symlog_axis
-from hessian_tools.spectra.quadrature import Quadrature
-
-
-def quadrature(nodes, weights=None, status="complete"):
-    nodes = np.atleast_2d(np.asarray(nodes, dtype=float))
-    weights = np.full(nodes.shape, 1 / nodes.shape[1]) if weights is None else weights
-    steps = (weights > 0).sum(axis=1)
-    return Quadrature(
-        nodes, weights, np.zeros(nodes.shape), steps, 1000, nodes.size, status, "rademacher", "full"
-    )
-
-
-def exact(eigenvalues):
-    return quadrature(np.sort(eigenvalues), status="exact")
-
-
-def blocks(num_blocks=4, k=3, m=9, factor=1.0, spread=1.0):
-    """Blocks whose scales differ by ``spread`` decades each, Dirichlet weights, some negative nodes."""
-    rng = np.random.default_rng(3)
-    found = {}
-    for b in range(num_blocks):
-        nodes = np.sort(
-            10.0 ** (spread * b)
-            * (rng.standard_normal((1, m)) ** 3 + 0.02 * rng.standard_normal((k, m))),
-            axis=1,
-        )
-        found[f"layer.{b}"] = quadrature(factor * nodes, rng.dirichlet(np.ones(m), size=k))
-    return found
-
 
 CASE3 = {"a": exact([1, 2, 3]), "b": exact([99, 100, 101]), "c": exact([1998, 1999, 2000])}
 CASE4 = {"a": exact([1, 99, 1998]), "b": exact([2, 100, 1999]), "c": exact([3, 101, 2000])}

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from problems.planted import blocks as spectra
 from scipy.stats import chi2
-from test_heterogeneity import blocks as spectra
 
 from hessian_tools.heterogeneity.allocation import Limits, next_growth
 from hessian_tools.heterogeneity.comparison import Comparison

@@ -13,7 +13,7 @@ import torch
 
 from hessian_tools.problem.networks import MLP
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import peaks  # noqa: E402

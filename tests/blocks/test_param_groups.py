@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, HEADS, KV, D, F, gpt2, llama, mixtral
+from problems.architectures import ARCHITECTURES, HEADS, KV, D, F, gpt2, llama, mixtral
 from torch import nn
 
 from hessian_tools.blocks.adam_mini import adam_mini_names

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, HEADS, KV, D, F, V, hf, inputs
+from problems.architectures import ARCHITECTURES, HEADS, KV, D, F, V, hf, inputs
 from torch import nn
 
 from hessian_tools.blocks.kinds import KINDS

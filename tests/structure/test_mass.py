@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from problems import dense_hessian, network
+from problems.planted import planted
 from scipy.stats import t
-from test_partition_check import planted
 
 import hessian_tools as ht
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, cutting, judged_regions

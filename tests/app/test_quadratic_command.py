@@ -15,7 +15,7 @@ from hessian_tools.app.quadratic_command import winner
 from hessian_tools.plots import quadratic as quadratic_plotting
 from hessian_tools.quadratic import simulation
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quadratic as benchmark  # noqa: E402

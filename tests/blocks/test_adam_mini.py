@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, D, F, V, gemma, gpt2, llama, qwen3
+from problems.architectures import ARCHITECTURES, D, F, V, gemma, gpt2, llama, qwen3
 
 from hessian_tools.blocks.adam_mini import Keywords, adam_mini_names
 from hessian_tools.blocks.presets import partition

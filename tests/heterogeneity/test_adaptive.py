@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_quadrature import FakeHessian, cut_of, random_symmetric, same
+from problems.compared import same_quadrature
+from problems.planted import FakeHessian, cut_of, random_symmetric
 from tqdm import tqdm
 
 from hessian_tools.blocks.partition import Partition
@@ -121,7 +122,7 @@ def test_limits_force_what_a_fixed_run_gives(mode):
         fixed = blockwise_slq(
             hessian, [b for b in partition if b.name == name], num_probes=k, num_steps=m, **options
         )
-        assert same(q, fixed[name], 1e-7) and q.num_matvecs == k * m <= 96
+        assert same_quadrature(q, fixed[name], 1e-7) and q.num_matvecs == k * m <= 96
     assert max(q.nodes.shape[1] for q in found.spectra.values()) == 24
 
 
@@ -144,7 +145,7 @@ def test_without_memory_for_the_vectors_products_are_repeated_and_told():
     found = run(hessian, partition, **options)
     again = [note for note in found.spectra.notes if "made again" in note]
     assert again and found.spectra.num_matvecs == spent(hessian) > expected.spectra.num_matvecs
-    assert all(same(found.spectra[name], expected.spectra[name], 1e-9) for name in SIZES)
+    assert all(same_quadrature(found.spectra[name], expected.spectra[name], 1e-9) for name in SIZES)
     starved, _, _ = setting(krylov_bytes=vector * 20)
     with pytest.warns(RuntimeWarning, match="does not fit the memory budget"):
         found = run(starved, partition, **options)
@@ -182,7 +183,7 @@ def test_kept_vectors_stay_within_the_budget_and_the_largest_go_first():
     assert growing.quadratures["low"].num_matvecs == 2 * 30 + 2 * 45
     low = [block for block in partition if block.name == "low"]
     fixed = blockwise_slq(hessian, low, num_probes=2, num_steps=45, exact=False, progress=False)
-    assert same(growing.quadratures["low"], fixed["low"], 1e-7)
+    assert same_quadrature(growing.quadratures["low"], fixed["low"], 1e-7)
 
 
 def test_an_interrupted_run_goes_on_from_its_blocks():
@@ -216,7 +217,7 @@ def test_fewer_steps_come_from_the_same_t():
         long = slq(operator, num_steps=24, **options)
         short = truncated(long, 16)
         made = slq(operator, num_steps=16, **options)
-        assert mode == "none" or same(short, made, 1e-9)
+        assert mode == "none" or same_quadrature(short, made, 1e-9)
         for p in range(32):
             assert np.allclose(
                 short.per_probe(lambda x, p=p: x**p), made.per_probe(lambda x, p=p: x**p), rtol=1e-9
@@ -235,7 +236,7 @@ def test_fewer_steps_come_from_the_same_t():
         num_steps=4,
         exact=False,
     )
-    assert same(truncated(broken, 4), ended)
+    assert same_quadrature(truncated(broken, 4), ended)
 
 
 def test_blocks_that_are_all_alike_differ_by_nothing():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import network, transformers
+from problems.planted import planted
 from torch import nn
 
 import hessian_tools as ht
@@ -17,53 +18,6 @@ from hessian_tools.structure.judgement import CONTRADICTED, VERDICTS, Answer, St
 from hessian_tools.structure.report import CutEvidence
 
 ROWS, COLUMNS = 16, 12
-
-
-class Quadratic(nn.Module):
-    """Its loss is w' M w / 2 of the weight of ``layer``, whose Hessian thus is M."""
-
-    def __init__(self, layer: nn.Module, matrix: torch.Tensor) -> None:
-        super().__init__()
-        self.layer, self.matrix = layer.double(), matrix
-
-
-def loss(model, batch):
-    w = model.layer.weight.flatten()
-    return w @ model.matrix @ w / 2
-
-
-def symmetric(size: int, stream: torch.Generator) -> torch.Tensor:
-    half = torch.randn(size, size, generator=stream, dtype=torch.float64)
-    return (half + half.T) / 2**0.5
-
-
-def planted(shape, kind, *, noise=0.0, seed=0, layer=None, scales=None):
-    """A Problem whose (a, b) weight has a given Hessian: a matrix, or a sum over blocks and dense
-    ``noise`` (its Frobenius norm over that of the blocks). ``scales``: of each row."""
-    (a, b), stream = shape, torch.Generator().manual_seed(seed)
-    if isinstance(kind, torch.Tensor):
-        matrix = kind
-    else:
-        entries = torch.arange(a * b).view(a, b)
-        groups = {
-            "rows": list(entries),
-            "columns": list(entries.T),
-            "dense": [entries.flatten()],
-            "elements": list(entries.view(-1, 1)),
-            "pairs of rows": list(entries.view(a // 2, -1)),
-            "alternate rows": [entries[i::2].flatten() for i in range(2)],
-        }[kind]
-        matrix = torch.zeros(a * b, a * b, dtype=torch.float64)
-        for group in groups:
-            matrix[group[:, None], group] = symmetric(len(group), stream)
-        dense = symmetric(a * b, stream)
-        matrix += noise * matrix.norm() / dense.norm() * dense
-    if scales is not None:
-        weights = scales.double().repeat_interleave(b)
-        matrix = weights[:, None] * matrix * weights
-    return ht.Problem(
-        Quadratic(layer or nn.Linear(b, a, bias=False), matrix), loss, [torch.zeros(1, 1)]
-    )
 
 
 def transposed_layer(outputs, inputs):
@@ -340,7 +294,7 @@ def test_an_undecided_claim_is_kept_and_a_contradicted_one_replaced():
 
 
 def test_the_error_rates_told_are_those_measured():
-    records = ht.load(Path(__file__).parent.parent / "results" / "partition_error_rates" / "result")
+    records = ht.load(Path(__file__).parents[2] / "results" / "partition_error_rates" / "result")
     wrong = set(CONTRADICTED)
 
     def counted(exact, estimated):

@@ -1,9 +1,9 @@
 """Suggested cuts are the very blocks that were judged: same entries, nothing twice, nothing outside
 their tensor."""
 
-import architectures
 import pytest
 import torch
+from problems import architectures
 from torch import nn
 
 import hessian_tools as ht

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from test_heterogeneity import blocks
-from test_quadrature import FakeHessian, cut_of, random_symmetric
-from test_results import same
+from problems.compared import same
+from problems.planted import FakeHessian, blocks, cut_of, random_symmetric
 
 import hessian_tools as ht
 from hessian_tools.app import cli, report
@@ -114,7 +113,7 @@ def test_a_new_reading_can_be_asked_to_meet_a_tolerance(added, capsys):
 
 def test_results_saved_before_the_registry_load():
     """The repository's own results were written by earlier versions."""
-    js = ht.load(Path(__file__).parent.parent / "results" / "gpt2_official" / "result")[
+    js = ht.load(Path(__file__).parents[2] / "results" / "gpt2_official" / "result")[
         "heterogeneity"
     ]
     assert list(js.readings) == ["bounded", "unnormalised", "log", "wasserstein"]

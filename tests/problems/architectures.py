@@ -1,10 +1,10 @@
 """Tiny models of the architectures that partitions must be right for: random weights, nothing downloaded."""
 
 import torch
-from problems import transformers
 from torch import nn
 
 from hessian_tools.problem.vision import torchvision
+from problems import transformers
 
 D, HEADS, KV, F, V = 32, 4, 2, 48, 64  # width, heads, key/value heads, MLP width, vocabulary
 SIZES = {

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from problems import dense_hessian
-from test_results import same
+from problems.command_line import run
+from problems.compared import same
 
 import hessian_tools as ht
 from hessian_tools import results
@@ -26,7 +27,7 @@ from hessian_tools.curvature.operators import StackedBlocks
 from hessian_tools.plots import spectra as plotting
 from hessian_tools.problem import zoo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OWN = """
 import os
 import torch
@@ -117,10 +118,6 @@ def own(tmp_path, monkeypatch):
 def undrawn(monkeypatch):
     """For tests of anything but pictures: these take longest."""
     monkeypatch.setattr(plotting, "draw", lambda *arguments: [])
-
-
-def run(*arguments):
-    return cli.main([str(argument) for argument in arguments])
 
 
 def start(*arguments, **keywords):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_cli import run
+from problems.command_line import run
 
 import hessian_tools as ht
 from hessian_tools.app import partition_command

@@ -74,7 +74,9 @@ class Builder:
             shape = shape_of(like)
         with self._graph.inserting_after(self._place):
             new = self._graph.call_function(function, args)  # type: ignore[arg-type]  # any object
+        # fake, like all values of the trace: its shape and bytes are asked for later
         new.meta["val"] = value_of(like).new_empty(shape)
+        # the next constant may be computed from this one
         self._place = new
         return new
 
@@ -211,6 +213,7 @@ class Builder:
         scaled = [self._scaled(node) for node in nodes]
         factors = {factor for _, factor in scaled}
         if len(factors) > 1:
+            # no number to leave to the result
             return [self.held(node) for node in nodes], 1.0
         return [tangent for tangent, _ in scaled], factors.pop()
 

@@ -24,6 +24,7 @@ class Constants:
         given = [node for node in graph.nodes if node.op != "call_function"]
         self._given = _storages(given)
         self._operations = [node for node in graph.nodes if node.op == "call_function"]
+        # a GraphModule looks up by name the tensors that are in no input
         holder = torch.nn.Module()
         for node in graph.find_nodes(op="get_attr"):
             setattr(holder, node.target, node.meta["constant"])
@@ -50,6 +51,7 @@ class Constants:
         alive: dict[int, int] = {}
         most = 0
         for node in self._operations:
+            # a view adds nothing: its storage is there already
             alive.update(self._sizes([node]))
             most = max(most, sum(alive.values()))
             for storage in freed[node] - kept:

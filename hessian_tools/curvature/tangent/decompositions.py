@@ -25,7 +25,7 @@ _REPLACED = """
     _softmax_backward_data _log_softmax_backward_data
     nll_loss_forward nll_loss_backward nll_loss2d_forward nll_loss2d_backward
     mse_loss mse_loss_backward
-    t addmm baddbmm
+    t transpose addmm baddbmm
 """.split()
 
 Taps = list[tuple[int, int]]  # by axis of a kernel: the first tap that is used, the last + 1

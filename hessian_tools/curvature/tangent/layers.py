@@ -113,6 +113,7 @@ def max_pool(builder: Builder, node: Node) -> None:
 
     def call(moved: Tensor, places: Tensor) -> Tensor:
         k = len(moved)
+        # torch numbers the entries of a plane, so its two axes are one here
         flat = places.flatten(-2)
         shared = flat.expand(k, *flat.shape)
         maxima = moved.flatten(-2).gather(-1, shared)

@@ -47,6 +47,7 @@ def linearize(graph: fx.Graph, num_parameters: int) -> Linearisation:
         Untraceable: for an operation without a rule.
     """
     builder = Builder(graph)
+    # the other inputs are the batch's tensors, which are constants
     parameters = graph.find_nodes(op="placeholder")[:num_parameters]
     inputs = [builder.add_input(node) for node in parameters]
     _apply_rules(graph, builder)
@@ -64,9 +65,11 @@ def _apply_rules(graph: fx.Graph, builder: Builder) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
+        # one of several results moves if some argument of their operation does
         picks = node.target is getitem
         source = arguments(node)[0] if picks else node
         moving = builder.moving(source.all_input_nodes)
+        # integers, such as the places of maxima, have no tangent
         differentiable = any(value.is_floating_point() for value in values_of(node))
         if moving and differentiable:
             builder.move_to(node)

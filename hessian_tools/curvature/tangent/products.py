@@ -35,7 +35,7 @@ def _matrix_times_moved(
     b: Tensor,
 ) -> Tensor:
     """A dB, always the first half."""
-    shared = a.expand(len(moved), *a.shape)
+    shared = a.expand(len(moved), *a.shape)  # the same for all probes, not copied
     return torch.bmm(shared, moved)
 
 
@@ -133,7 +133,7 @@ def convolution(builder: Builder, node: Node) -> None:
         k = len(moved)
         positions = [1] * (image.ndim - 2)
         channels = moved.view(k, 1, -1, *positions)
-        if out is None:
+        if out is None:  # the same at all positions of all images, so without memory for each
             return channels.expand(k, *shape)
         return out.add_(channels)
 

@@ -90,6 +90,7 @@ class Program:
         for scheduled in self.steps:
             out = scheduled.step.out
             if scheduled.step.view:
+                # no new memory, but that of what is viewed stays until the view is finished
                 viewed = scheduled.step.inputs[0]
                 owner[out] = owner.get(viewed, viewed)
             else:

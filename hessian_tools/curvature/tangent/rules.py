@@ -17,19 +17,19 @@ from hessian_tools.curvature.tangent.elementwise import elementwise
 from hessian_tools.curvature.tangent.generic import by_jvp, by_vmap, by_vmap_of_first
 from hessian_tools.curvature.tangent.graph import Node, Untraceable, arguments, name_of
 
-_IDENTITY = "clone alias detach lift_fresh lift_fresh_copy contiguous".split()
+_IDENTITY = "clone alias detach lift_fresh lift_fresh_copy".split()
 _CONSTANT = """
     full_like zeros_like ones_like empty_like new_zeros new_ones new_full new_empty
 """.split()
-_RESHAPED = "view _unsafe_view reshape squeeze unsqueeze flatten".split()
+_RESHAPED = "view _unsafe_view squeeze unsqueeze".split()
 # elementwise, but not tagged so in all versions of torch
 _ELEMENTWISE = "gelu_backward threshold_backward where masked_fill".split()
 # linear in their one moving argument; torch.vmap knows them
 _LINEAR = """
-    slice slice_backward select select_backward split split_with_sizes unbind chunk scatter
+    slice slice_backward select select_backward split split_with_sizes unbind scatter
     index index_select gather flip roll repeat constant_pad_nd unfold unfold_backward im2col col2im
     diagonal diagonal_backward trace tril triu cumsum pixel_shuffle
-    avg_pool1d avg_pool2d _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d
+    avg_pool2d _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d
 """.split()
 
 RULES: dict[str, Rule] = {
@@ -43,7 +43,6 @@ RULES: dict[str, Rule] = {
     "_to_copy": shapes.cast,
     "as_strided": shapes.strided,
     "permute": shapes.permute,
-    "transpose": shapes.transpose,
     "expand": shapes.expand,
     "copy": shapes.copy,
     "cat": shapes.cat,

@@ -67,16 +67,6 @@ def permute(builder: Builder, node: Node) -> None:
     builder.linear(node, source, call, view=True)
 
 
-def transpose(builder: Builder, node: Node) -> None:
-    source, *dims = arguments(node)
-    one, two = (tangent_axis(node, dim) for dim in dims)
-
-    def call(moved: Tensor) -> Tensor:
-        return moved.transpose(one, two)
-
-    builder.linear(node, source, call, view=True)
-
-
 def expand(builder: Builder, node: Node) -> None:
     source = arguments(node)[0]
     call = _expanding(source, node)

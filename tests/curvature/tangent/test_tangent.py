@@ -1,4 +1,4 @@
-"""Tangent programs against dense double backward: networks, single operations, counted operations and bytes."""
+"""Tangent programs against dense double backward, their counted operations and bytes."""
 
 import problems
 import pytest
@@ -18,10 +18,8 @@ from hessian_tools.problem.networks import NanoGPT
 
 def products(problem, names, vectors, route=None) -> list[torch.Tensor]:
     """Pooled over the batches, zeros filled in."""
-    route, total = (
-        route or TangentRoute(problem, problem.batches),
-        [torch.zeros_like(v) for v in vectors],
-    )
+    route = route or TangentRoute(problem, problem.batches)
+    total = [torch.zeros_like(v) for v in vectors]
     for weight, batch in zip(problem.weights, problem.batches, strict=True):
         (found,) = route.products(batch, names, [vectors])
         for place, product in zip(total, found, strict=True):
@@ -74,10 +72,8 @@ class Own(nn.Module):
 
     def __init__(self, function):
         super().__init__()
-        self.weight, self.function = (
-            nn.Parameter(torch.randn(2, 3, 6, 6, dtype=torch.float64)),
-            function,
-        )
+        self.weight = nn.Parameter(torch.randn(2, 3, 6, 6, dtype=torch.float64))
+        self.function = function
 
     def forward(self, x):
         return self.function(self.weight)
@@ -143,7 +139,7 @@ def test_operations(name):
 
 @pytest.mark.parametrize(("side", "convolutions"), [(1, 0), (2, 2)])
 def test_taps_that_only_see_padding_are_not_multiplied(side, convolutions):
-    """3 x 3 taps on a single entry are a matrix product with the middle one; on 2 x 2 entries all are used."""
+    """3 x 3 taps on one entry are a matrix product with the middle one; 2 x 2 entries use all."""
     model = nn.Conv2d(4, 5, 3, padding=1)
     problem = ht.Problem(
         model, ht.mse, [(torch.randn(2, 4, side, side), torch.randn(2, 5, side, side))]
@@ -169,6 +165,67 @@ def test_what_cannot_be_traced_is_refused_with_its_reason():
     )
     with pytest.raises(Untraceable, match="DataDependent"):
         traced_gradient(problem, problem.batches[0])
+
+
+REFUSED = {
+    "max.dim, which has several results": lambda w: w.max(3).values * w[..., 0],
+    "scatter.src with 2 differentiable": lambda w: w.scatter(3, torch.zeros(2, 3, 6, 1).long(), w[..., :1] ** 2),
+    "no rule for aten.as_strided": lambda w: w.exp().as_strided((3, 6), (2, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_operations_without_a_rule_are_named(reason):
+    function = REFUSED[reason]
+    problem = ht.Problem(Own(function), lambda m, b: (m(b) ** 2).mean(), [torch.ones(1)])
+    with pytest.raises(Untraceable, match=reason):
+        TangentRoute(problem, problem.batches)
+
+
+def test_micro_batches_of_many_shapes_are_refused():
+    def loss(model, batch):
+        return (model(batch) ** 2).mean() + batch.mean()
+
+    batches = [torch.ones(n, 2) for n in range(1, 6)]
+    problem = ht.Problem(Own(torch.tanh), loss, batches)
+    assert TangentRoute(problem, batches[:4]).graph_bytes > 0
+    with pytest.raises(Untraceable, match="5 different shapes"):
+        TangentRoute(problem, batches)
+
+
+def summed_embedding(**options) -> ht.Problem:
+    torch.manual_seed(0)
+    tokens = torch.tensor([[0, 1, 1], [5, 0, 2]])
+    model = Own(lambda w: F.embedding(tokens, w[0, 0], **options).sum(1).tanh())
+    target = (torch.zeros(1), torch.randn(2, 6))
+    return ht.Problem(model, ht.mse, [target], num_examples=len)
+
+
+@pytest.mark.parametrize(
+    ("options", "scales"),
+    [
+        ({"padding_idx": 1}, {0: 1, 1: 0}),
+        ({"scale_grad_by_freq": True}, {0: 1 / 2, 1: 1 / 2}),
+    ],
+)
+def test_an_embeddings_gradient_has_scaled_rows(options, scales):
+    """All rows are read: the gradient's rows are scaled, not the columns that tangents meet."""
+    expected = dense_hessian(summed_embedding())
+    for token, scale in scales.items():
+        expected[6 * token : 6 * token + 6] *= scale
+    vectors = flat(summed_embedding(), 2)
+    products = full(summed_embedding(**options), vectors)
+    assert relative_error(products, vectors @ expected.T) < 1e-12
+
+
+def test_no_cotangent_is_zero():
+    problem = network("mlp")
+    route, names = TangentRoute(problem, problem.batches), list(problem.parameters)
+    first, *others = shaped(problem, flat(problem, 2))
+    zeros = [torch.zeros_like(other) for other in others]
+    pair = [[first, *zeros], [first, *[None] * len(others)]]
+    expected, products = route.products(problem.batches[0], names, pair)
+    assert all(torch.equal(a, b) for a, b in zip(products, expected, strict=True))
 
 
 def test_an_error_without_words_is_a_reason_too():

@@ -61,11 +61,11 @@ def _block_numbers(name: str, quadrature: Quadrature) -> dict[str, Any]:
     return {
         "name": name,
         "size": quadrature.size,
-        "rms": _number(quadrature.rms.value),
-        "smallest": _number(quadrature.smallest.value),
-        "largest": _number(quadrature.largest.value),
-        "trace": _number(trace.value),
-        "trace_standard_error": _number(trace.standard_error),
+        "rms": json_number(quadrature.rms.value),
+        "smallest": json_number(quadrature.smallest.value),
+        "largest": json_number(quadrature.largest.value),
+        "trace": json_number(trace.value),
+        "trace_standard_error": json_number(trace.standard_error),
         "matvecs": quadrature.num_matvecs,
         "status": quadrature.status,
     }
@@ -73,8 +73,8 @@ def _block_numbers(name: str, quadrature: Quadrature) -> dict[str, Any]:
 
 def _reading_numbers(reading: Reading | ScaleSpread) -> dict[str, Any]:
     return {
-        "mean": _number(reading.mean),
-        "standard_error": _number(reading.standard_error),
+        "mean": json_number(reading.mean),
+        "standard_error": json_number(reading.standard_error),
         "unit": reading.unit,
     }
 
@@ -85,5 +85,6 @@ def _spectrum_row(name: str, q: Quadrature) -> list[str]:
     return [name, f"{q.size:,}", *numbers, trace, str(q.num_matvecs), q.status]
 
 
-def _number(value: float) -> float | str:
+def json_number(value: float) -> float | str:
+    """``value``, or its name where JSON has no such number (inf, nan)."""
     return value if math.isfinite(value) else str(value)

@@ -25,7 +25,7 @@ CASES = (1, 2, 3, 4)
 DRAWS = ("nodes", "weights")
 SHIFTS = ("blocks", "joint")
 _MEASURED_CASES = (1, 2)
-_KAPPA_OF_MEASURED = 5000  # the paper's
+KAPPA_OF_MEASURED = 5000  # the paper's
 _KAPPA_OF_TRIPLES = 2000  # the thesis'
 _LOWEST_KAPPA = 104  # of cases 3 and 4: the third group lies above the second
 _MEASURED = "assets/quadratic_cases.json"
@@ -59,7 +59,7 @@ def case(
         raise ValueError(f"number is {number!r}; the cases are 1, 2, 3 and 4")
     blocks: Mapping[str, ArrayLike]
     if number in _MEASURED_CASES:
-        kappa = _KAPPA_OF_MEASURED if kappa is None else kappa
+        kappa = KAPPA_OF_MEASURED if kappa is None else kappa
         blocks = _measured_blocks(number, kappa, shift)
     else:
         kappa = _KAPPA_OF_TRIPLES if kappa is None else kappa
@@ -97,7 +97,7 @@ def from_spectra(
     spectra: Mapping[str, Quadrature] | DenseBlock,
     *,
     per_block: int = 30,
-    kappa: float = 5000,
+    kappa: float = KAPPA_OF_MEASURED,
     draw: str = "nodes",
     shift: str = "blocks",
     seed: int = 0,

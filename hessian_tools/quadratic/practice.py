@@ -23,6 +23,8 @@ from hessian_tools.spectra.quadrature import Floats
 
 # relative; a step's loss is known to about this, and a bound met exactly is no violation
 ROUNDING = 1e-12
+# of GD's lower bound, as :func:`check_gd_bound` names them
+GD_FORMS = ("thesis, any eta", "slides, eta <= 1/L", "slides, eta = 2/(mu+L)")
 _SAME_ITERATE = 1e-6  # of a limit cycle, relative to its radius
 
 
@@ -57,11 +59,7 @@ def check_gd_bound(
     """
     if relative_steps is None:
         relative_steps = np.geomspace(0.01, 10, 41).tolist()
-    margins: dict[str, list[Tensor]] = {
-        "thesis, any eta": [],
-        "slides, eta <= 1/L": [],
-        "slides, eta = 2/(mu+L)": [],
-    }
+    margins: dict[str, list[Tensor]] = {form: [] for form in GD_FORMS}
     vectors = torch.linalg.eigh(problem.hessian).eigenvectors
     for i in range(problem.num_problems):
         one = problem.part(slice(i, i + 1))
@@ -72,9 +70,9 @@ def check_gd_bound(
         thesis = worst - math.log((1 - 2 / (kappa + 1)) ** 2)
         slides = worst - math.log(1 - 2 / kappa)
         short = torch.as_tensor(steps <= (1 + 1e-15) / largest)
-        margins["thesis, any eta"].append(thesis.flatten())
-        margins["slides, eta <= 1/L"].append(slides[:, short].flatten())
-        margins["slides, eta = 2/(mu+L)"].append(slides[:, 0])
+        by_form = (thesis, slides[:, short], slides[:, 0])
+        for form, margin in zip(GD_FORMS, by_form, strict=True):
+            margins[form].append(margin.flatten())
     return _judged(margins)
 
 

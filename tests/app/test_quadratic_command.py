@@ -11,7 +11,7 @@ import torch
 import hessian_tools as ht
 from hessian_tools import quadratic
 from hessian_tools.app.cli import main
-from hessian_tools.app.quadratic_command import winner
+from hessian_tools.app.quadratic_text import winner
 from hessian_tools.plots import quadratic as quadratic_plotting
 from hessian_tools.quadratic import simulation
 

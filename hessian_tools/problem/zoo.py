@@ -88,9 +88,10 @@ def load(
     spec = _spec(name)
     if spec.data is DataKind.IMAGES:
         _refuse_given(spec, context=context, tokenizer=tokenizer)
+        given_size = image_size
     else:
         _refuse_given(spec, image_size=image_size)
-    given_size = image_size if spec.data is DataKind.IMAGES else context
+        given_size = context
     size = spec.size if given_size is None else given_size
     count = spec.num_examples if num_examples is None else num_examples
     knobs = {

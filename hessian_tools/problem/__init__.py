@@ -1,7 +1,7 @@
 """WHAT is studied: a model, a loss and data.
 
-Reading order: problem, losses, batches, evaluation, gradient; then what comes with the package: zoo,
-networks, data, vision.
+Reading order: problem, losses, batches, evaluation, gradient; then what comes with the package:
+zoo, specs, networks, data, vision.
 """
 
 from hessian_tools.problem.gradient import mean_gradient

@@ -56,7 +56,7 @@ def to_device(batch: Batch, device: torch.device, dtype: torch.dtype | None = No
 
 
 def batch_length(batch: Batch) -> int | None:
-    """Examples along the first axis of the first tensor that has axes; None without such a tensor."""
+    """Length of the first axis of the first tensor that has axes; None without such a tensor."""
     return next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim > 0), None)
 
 

@@ -9,7 +9,7 @@ from hessian_tools.problem.problem import Problem
 def mean_gradient(problem: Problem) -> dict[str, Tensor]:
     """The gradient of L by parameter; zeros where the loss does not depend on one.
 
-    Batches are weighted by their valid examples, as everywhere (:mod:`hessian_tools.problem.problem`).
+    Batches are weighted by their valid examples, see :mod:`hessian_tools.problem.problem`.
     """
     parameters = list(problem.parameters.values())
     total = [torch.zeros_like(p) for p in parameters]

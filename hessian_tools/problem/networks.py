@@ -135,9 +135,9 @@ class MixerBlock(nn.Module):
 class MLPMixer(nn.Module):
     """MLP-Mixer of Tolstikhin et al. 2021 (arXiv 2105.01601), (b, 3, s, s) -> (b, C).
 
-    The defaults are B/16 (59 M parameters) of the paper's table 1. Weights start as N(0, 1 / fan_in),
-    biases at 0. The paper's head starts at zero, which makes every other block's Hessian vanish;
-    here it starts like any other layer.
+    The defaults are B/16 (59 M parameters) of the paper's table 1. Weights start as
+    N(0, 1 / fan_in), biases at 0. The paper's head starts at zero, which makes every other block's
+    Hessian vanish; here it starts like any other layer.
     """
 
     def __init__(

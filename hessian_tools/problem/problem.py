@@ -142,8 +142,7 @@ class Problem:
         pieces = [cut_batch(batch, first, min(first + size, length), length) for first in starts]
         with self.evaluating(), torch.no_grad():
             whole = float(self.batch_loss(batch))
-            counted = [(self.count(piece), piece) for piece in pieces]
-            counted = [(n, piece) for n, piece in counted if n]
+            counted = [(n, piece) for piece in pieces if (n := self.count(piece))]
             total = sum(n for n, _ in counted)
             mean = sum(n * float(self.batch_loss(piece)) for n, piece in counted) / total
         if not self._close(mean, whole):

@@ -1,4 +1,4 @@
-"""The packaged data and the user's own: what it holds, how it is cut, that the seed decides everything."""
+"""The packaged data and the user's own: content, batches, and that the seed decides everything."""
 
 import gzip
 import hashlib
@@ -57,9 +57,8 @@ def test_bpe_codes_any_text_and_never_the_mask(tmp_path):
     )
     plays = data.text_tokens()
     assert plays.dtype == torch.int64 and plays.ndim == 1 and plays.min() > 0 and plays.max() < 8192
-    assert (
-        len(plays) < len(data.text_tokens("byte")) / 3
-    )  # trained on this text, so it compresses it
+    # trained on this text, so it compresses it
+    assert len(plays) < len(data.text_tokens("byte")) / 3
     assert data.text_tokens("byte", file).tolist() == list(text.encode())
     assert data.text_tokens("byte").max() < data.TOKENIZERS["byte"].mask
 
@@ -107,9 +106,8 @@ def test_masked_batches_follow_bert():
     assert (chosen.sum(1) == 15).all()
     assert chosen.any(0).all()  # every position is chosen somewhere
     original = inputs.where(~chosen, targets)
-    assert (
-        (original[:, 1:] - original[:, :-1]) % 250 == 1
-    ).all()  # targets are the text, the rest is unchanged
+    # targets are the text, the rest is unchanged
+    assert ((original[:, 1:] - original[:, :-1]) % 250 == 1).all()
     count = int(chosen.sum())
     share_masked = float((inputs[chosen] == vocabulary.mask).sum()) / count
     share_kept = float((inputs[chosen] == targets[chosen]).sum()) / count
@@ -175,9 +173,8 @@ def test_images_are_resized_bilinearly():
     )
     source = data.ImageSource("ramp", ("a", "b"), 1, lambda number: (ramp, 1), mean=0.5, std=0.25)
     [(wide, _)] = data.image_batches(source, num_examples=1, batch_size=1, image_size=16)
-    centres = ((torch.arange(16) + 0.5) / 2 - 0.5).clamp(
-        0, 7
-    ) * 16  # linear interpolation of a ramp is the ramp
+    # linear interpolation of a ramp is the ramp
+    centres = ((torch.arange(16) + 0.5) / 2 - 0.5).clamp(0, 7) * 16
     torch.testing.assert_close(wide[0, 0, 3], (centres / 255 - 0.5) / 0.25)
     [(narrow, _)] = data.image_batches(source, num_examples=1, batch_size=1, image_size=1)
     torch.testing.assert_close(narrow[0, :, 0, 0], torch.full((3,), (56 / 255 - 0.5) / 0.25))

@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from problems import ConvNet, dense_hessian, network, relative_error
+from problems import (
+    ConvNet,
+    dense_hessian,
+    hf_bert,
+    hf_gpt2,
+    hf_llama,
+    network,
+    relative_error,
+    transformers,
+)
 from torch import nn
 
 import hessian_tools as ht
@@ -59,8 +68,6 @@ def test_class_probabilities_count_as_examples(linear):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_huggingface_counts_shifted_labels_only_where_the_model_shifts_them(causal):
-    from problems import hf_bert, hf_gpt2
-
     model = (hf_gpt2() if causal else hf_bert()).double()
     tokens = torch.randint(11, (3, 6))
     labels = tokens.clone()
@@ -77,8 +84,6 @@ def test_huggingface_counts_shifted_labels_only_where_the_model_shifts_them(caus
 
 
 def test_batch_encoding_and_data_loader_are_taken(linear):
-    from problems import transformers
-
     def loss_fn(model, batch):
         return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
 
@@ -157,9 +162,8 @@ def test_shuffling_is_refused_and_a_frozen_draw_is_not(linear):
 def test_nan_in_the_gradient_is_named_with_its_parameter():
     model = nn.Linear(3, 1, bias=False)
     nn.init.zeros_(model.weight)
-    problem = ht.Problem(
-        model, lambda m, x: m(x).abs().sqrt().sum(), [torch.ones(2, 3)]
-    )  # 0 has infinite slope
+    # the square root has infinite slope at 0
+    problem = ht.Problem(model, lambda m, x: m(x).abs().sqrt().sum(), [torch.ones(2, 3)])
     with pytest.raises(ht.NumericalError, match="gradient of weight is not finite"):
         ht.HessianOperator(problem).to_dense()
 
@@ -228,11 +232,22 @@ def test_the_model_comes_back_as_it_was_also_after_an_exception(training, batch_
 
 
 def test_fused_attention_is_switched_for_the_call_only():
-    from problems import hf_llama
-
     model = hf_llama()
     model.config._attn_implementation = "flash_attention_2"
     tokens = torch.randint(11, (2, 7))
     problem = ht.Problem(model, ht.cross_entropy, [(tokens[:, :-1], tokens[:, 1:])])
     ht.HessianOperator(problem) @ torch.randn(problem.num_parameters)
     assert model.config._attn_implementation == "flash_attention_2"
+
+
+def test_backends_are_put_back_after_an_exception():
+    def backends():
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        return fast_path, torch.backends.cudnn.enabled, torch.backends.cuda.flash_sdp_enabled()
+
+    problem = network("lstm")
+    before = backends()
+    with pytest.raises(RuntimeError, match="made to fail"), problem.evaluating():
+        assert backends() == (False, False, False)
+        raise RuntimeError("made to fail")
+    assert backends() == before == (True, True, True)

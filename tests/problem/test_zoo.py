@@ -1,4 +1,4 @@
-"""The zoo: published parameter counts, ready data with signal in it, seeds, and nothing heavy imported early."""
+"""The zoo: published parameter counts, data with signal, seeds, nothing heavy imported early."""
 
 import json
 import math
@@ -30,17 +30,13 @@ def run(code: str) -> str:
 @pytest.mark.parametrize(
     ("name", "published"),
     [
-        (
-            "resnet18",
-            11_689_512 - 990 * 513,
-        ),  # torchvision's table, with 10 classes in place of 1000
+        # torchvision's table, with 10 classes in place of 1000
+        ("resnet18", 11_689_512 - 990 * 513),
         ("vgg16", 138_357_544 - 990 * 4097),
         ("vit-base", 86_567_656 - 990 * 769),
         ("gpt2", 124_439_808),
-        (
-            "bert-base",
-            109_514_298,
-        ),  # the checkpoint's, its masked-token head included and its pooler not
+        # the checkpoint's, its masked-token head included and its pooler not
+        ("bert-base", 109_514_298),
         ("mlp-mixer", 59_880_472 - 990 * 769),  # 59 M in the paper
     ],
 )
@@ -134,7 +130,7 @@ def test_the_seed_decides_weights_and_data_and_nothing_else_does(name):
 
 
 def test_float64_losses_have_no_float32_inside():
-    """A step of 1e-9 changes the loss as its gradient says, which rounding to float32 anywhere would drown."""
+    """A step of 1e-9 changes the loss as its gradient says; rounding to float32 would drown it."""
     for name in ("gpt2-nano", "bert-nano", "vit-nano", "mixer-nano"):
         loaded = zoo.load(name, num_examples=1, dtype=torch.float64)
         parameters = list(loaded.model.parameters())
@@ -169,9 +165,16 @@ def test_settings_are_json_and_describe_what_was_loaded(tmp_path):
         seed=7,
     )
     assert json.loads(json.dumps(loaded.settings)) == {
-        "model": "gpt2-nano", "num_examples": 5, "batch_size": 2, "seed": 7, "context": 16, "tokenizer": "bpe",
-        "data": str(file), "device": "cpu", "dtype": "float32",
-    }  # fmt: skip
+        "model": "gpt2-nano",
+        "num_examples": 5,
+        "batch_size": 2,
+        "seed": 7,
+        "context": 16,
+        "tokenizer": "bpe",
+        "data": str(file),
+        "device": "cpu",
+        "dtype": "float32",
+    }
     assert [tuple(inputs.shape) for inputs, _ in loaded.batches] == [(2, 16), (2, 16), (1, 16)]
     assert loaded.model(loaded.batches[0][0]).logits.shape == (2, 16, 8192)
     assert loaded.model.config._attn_implementation == "sdpa" and str(file) in loaded.description
@@ -269,12 +272,10 @@ def test_mlp_has_the_layers_asked_for():
 
 def test_importing_the_zoo_imports_nothing_heavy():
     heavy = "{'torchvision', 'transformers', 'tokenizers', 'PIL', 'matplotlib'}"
-    assert (
-        run(
-            f"import sys, hessian_tools.problem.zoo; print(sorted({heavy} & set(sys.modules)))"
-        ).strip()
-        == "[]"
+    output = run(
+        f"import sys, hessian_tools.problem.zoo; print(sorted({heavy} & set(sys.modules)))"
     )
+    assert output.strip() == "[]"
 
 
 def test_repair_makes_transformers_and_torchvision_usable():

@@ -1,4 +1,4 @@
-"""The oracles: networks small enough for a dense float64 Hessian, and losses whose Hessian is known in closed form."""
+"""The oracles: networks with a dense float64 Hessian, and losses whose Hessian is known."""
 
 import importlib
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ from hessian_tools.problem.vision import repair
 
 
 def dense_hessian(problem: ht.Problem) -> Tensor:
-    """(P, P) by plain double backward, a row at a time, over the pooled loss: shares no code with the engine."""
+    """(P, P) by plain double backward over the pooled loss, a row at a time.
+
+    Shares no code with the engine.
+    """
     parameters = [p for p in problem.model.parameters() if p.requires_grad]
     total = sum(problem.counts)
 
@@ -169,7 +172,8 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
-# name -> (model, batches, Problem's keywords, error that float64 reaches: some of transformers cast to float32 inside)
+# name -> (model, batches, Problem's keywords, error that float64 reaches: some models of
+# transformers cast to float32 inside)
 NETWORKS = {
     "mlp": (_mlp, lambda: _vectors((4, 7), 5, 3), {}, 1e-10),
     "layernorm": (LayerNormNet, lambda: _vectors((4, 7), 5, 3), {}, 1e-10),

@@ -1,15 +1,16 @@
-"""Exceptions of this package that are more than a wrong argument (for those: ValueError and TypeError)."""
+"""Exceptions of this package; wrong arguments raise ValueError and TypeError."""
 
 
 class NumericalError(ArithmeticError):
-    """A computation produced NaN or inf; the message says in which quantity and where it appeared first."""
+    """A computation produced NaN or inf; the message says in what and where it appeared first."""
 
 
 def nonfinite_product(block: str, where: str) -> NumericalError:
     """The error for products with ``block`` ("": no name) that were NaN or inf ``where`` first."""
     matrix = f"block {block}" if block else "the operator"
     return NumericalError(
-        f"a product with {matrix} is NaN or inf, first {where}; check the loss and the dtype's range"
+        f"a product with {matrix} is NaN or inf, first {where}; check the loss and the dtype's "
+        "range"
     )
 
 

@@ -1,4 +1,6 @@
-"""Saving and loading results: readable JSON beside an npz of its arrays, no pickle, written atomically.
+"""Saving and loading results: readable JSON beside an npz of arrays, written atomically.
+
+No pickle is read or written.
 
 A result type registers itself where it is defined, by :func:`registered`; this module knows none of
 them. ``save(result, "out/js0")`` writes ``out/js0.npz`` and then ``out/js0.json``, each to a
@@ -21,17 +23,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 FORMAT = 1
-TYPES: dict[str, type[Any]] = {}  # by the name that files know it by
 
-ResultType = TypeVar("ResultType", bound=type[Any])
-# What stands for an array in JSON, and back; JSON's own values are untyped.
-ToReference = Callable[["np.ndarray[Any, Any]"], dict[str, Any]]
-FromReference = Callable[[dict[str, Any]], "np.ndarray[Any, Any]"]
+Json = Any  # what JSON holds has no type of its own, and neither has what it is decoded to
+JsonObject = dict[str, Json]
+Array = NDArray[Any]  # of any dtype
+ResultClass = TypeVar("ResultClass", bound=type[Json])
+# What stands for an array in JSON, and back.
+ToReference = Callable[[Array], JsonObject]
+FromReference = Callable[[JsonObject], Array]
+
+TYPES: dict[str, type[Json]] = {}  # by the name that files know it by
 
 
-def registered(cls: ResultType) -> ResultType:
+def registered(cls: ResultClass) -> ResultClass:
     """Class decorator: instances of this dataclass can be saved, and files that hold them loaded.
 
     Files know the class by its name, so a class that is renamed keeps its old one as
@@ -42,7 +49,7 @@ def registered(cls: ResultType) -> ResultType:
 
 
 def save(
-    result: Any, path: str | os.PathLike[str], *, config: Mapping[str, Any] | None = None
+    result: Json, path: str | os.PathLike[str], *, config: Mapping[str, Json] | None = None
 ) -> Path:
     """Writes ``result`` to PATH.json and PATH.npz; ``config`` (JSON-able: knobs, seed) goes along.
 
@@ -55,9 +62,9 @@ def save(
         TypeError: for anything else; nothing is written then.
     """
     stem = _stem(path)
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    arrays: dict[str, Array] = {}
 
-    def by_reference(array: "np.ndarray[Any, Any]") -> dict[str, Any]:
+    def by_reference(array: Array) -> JsonObject:
         name = f"a{len(arrays)}"
         arrays[name] = array
         return {"array": name}
@@ -78,7 +85,7 @@ def save(
     return write_atomically(_suffixed(stem, ".json"), text.encode())
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | os.PathLike[str]) -> Json:
     """The result that :func:`save` wrote to PATH (with or without the .json).
 
     Raises:
@@ -90,12 +97,14 @@ def load(path: str | os.PathLike[str]) -> Any:
     document = load_json(_suffixed(stem, ".json"))
     if document.get("format") != FORMAT:
         raise ValueError(
-            f"{stem}.json is not a saved result of format {FORMAT}; write it again with this version"
+            f"{stem}.json is not a saved result of format {FORMAT}; write it again with this "
+            "version"
         )
     content = _suffixed(stem, ".npz").read_bytes()
     if hashlib.sha256(content).hexdigest() != document.get("arrays_sha256"):
         raise ValueError(
-            f"{stem}.json and {stem}.npz do not belong together (a crash between the two?); run again"
+            f"{stem}.json and {stem}.npz do not belong together (a crash between the two?); run "
+            "again"
         )
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         try:
@@ -106,7 +115,7 @@ def load(path: str | os.PathLike[str]) -> Any:
             ) from error
 
 
-def load_json(file: Path) -> dict[str, Any]:
+def load_json(file: Path) -> JsonObject:
     """The JSON object in ``file``. Raises ValueError for other content."""
     try:
         document = json.loads(file.read_bytes())
@@ -125,7 +134,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.finished: dict[str, Any] = {}
+        self.finished: JsonObject = {}
         content = path.read_bytes() if path.exists() else b""
         kept = 0
         for line in content.splitlines(keepends=True):
@@ -140,7 +149,7 @@ class Journal:
         if kept < len(content):
             os.truncate(path, kept)
 
-    def append(self, name: str, result: Any) -> None:
+    def append(self, name: str, result: Json) -> None:
         line = json.dumps([name, _encoded(result, _as_inline)], allow_nan=False)
         # once closed, the line is the system's, and survives the death of this process
         with self.path.open("a") as file:
@@ -181,11 +190,11 @@ def _suffixed(stem: Path, suffix: str) -> Path:
     return stem.with_name(stem.name + suffix)
 
 
-def _saved_name(cls: type[Any]) -> str:
+def _saved_name(cls: type) -> str:
     return str(getattr(cls, "saved_as", cls.__name__))
 
 
-def _encoded(value: Any, reference: ToReference) -> Any:
+def _encoded(value: Json, reference: ToReference) -> Json:
     """JSON-able: a JSON list is a tuple; what JSON lacks is an object of one or two tags."""
     if TYPES.get(_saved_name(type(value))) is type(value):
         fields = {
@@ -197,14 +206,13 @@ def _encoded(value: Any, reference: ToReference) -> Any:
         return reference(value)
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"dict": [[key, _encoded(item, reference)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return [_encoded(item, reference) for item in value]
-    if isinstance(value, list):
-        return {"list": [_encoded(item, reference) for item in value]}
+    if isinstance(value, tuple | list):
+        items = [_encoded(item, reference) for item in value]
+        return items if isinstance(value, tuple) else {"list": items}
     return _encoded_scalar(value)
 
 
-def _encoded_scalar(value: Any) -> Any:
+def _encoded_scalar(value: Json) -> Json:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -214,12 +222,12 @@ def _encoded_scalar(value: Any) -> Any:
     if isinstance(value, bool | int | float | str | None):
         return value
     raise TypeError(
-        f"cannot save a {type(value).__name__}; results, arrays, numbers, strings and dicts of them "
-        "can be"
+        f"cannot save a {type(value).__name__}; results, arrays, numbers, strings and dicts of "
+        "them can be"
     )
 
 
-def _decoded(value: Any, array: FromReference) -> Any:
+def _decoded(value: Json, array: FromReference) -> Json:
     if isinstance(value, list):
         return tuple(_decoded(item, array) for item in value)
     if not isinstance(value, dict):
@@ -236,7 +244,7 @@ def _decoded(value: Any, array: FromReference) -> Any:
     return float(value["float"]) if "float" in value else array(value)
 
 
-def _as_inline(array: "np.ndarray[Any, Any]") -> dict[str, Any]:
+def _as_inline(array: Array) -> JsonObject:
     return {
         "dtype": array.dtype.str,
         "shape": array.shape,
@@ -244,6 +252,6 @@ def _as_inline(array: "np.ndarray[Any, Any]") -> dict[str, Any]:
     }
 
 
-def _inline_array(value: dict[str, Any]) -> "np.ndarray[Any, Any]":
+def _inline_array(value: JsonObject) -> Array:
     flat = np.frombuffer(base64.b64decode(value["base64"]), value["dtype"])
     return flat.reshape(value["shape"]).copy()

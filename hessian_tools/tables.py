@@ -6,23 +6,24 @@ from collections.abc import Sequence
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Aligned columns, the first ``left`` of them to the left."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    columns = zip(header, *rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
-        aligned = (
-            c.ljust(w) if i < left else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
+        pairs = list(zip(cells, widths, strict=True))
+        aligned = [cell.ljust(width) for cell, width in pairs[:left]]
+        aligned += [cell.rjust(width) for cell, width in pairs[left:]]
         return "  ".join(aligned).rstrip()
 
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *map(line, rows)])
 
 
 def plus_minus(value: float, error: float) -> str:
-    """``value`` to the digit that its ``error``, given to one digit, reaches: 12.3 ± 0.4, -100 ± 30."""
+    """``value`` to the digit that its ``error``, given to one digit, reaches: 12.3 ± 0.4."""
     if not 1e-6 < error < 1e6:
         return f"{value:.3g} ± {error:.1g}"
     digit = -math.floor(math.log10(float(f"{error:.0e}")))  # 0.96 becomes 1
-    return (
-        f"{round(value, digit) + 0.0:.{max(digit, 0)}f} ± {round(error, digit):.{max(digit, 0)}f}"
-    )
+    places = max(digit, 0)
+    rounded = round(value, digit) + 0.0  # which makes -0.0 of it 0.0
+    return f"{rounded:.{places}f} ± {round(error, digit):.{places}f}"

@@ -1,7 +1,8 @@
 """CUDA: the same numbers as on a CPU, memory as planned, and no wait for the device inside Lanczos.
 
-``pytest -m cuda`` is the one command; what a CPU can tell about waiting is tested on one as well. Products of every
-network and Lanczos itself are held against the CPU in test_hessian and test_lanczos.
+``pytest -m cuda`` is the one command; what a CPU can tell about waiting is tested on one as well.
+Products of every network and Lanczos itself are held against the CPU in test_hessian and
+test_lanczos.
 """
 
 import gc
@@ -35,7 +36,8 @@ def cuda(test):
 
 
 class Waits(TorchDispatchMode):
-    """The operators, while ``on``, for which a CUDA device would have to be waited for: a value or a shape is read."""
+    """The operators, while ``on``, for which a CUDA device would have to be waited for: a value or
+    a shape is read."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +63,8 @@ class Waits(TorchDispatchMode):
 
 
 class Watched:
-    """An operator that calls ``switch(True)`` in its first product and ``switch(False)`` after its last."""
+    """An operator that calls ``switch(True)`` in its first product and ``switch(False)`` after its
+    last."""
 
     def __init__(self, operator, products, switch):
         self.operator, self.left, self.switch = operator, products, switch
@@ -77,7 +80,8 @@ class Watched:
 
 
 def operators(problem, record):
-    """The whole Hessian, a weight, and pieces of a cut over two axes, each warmed up by one product."""
+    """The whole Hessian, a weight, and pieces of a cut over two axes, each warmed up by one
+    product."""
     hessian = ht.HessianOperator(problem, record=record)
     cuts = ht.partition(problem.model, "head").cuts
     several = [cut for cut in cuts if len(cut.parts[0].axes) > 1 and cut.num_blocks > 3][:1]
@@ -125,7 +129,8 @@ def test_a_value_that_is_read_is_found(read):
 @cuda
 @pytest.mark.parametrize("name", ["mlp", "batchnorm-batch", "gpt", "hf-gpt2", "hf-bert"])
 def test_lanczos_does_not_wait_for_the_device(name):
-    """Of a recorded graph; a rebuilt one contains the model's own forward pass, which may wait as it likes."""
+    """Of a recorded graph; a rebuilt one contains the model's own forward pass, which may wait as
+    it likes."""
 
     def switch(on):
         torch.cuda.set_sync_debug_mode("error" if on else "default")

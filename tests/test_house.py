@@ -1,4 +1,5 @@
-"""Rules of the house: imports go one way, heavy libraries stay out of the way, experiments and the README run."""
+"""Rules of the house: imports go one way, heavy libraries stay out of the way, experiments and the
+README run."""
 
 import ast
 import graphlib
@@ -15,12 +16,14 @@ import pytest
 import hessian_tools
 
 ROOT = Path(__file__).parent.parent
-# the reading order of the folders, and of what lies beside them: each may import only what stands before it
+# the reading order of the folders, and of what lies beside them: each may import only what stands
+# before it
 ORDER = (
     "errors tables results problem blocks curvature.tangent curvature.engine curvature spectra heterogeneity structure "
     "quadratic plots app __init__ __main__"
 ).split()
-# heavy libraries, each imported inside functions in the one module named, and plotting by the command line
+# heavy libraries, each imported inside functions in the one module named, and plotting by the
+# command line
 LAZY = {
     "problem.specs": {"transformers"},
     "problem.data": {"tokenizers", "PIL"},

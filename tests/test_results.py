@@ -1,4 +1,5 @@
-"""Saved results come back exactly, without pickle; crashes leave the old pair, or one that is found out."""
+"""Saved results come back exactly, without pickle; crashes leave the old pair, or one that is found
+out."""
 
 import dataclasses
 import hashlib

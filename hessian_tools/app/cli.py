@@ -1,4 +1,6 @@
-"""The command line: parse, run, explain. ``hessian-tools js0 | spectrum | partition | quadratic | models``.
+"""The command line: parse, run, explain.
+
+Commands: ``hessian-tools js0 | spectrum | partition | quadratic | models``.
 
 Exit codes: 0 done, 1 a partition is contradicted, 2 bad input (one line on stderr), 3 numerical
 failure (reported), 130 interrupted (--out resumes).

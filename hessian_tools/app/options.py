@@ -1,4 +1,4 @@
-"""What every command of the command line that computes on a network shares: its options, and the Problem they make."""
+"""The options that all commands on a network share, and the Problem that they make."""
 
 import argparse
 import re
@@ -15,6 +15,7 @@ from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem import zoo
 from hessian_tools.problem.problem import Problem
+from hessian_tools.results import JsonObject
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 _BATCH_STATS = {"batch": True, "running": False, None: None}
@@ -35,7 +36,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 COUNT: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}  # of add_argument
 
 
-def load_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, dict[str, Any]]:
+def load_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, JsonObject]:
     """The Problem of ``--model REFERENCE``, and what identifies it."""
     is_own = ":" in reference or reference.endswith(".py")
     make = _users_problem if is_own else _zoo_problem
@@ -47,7 +48,7 @@ def load_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem
     return problem, settings | identity
 
 
-def _users_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, dict[str, Any]]:
+def _users_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, JsonObject]:
     for knob in _ZOO_KNOBS:
         if getattr(arguments, knob) is not None:
             flag = f"--{knob.replace('_', '-')}"
@@ -65,7 +66,7 @@ def _users_problem(arguments: argparse.Namespace, reference: str) -> tuple[Probl
     return problem, {**identity, "device": str(problem.device), "dtype": dtype}
 
 
-def _zoo_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, dict[str, Any]]:
+def _zoo_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, JsonObject]:
     knobs = {knob: getattr(arguments, knob) for knob in _ZOO_KNOBS}
     made = zoo.load(
         reference,
@@ -160,7 +161,7 @@ def add_network_options(command: argparse.ArgumentParser, nargs: str | None = No
 
 
 def add_run_options(command: argparse.ArgumentParser, files: str) -> argparse._ArgumentGroup:
-    """Budget, verification and output; ``files`` are what ``--out`` will hold. Returns the group."""
+    """Budget, verification and output (``--out`` will hold ``files``); returns the group."""
     group = command.add_argument_group("machine and output")
     add = group.add_argument
     add(

@@ -3,10 +3,10 @@
 import math
 import textwrap
 from collections.abc import Mapping
-from typing import Any
 
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, Reading, ScaleSpread
 from hessian_tools.heterogeneity.readings import READINGS
+from hessian_tools.results import JsonObject
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.tables import plus_minus, table
 
@@ -39,9 +39,9 @@ def verdict_text(label: str, js: JSHeterogeneity) -> str:
     return "\n".join(wrapped)
 
 
-def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]:
+def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> JsonObject:
     """The numbers of both tables, JSON-able (non-finite ones as words), for ``--json``."""
-    numbers: dict[str, Any] = {
+    numbers: JsonObject = {
         "blocks": [_block_numbers(name, quadrature) for name, quadrature in spectra.items()],
         "matvecs": spectra.num_matvecs,
         "route": spectra.route,
@@ -56,7 +56,7 @@ def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> dict[str, Any]
     return {**numbers, "notes": notes}
 
 
-def _block_numbers(name: str, quadrature: Quadrature) -> dict[str, Any]:
+def _block_numbers(name: str, quadrature: Quadrature) -> JsonObject:
     trace = quadrature.trace
     return {
         "name": name,
@@ -71,7 +71,7 @@ def _block_numbers(name: str, quadrature: Quadrature) -> dict[str, Any]:
     }
 
 
-def _reading_numbers(reading: Reading | ScaleSpread) -> dict[str, Any]:
+def _reading_numbers(reading: Reading | ScaleSpread) -> JsonObject:
     return {
         "mean": json_number(reading.mean),
         "standard_error": json_number(reading.standard_error),

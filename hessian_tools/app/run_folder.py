@@ -3,9 +3,8 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from hessian_tools.results import Journal, load, load_json, save, write_atomically
+from hessian_tools.results import Journal, Json, JsonObject, load, load_json, save, write_atomically
 
 
 class RunFolder:
@@ -22,14 +21,14 @@ class RunFolder:
             (naming what differs).
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Json]) -> None:
         self.path = path
-        self.config: dict[str, Any] = json.loads(json.dumps(config))
+        self.config: JsonObject = json.loads(json.dumps(config))
         try:
             path.mkdir(parents=True, exist_ok=True)
             kept = self._kept_config()
             self.journal = Journal(path / "blocks.jsonl")
-            self.result: dict[str, Any] | None = self._loaded()
+            self.result: JsonObject | None = self._loaded()
             if self.result or self.journal.finished:
                 self._refuse_other(kept)
             write_atomically(path / "config.json", json.dumps(self.config, indent=1).encode())
@@ -38,13 +37,13 @@ class RunFolder:
                 f"--out {path} cannot be written ({error}); name a folder you may write to"
             ) from error
 
-    def finish(self, result: Mapping[str, Any]) -> Path:
+    def finish(self, result: Mapping[str, Json]) -> Path:
         """Writes result.json and result.npz and drops the journal."""
         written = save(dict(result), self.path / "result", config=self.config)
         self.journal.path.unlink(missing_ok=True)
         return written
 
-    def _kept_config(self) -> dict[str, Any]:
+    def _kept_config(self) -> JsonObject:
         """The configuration that the folder was begun with; this run's, where it is new."""
         file = self.path / "config.json"
         if file.exists():
@@ -64,15 +63,15 @@ class RunFolder:
         names = ("blocks.jsonl", "result.json", "result.npz")
         return any((self.path / name).exists() for name in names)
 
-    def _loaded(self) -> dict[str, Any] | None:
+    def _loaded(self) -> JsonObject | None:
         try:
-            result: dict[str, Any] = load(self.path / "result")
+            result: JsonObject = load(self.path / "result")
         except (FileNotFoundError, ValueError):  # half a pair: compute again
             return None
         self.journal.path.unlink(missing_ok=True)  # what a crash left
         return result
 
-    def _refuse_other(self, kept: dict[str, Any]) -> None:
+    def _refuse_other(self, kept: JsonObject) -> None:
         differing = [key for key in self.config | kept if kept.get(key) != self.config.get(key)]
         if not differing:
             return

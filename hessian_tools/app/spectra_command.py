@@ -1,4 +1,4 @@
-"""``hessian-tools js0`` and ``hessian-tools spectrum``: spectra of blocks or of the whole Hessian."""
+"""``hessian-tools js0`` and ``spectrum``: spectra of blocks or of the whole Hessian."""
 
 import argparse
 import contextlib
@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hessian_tools.app import report
 from hessian_tools.app.options import (
@@ -29,6 +28,7 @@ from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, js_heterogeneity
 from hessian_tools.heterogeneity.readings import JS0, READINGS
 from hessian_tools.problem.problem import Problem
+from hessian_tools.results import JsonObject
 from hessian_tools.spectra.lanczos import REORTHOGONALIZE
 from hessian_tools.spectra.probes import PROBE_KINDS
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
@@ -164,7 +164,7 @@ def _blocks(arguments: argparse.Namespace, reference: str, problem: Problem) -> 
 def _folder(
     arguments: argparse.Namespace,
     reference: str,
-    settings: dict[str, Any],
+    settings: JsonObject,
 ) -> RunFolder:
     path: Path = arguments.out
     if len(arguments.model) > 1:

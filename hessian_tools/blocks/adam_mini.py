@@ -1,12 +1,14 @@
-"""What the published Adam-mini does with a model's names and shapes (arXiv 2406.16793; package 1.1.1).
+"""What the published Adam-mini does with a model's names and shapes.
+
+Source: arXiv 2406.16793 and the package adam-mini, version 1.1.1.
 
 It lower-cases a parameter's name and looks for substrings; the first rule that applies counts:
 
 1. one of ``adam`` ("bias"): Adam itself, every entry a block;
-2. one of ``query_key``: the flattened tensor in runs of dim^2 / n_heads entries (one head of a square
-   projection);
-3. one of ``embedding``, ``output``, ``value``, ``mlp``, ``attention_output``: a block a slice of the
-   first axis;
+2. one of ``query_key``: the flattened tensor in runs of dim^2 / n_heads entries (one head of
+   a square projection);
+3. one of ``embedding``, ``output``, ``value``, ``mlp``, ``attention_output``: a block a slice
+   of the first axis;
 4. else one block.
 
 Names alone decide, whatever the tensor is, so a step may crash: rule 2 on a tensor that does not

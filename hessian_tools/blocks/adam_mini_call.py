@@ -44,11 +44,11 @@ class AdamMiniArguments:
 
 
 def adam_mini_arguments(model: nn.Module, partition: Partition) -> AdamMiniArguments:
-    """What to give the published Adam-mini 1.1.1 so that it runs on the nearest thing to ``partition``.
+    """What brings the published Adam-mini 1.1.1 closest to ``partition``.
 
-    A tensor whose blocks are runs of several lengths gets the longest if it is that one (heads for a
-    fused value too), one in no block keeps Adam's own, any other is not cut; ``inexpressible`` names
-    each with the reason. What it would do is taken from :func:`adam_mini_names`, not assumed.
+    A tensor whose blocks are runs of several lengths gets the longest if it is that one (heads for
+    a fused value too), one in no block keeps Adam's own, any other is not cut; ``inexpressible``
+    names each with the reason. What it would do is taken from :func:`adam_mini_names`, not assumed.
 
     Raises:
         ValueError: for a partition of another model.

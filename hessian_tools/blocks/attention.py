@@ -76,7 +76,7 @@ def _layout(
 
 
 def _marked_but_unread(model: nn.Module, read: list[str]) -> list[str]:
-    """Paths of modules with an attention's attributes that neither hold nor lie in one of ``read``."""
+    """Paths of modules that look like attention and neither hold nor lie in one of ``read``."""
     unread = []
     for path, module in model.named_modules():
         is_marked = any(name in vars(module) for name in ATTENTION_MARKS)
@@ -99,7 +99,7 @@ def _transformer_layers(model: nn.Module, attention: list[str]) -> tuple[str, ..
 
 
 def _stacks(model: nn.Module, attention: list[str]) -> dict[str, list[str]]:
-    """{path of a list of modules: paths of its members, each of which holds one of ``attention``}."""
+    """{path of a list of modules: its members' paths}, where each holds one of ``attention``."""
     stacks: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         if not isinstance(module, nn.Sequential | nn.ModuleList):
@@ -124,7 +124,7 @@ def _of_torch(module: nn.MultiheadAttention) -> dict[str, Projection]:
 
 
 def _may_be_attention(module: nn.Module, linears: dict[str, nn.Module]) -> bool:
-    """Whether running the module is worth a try: a few linear layers hold most of its parameters."""
+    """Whether it is worth running: a few linear layers hold most of its parameters."""
     if not 1 < len(linears) <= MOST_LINEARS:
         return False
     inside = sum(p.numel() for linear in linears.values() for p in linear.parameters())

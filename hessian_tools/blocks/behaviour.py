@@ -118,8 +118,8 @@ class _Functional(TorchFunctionMode):
 class _Trial:
     """A run of a copy of ``module`` on random tokens.
 
-    Attributes: ``leaves`` by path; ``result`` (1, T, d), which depends on them; ``output``, the path
-    of the output projection, "" if there is none.
+    Attributes: ``leaves`` by path; ``result`` (1, T, d), which depends on them; ``output``, the
+    path of the output projection, "" if there is none.
     """
 
     def __init__(

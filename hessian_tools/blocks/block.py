@@ -223,7 +223,8 @@ class Block:
         return self.cut.block_size
 
     def select(self, tensor: Tensor) -> Tensor:
-        """Its entries of a tensor shaped like the parameter: (..., *parameter shape) -> (..., *shape).
+        """Its entries of a tensor shaped like the parameter: (..., *parameter shape) -> (...,
+        *shape).
 
         Raises:
             ValueError: for a block over several tensors, or a tensor of another shape.

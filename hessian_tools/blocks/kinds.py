@@ -1,4 +1,4 @@
-"""What the tensors of a model are: embedding, query, convolution, norm ..., and where their outputs lie.
+"""What the tensors of a model are (embedding, query, norm ...), and where their outputs lie.
 
 They are known by module types, shapes, sharing and behaviour, never by names. A fused
 query/key/value tensor has several roles, each of which is a kind.
@@ -101,7 +101,8 @@ def together(sites: Iterable[Site], name: str) -> Cut:
 class Anatomy:
     """The tensors of a model, and what each is.
 
-    Attributes: ``all`` tensors; ``sites``, those that require grad; ``notes`` on what nothing tells.
+    Attributes: ``all`` tensors; ``sites``, those that require grad; ``notes`` on what
+    nothing tells.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -130,7 +131,7 @@ class Anatomy:
         return bool(self.attention.projections or self.attention.unread)
 
     def layer_of(self, path: str) -> int | None:
-        """The number of the transformer layer around the module or parameter at ``path``, if any."""
+        """The number of the transformer layer around the module or parameter at ``path``."""
         for number, layer in enumerate(self.attention.layers):
             if is_inside(path, layer):
                 return number
@@ -222,7 +223,7 @@ class Anatomy:
 
     @staticmethod
     def _loose_kind(site: Site) -> str:
-        """The kind of a tensor that no module applies as a matrix: (1, T, d) may be added to tokens."""
+        """The kind of a tensor that is no matrix: one (1, T, d) may be added to tokens."""
         if len(site.shape) != 3 or site.shape[0] != 1 or _is_leaf(site.module):
             return "other"
         return "class token" if site.shape[1] == 1 else "position"

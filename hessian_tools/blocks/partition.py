@@ -62,7 +62,7 @@ class Partition:
         return self._by_name[name]
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the cuts (no values of parameters) to ``path``, readable JSON; returns the path."""
+        """Writes the cuts as readable JSON, no values of parameters; returns the path."""
         document = {
             "format": FORMAT,
             "preset": self.preset,
@@ -79,7 +79,8 @@ class Partition:
         Raises:
             FileNotFoundError: no such file.
             ValueError: other content, a tensor that ``model`` does not train or has in another
-                shape, a cut that does not fit its tensor, blocks of one name, or overlapping blocks.
+                shape, a cut that does not fit its tensor, blocks of one name, or overlapping
+                blocks.
         """
         try:
             partition = _read(json.loads(Path(path).read_bytes()))
@@ -158,7 +159,8 @@ def _check_part(part: Part) -> None:
     )
     if not inside or math.prod(part.view) != math.prod(part.shape):
         raise ValueError(
-            f"the view {part.view} and index of {part.parameter!r} do not fit its shape {part.shape}"
+            f"the view {part.view} and index of {part.parameter!r} do not fit its shape "
+            f"{part.shape}"
         )
     if not set(part.axes) <= set(range(len(part.view))) or len(set(part.axes)) < len(part.axes):
         raise ValueError(

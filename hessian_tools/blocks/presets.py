@@ -1,4 +1,4 @@
-"""Partitions of a model's parameters into named, disjoint blocks: presets as data, and a user's own.
+"""Partitions of a model's parameters: presets as data, and a user's own.
 
 A preset is an entry of PRESETS: what it does in words, its source, and a way to cut (of
 ``survey.WAYS``) for every kind of tensor (of ``kinds.KINDS``; "vector" is any of fewer than two
@@ -54,7 +54,8 @@ def _official(survey: Survey) -> Iterable[Cut]:
     count = len(survey.attention.layers)
     if not count:
         survey.notes.append(
-            "no stack of transformer layers found: every tensor of two or more dimensions is a block"
+            "no stack of transformer layers found: every tensor of two or more dimensions is a "
+            "block"
         )
         return PRESETS["weights"](survey)
     tables = [site for site in survey.sites if survey.kinds[site.name] in ("embedding", "tied")]

@@ -36,7 +36,7 @@ class _Span:
 
 @dataclass(frozen=True)
 class Projection:
-    """The feature axis of one tensor: G groups in a row, in each every role's heads side by side."""
+    """The feature axis of one tensor: G groups, in each every role's heads side by side."""
 
     roles: tuple[str, ...]  # of ROLES
     sizes: tuple[int, ...]  # features of each role, over all groups

@@ -1,18 +1,18 @@
-"""A user's blocks: lists of names and globs, slices, globs to axes, functions and an optimizer's groups.
+"""A user's blocks: lists of names and globs, slices, functions, an optimizer's groups.
 
 Every way ends in cuts that are checked to be disjoint. An *axis* says how one tensor is cut:
 
-=================  ====================================================================================================
-"whole"            one block (so is a tensor that has no such axis, with a note)
-"role"             query, key and value of a fused tensor apart
-"head"             these by head; an output projection by the heads that it reads
-"row"              a block an output neuron, output channel or token, within its role and expert
-"column"           a block an input
-"expert"           a block an expert of a 3-D tensor
-"element"          every entry by itself
-int or ints        the tensor's own axes that enumerate the blocks, negative ones from the end
-None               left out
-=================  ====================================================================================================
+=============  ====================================================================================
+"whole"        one block (so is a tensor that has no such axis, with a note)
+"role"         query, key and value of a fused tensor apart
+"head"         these by head; an output projection by the heads that it reads
+"row"          a block an output neuron, output channel or token, within its role and expert
+"column"       a block an input
+"expert"       a block an expert of a 3-D tensor
+"element"      every entry by itself
+int or ints    the tensor's own axes that enumerate the blocks, negative ones from the end
+None           left out
+=============  ====================================================================================
 
 Plurals will do.
 """

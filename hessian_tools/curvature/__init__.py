@@ -1,7 +1,7 @@
 """Products with curvature matrices: exact, within a memory budget, verified.
 
-Reading order: symmetric, operators, hessian, referees, verification; how products are computed is in
-engine, the compiled route in tangent.
+Reading order: symmetric, operators, hessian, referees, verification; how products are computed is
+in engine, the compiled route in tangent.
 """
 
 from hessian_tools.curvature.engine.plan import Plan

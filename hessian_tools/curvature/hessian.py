@@ -117,7 +117,7 @@ class HessianOperator(CurvatureOperator):
         self._engine.expect(num_matvecs, blocks == 1)
 
     def verify(self, blocks: Sequence[Block] = (), *, seed: int = 0) -> Verification:
-        """Holds this operator against finite differences of the gradient and a Hessian's properties.
+        """Holds this operator against finite differences and a Hessian's properties.
 
         Costs about 100 forward passes and a float64 copy of the model. See
         :func:`hessian_tools.curvature.verification.verify`.

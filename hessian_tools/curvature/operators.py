@@ -65,7 +65,8 @@ class CurvatureOperator(SymmetricOperator):
     ) -> "CurvatureOperator":
         """The same kind of matrix for another ``problem``, such as a copy of this one in float64.
 
-        ``memory``, ``microbatch`` and ``record`` are those of :class:`hessian_tools.HessianOperator`.
+        ``memory``, ``microbatch`` and ``record`` are those of
+        :class:`hessian_tools.HessianOperator`.
         """
 
     @abstractmethod
@@ -233,7 +234,8 @@ class Columns:
         return max(1, self.curvature.krylov_bytes // row)
 
     def products(self, cut: Cut, positions: Tensor, vectors: Tensor) -> Tensor:
-        """(r, n) products of ``vectors`` (r, block size), row i on block ``positions[i]`` of ``cut``."""
+        """(r, n) products of ``vectors`` (r, block size), row i on block ``positions[i]`` of
+        ``cut``."""
         vectors = self._converted(vectors)
         positions = positions.to(self.curvature.device)
 

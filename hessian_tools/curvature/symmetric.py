@@ -5,18 +5,24 @@ Shapes: n size of the operator, k probes. A batch of vectors is always ``(k, n)`
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+FloatArray = NDArray[np.floating[Any]]
 
 
 class SymmetricOperator(ABC):
     """A real symmetric n x n matrix known only through its products.
 
-    A new curvature matrix is one subclass with one method, :meth:`_matmat`. Attributes: ``shape`` (n, n),
-    ``dtype`` and ``device`` of the vectors it takes and gives.
+    A new curvature matrix is one subclass with one method, :meth:`_matmat`. Attributes: ``shape``
+    (n, n), ``dtype`` and ``device`` of the vectors it takes and gives.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -29,7 +35,13 @@ class SymmetricOperator(ABC):
     def _matmat(self, vectors: Tensor) -> Tensor:
         """Products with every row of ``vectors``, (k, n) -> (k, n), already validated."""
 
-    def matmat(self, vectors: Any) -> Any:
+    @overload
+    def matmat(self, vectors: Tensor) -> Tensor: ...
+
+    @overload
+    def matmat(self, vectors: FloatArray) -> FloatArray: ...
+
+    def matmat(self, vectors: Tensor | FloatArray) -> Tensor | FloatArray:
         """A v for each row v of ``vectors``.
 
         Args:
@@ -40,15 +52,18 @@ class SymmetricOperator(ABC):
             ValueError: for any other shape.
             TypeError: for anything that is not a real floating array.
         """
-        tensor = self._validated(vectors, ndim=2)
-        product = self._matmat(tensor)
-        return (
-            product.cpu().numpy().astype(vectors.dtype)
-            if isinstance(vectors, np.ndarray)
-            else product
-        )
+        product = self._matmat(self._validated(vectors, ndim=2))
+        if isinstance(vectors, np.ndarray):
+            return product.cpu().numpy().astype(vectors.dtype)
+        return product
 
-    def __matmul__(self, vector: Any) -> Any:
+    @overload
+    def __matmul__(self, vector: Tensor) -> Tensor: ...
+
+    @overload
+    def __matmul__(self, vector: FloatArray) -> FloatArray: ...
+
+    def __matmul__(self, vector: Tensor | FloatArray) -> Tensor | FloatArray:
         """A v for one ``vector`` of shape (n,)."""
         self._validated(vector, ndim=1)
         return self.matmat(vector[None])[0]
@@ -60,16 +75,16 @@ class SymmetricOperator(ABC):
         many products they will ask for call it (:func:`hessian_tools.slq` does).
         """
 
-    def to_scipy(self) -> Any:
-        """The operator as a :class:`scipy.sparse.linalg.LinearOperator` in numpy's float of the same width."""
+    def to_scipy(self) -> "LinearOperator":
+        """The operator for scipy's solvers, in numpy's float of the same width."""
         from scipy.sparse.linalg import LinearOperator
 
         dtype = np.dtype(np.float64 if self.dtype == torch.float64 else np.float32)
 
-        def columns(matrix: np.ndarray) -> np.ndarray:
+        def columns(matrix: FloatArray) -> FloatArray:
             return self.matmat(np.ascontiguousarray(matrix.T, dtype=dtype)).T
 
-        def single(vector: np.ndarray) -> np.ndarray:
+        def single(vector: FloatArray) -> FloatArray:
             return columns(vector.reshape(-1, 1))[:, 0]
 
         return LinearOperator(
@@ -83,25 +98,25 @@ class SymmetricOperator(ABC):
             dense[numbers] = products[0]
         return dense
 
-    def _validated(self, vectors: Any, ndim: int) -> Tensor:
-        expected = f"({'k, ' if ndim == 2 else ''}{self.size}{',' if ndim == 1 else ''})"
+    def _validated(self, vectors: object, ndim: int) -> Tensor:
+        expected = f"(k, {self.size})" if ndim == 2 else f"({self.size},)"
         if not isinstance(vectors, np.ndarray | Tensor):
             raise TypeError(
-                f"vectors is a {type(vectors).__name__}; pass a torch tensor or numpy array of shape {expected}"
+                f"vectors is a {type(vectors).__name__}; pass a torch tensor or numpy array of "
+                f"shape {expected}"
             )
         if vectors.ndim != ndim or vectors.shape[-1] != self.size:
-            remedy = (
-                "use `operator @ v` for one vector, `matmat` for rows of vectors"
-                if vectors.ndim != ndim
-                else "its last axis is n"
-            )
+            remedy = "its last axis is n"
+            if vectors.ndim != ndim:
+                remedy = "use `operator @ v` for one vector, `matmat` for rows of vectors"
             raise ValueError(
                 f"vectors has shape {tuple(vectors.shape)}; expected {expected} ({remedy})"
             )
         tensor = torch.as_tensor(vectors)
         if not tensor.is_floating_point():
             raise TypeError(
-                f"vectors has dtype {tensor.dtype}; a real floating dtype is needed (call .to(torch.float32))"
+                f"vectors has dtype {tensor.dtype}; a real floating dtype is needed (call "
+                ".to(torch.float32))"
             )
         return tensor.to(device=self.device, dtype=self.dtype)
 
@@ -137,7 +152,8 @@ def unit_products(
 
 
 class DenseOperator(SymmetricOperator):
-    """A given (n, n) symmetric matrix. Raises ValueError when it is not square or not symmetric to rounding."""
+    """A given (n, n) symmetric matrix. Raises ValueError when it is not square or not symmetric to
+    rounding."""
 
     def __init__(self, matrix: Tensor | np.ndarray) -> None:
         matrix = torch.as_tensor(matrix)
@@ -153,7 +169,8 @@ class DenseOperator(SymmetricOperator):
         asymmetry = float((matrix - matrix.T).abs().max()) if matrix.numel() else 0.0
         if not asymmetry <= tolerance:
             raise ValueError(
-                f"matrix is not symmetric: max |A - A'| = {asymmetry:.3g}; pass (A + A') / 2 if that is meant"
+                f"matrix is not symmetric: max |A - A'| = {asymmetry:.3g}; pass (A + A') / 2 if "
+                "that is meant"
             )
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
         self.matrix = matrix

@@ -64,7 +64,8 @@ class Check:
 @registered
 @dataclass(frozen=True)
 class Verification:
-    """Outcome of :func:`verify`: ``checks`` in the order made; ``skipped``, each with the reason."""
+    """Outcome of :func:`verify`: ``checks`` in the order made; ``skipped``, each with the
+    reason."""
 
     checks: tuple[Check, ...]
     skipped: tuple[str, ...]

@@ -1,4 +1,5 @@
-"""The command line as its user meets it: tables, JSON, files, exit codes, kills, resumed and refused runs."""
+"""The command line as its user meets it: tables, JSON, files, exit codes, kills, resumed and
+refused runs."""
 
 import contextlib
 import fcntl
@@ -639,8 +640,8 @@ def test_half_a_result_is_computed_again(monkeypatch, undrawn):
 
 
 def test_a_killed_run_goes_on_where_it_was(capsys, monkeypatch, undrawn):
-    """Real processes, one stopped by Ctrl-C, the next by kill -9: no finished block is computed again, and the numbers
-    are those of a run that nobody stopped."""
+    """Real processes, one stopped by Ctrl-C, the next by kill -9: no finished block is computed
+    again, and the numbers are those of a run that nobody stopped."""
     command = (
         "spectrum",
         "--model",

@@ -1,4 +1,5 @@
-"""benchmarks/gpu.py on a CPU at small size: what it counts against closed forms, what it keeps, what it says."""
+"""benchmarks/gpu.py on a CPU at small size: what it counts against closed forms, what it keeps,
+what it says."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""The side-by-side benchmark: its referee, its contenders' answers, its bookkeeping, and one tiny run of all of it."""
+"""The side-by-side benchmark: its referee, its contenders' answers, its bookkeeping, and one tiny
+run of all of it."""
 
 import json
 import os

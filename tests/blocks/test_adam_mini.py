@@ -7,7 +7,8 @@ from problems.architectures import ARCHITECTURES, D, F, V, gemma, gpt2, llama, q
 from hessian_tools.blocks.adam_mini import Keywords, adam_mini_names
 from hessian_tools.blocks.presets import partition
 
-# By the published rules and the tiny models' names and shapes, by hand: tensors that a step crashes on.
+# By the published rules and the tiny models' names and shapes, by hand: tensors that a step crashes
+# on.
 CRASHES = {
     "gpt2": set(), "llama": set(), "qwen3": set(), "phi3": set(), "mamba": set(), "resnet": set(), "convnext": set(),
     "swin": set(),

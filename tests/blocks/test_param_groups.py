@@ -19,7 +19,8 @@ from hessian_tools.blocks.presets import partition
 
 
 def blocks_by_entry(cuts, tensors):
-    """For every tensor the number of its block at every entry, numbered in the order in which they appear."""
+    """For every tensor the number of its block at every entry, numbered in the order in which they
+    appear."""
     found = {}
     for name, p in tensors.items():
         owner, start = torch.zeros(p.shape, dtype=torch.long), 1

@@ -1,4 +1,5 @@
-"""Partitions: exact covers, and query/key/value/head/row blocks checked by what the network computes with them."""
+"""Partitions: exact covers, and query/key/value/head/row blocks checked by what the network
+computes with them."""
 
 import math
 
@@ -133,7 +134,8 @@ class Nonsense(nn.Module):
 
 
 class Separate(nn.Module):
-    """Four equal linear layers whose order and names mislead: what is called key is the value, and so on."""
+    """Four equal linear layers whose order and names mislead: what is called key is the value, and
+    so on."""
 
     def __init__(self):
         super().__init__()
@@ -280,7 +282,8 @@ def test_blocks_and_chunks_are_rows_of_their_cut(models, name, preset):
 
 
 def heads_seen(model, zeroed=()):
-    """Query, key and value (b, H, T, h) that reach the first layer's attention, ``zeroed`` blocks set to zero."""
+    """Query, key and value (b, H, T, h) that reach the first layer's attention, ``zeroed`` blocks
+    set to zero."""
     saved = {n: p.detach().clone() for n, p in model.named_parameters()}
     seen = []
 

@@ -1,4 +1,5 @@
-"""Every preset on every architecture: disjoint, what it covers, save and load; adam_mini's counts by hand."""
+"""Every preset on every architecture: disjoint, what it covers, save and load; adam_mini's counts
+by hand."""
 
 import math
 
@@ -23,7 +24,8 @@ def surveys():
 
 
 def covered(cuts):
-    """Entries of every tensor in blocks; with disjointness checked elsewhere, equal to its size if it is covered."""
+    """Entries of every tensor in blocks; with disjointness checked elsewhere, equal to its size if
+    it is covered."""
     found = {}
     for part in (part for cut in cuts for part in cut.parts):
         found[part.parameter] = found.get(part.parameter, 0) + part.num_blocks * part.block_size
@@ -68,8 +70,8 @@ def test_presets_are_data():
             )
 
 
-# Algorithm 3 by hand: q by head, k by key/value head, v, o and MLP by output neuron, embedding and output by token; a
-# fused tensor is the sum of its parts.
+# Algorithm 3 by hand: q by head, k by key/value head, v, o and MLP by output neuron, embedding and
+# output by token; a fused tensor is the sum of its parts.
 ATTENTION = {"q_proj": HEADS, "k_proj": HEADS, "v_proj": D, "o_proj": D}
 GATED = {"gate_proj": F, "up_proj": F, "down_proj": D}
 TABLES = {"embed_tokens": V, "lm_head": V}
@@ -218,7 +220,8 @@ def test_adalayer_star_and_token_and_element(surveys):
 
 
 def swin_heads(model, block):
-    """Which heads of the first window attention's query, key and value change if ``block`` is set to zero."""
+    """Which heads of the first window attention's query, key and value change if ``block`` is set
+    to zero."""
     layer, seen = model.features[1][0].attn, []
     weight = layer.qkv.weight.detach().clone()
     x = torch.randn(1, 4, 4, 16, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,5 @@
-"""The engine against dense float64 Hessians, closed forms, finite differences, and its counted cost."""
+"""The engine against dense float64 Hessians, closed forms, finite differences, and its counted
+cost."""
 
 import functools
 
@@ -214,7 +215,8 @@ def counted(call) -> int:
 
 @pytest.fixture(scope="module")
 def counted_gpt():
-    """A 4-layer GPT large enough that matrix products dominate, and F, the count of its forward pass."""
+    """A 4-layer GPT large enough that matrix products dominate, and F, the count of its forward
+    pass."""
     torch.manual_seed(0)
     model = gpt(vocabulary=64, context=32, d=64, layers=4, tied=False)
     tokens = torch.randint(64, (2, 33))
@@ -259,7 +261,8 @@ def deep_gpt():
 
 
 def measured_peak(problem, **options) -> tuple[ht.HessianOperator, int]:
-    """An operator, and the bytes alive at the peak of its first product, of as many probes as go together."""
+    """An operator, and the bytes alive at the peak of its first product, of as many probes as go
+    together."""
     hessian = ht.HessianOperator(problem, **options)
     with LiveBytes() as live:
         hessian.matmat(torch.randn(hessian.plan.rows, hessian.size))
@@ -337,7 +340,8 @@ OUT_OF_MEMORY = [
 
 
 def failing_passes(monkeypatch, error, fits) -> list[int]:
-    """Second derivatives fail with ``error`` unless ``fits(rows, examples)``; the list gets the rows of those done."""
+    """Second derivatives fail with ``error`` unless ``fits(rows, examples)``; the list gets the
+    rows of those done."""
     done, gradient = [], DoubleBackward._differentiated
 
     def limited(self, gradients, names, cotangents):
@@ -413,7 +417,8 @@ def test_products_on_cuda_are_those_of_the_cpu(name):
 
 @pytest.mark.parametrize("name", ["gpt", "batchnorm-batch", "hf-gpt2", "hf-vit"])
 def test_a_linear_program_takes_over_once_it_pays(name, monkeypatch):
-    """All of the Hessian and a head's blocks, over uneven batches, before and after the change of route."""
+    """All of the Hessian and a head's blocks, over uneven batches, before and after the change of
+    route."""
     problem = network(name)
     vectors = torch.randn(2, problem.num_parameters, dtype=torch.float64)
     expected = vectors @ dense_hessian(problem)
@@ -447,7 +452,8 @@ def test_a_sums_first_term_is_written_over_whatever_was_in_memory():
 
 @pytest.mark.parametrize("blockwise", [False, True])
 def test_long_runs_are_announced(blockwise, monkeypatch):
-    """SLQ says how many products will come, so a tangent program takes over at once: one product is left to compare."""
+    """SLQ says how many products will come, so a tangent program takes over at once: one product is
+    left to compare."""
     operator, steps = ht.HessianOperator(network("mlp"), memory="1GiB"), 9
     blocks = list(ht.partition(operator.problem.model, "weights"))[:2] if blockwise else []
     whole_run = operator._engine._cost(steps * max(1, len(blocks)), not blockwise)
@@ -509,7 +515,8 @@ def test_a_linear_program_that_runs_out_of_memory_gives_way(monkeypatch):
 
 @pytest.mark.parametrize("route", ["double backward", "tangent program"])
 def test_a_jobs_passes_and_operations(route, monkeypatch):
-    """A longer blockwise job calls the model no more often, and each further product costs what a block's may."""
+    """A longer blockwise job calls the model no more often, and each further product costs what a
+    block's may."""
     torch.manual_seed(0)
     tokens = torch.randint(64, (2, 33))
     batches = [(tokens[:, :-1], tokens[:, 1:])]

@@ -54,7 +54,8 @@ def test_kinks_do_not_disturb_the_referee(network_class):
 
 
 class Tampered(ht.HessianOperator):
-    """A HessianOperator whose products are spoilt; the one that verify() makes itself, for cut batches, is honest."""
+    """A HessianOperator whose products are spoilt; the one that verify() makes itself, for cut
+    batches, is honest."""
 
     def __init__(self, problem, spoil=lambda product, vectors: product, **options):
         super().__init__(problem, **options)

@@ -21,7 +21,8 @@ SIZES = {"tiny": 12, "low": 90, "mid": 200, "high": 260}
 
 
 def setting(**options):
-    """Four blocks a decade apart; "low" is one outlier in a flat spectrum, so its probes vary most."""
+    """Four blocks a decade apart; "low" is one outlier in a flat spectrum, so its probes vary
+    most."""
     rng = np.random.default_rng(1)
     spectra = {name: 10.0**i * (0.2 + rng.random(n)) for i, (name, n) in enumerate(SIZES.items())}
     spectra["low"] = np.r_[40.0, np.full(89, 0.5) + 0.3 * rng.random(89)]
@@ -45,7 +46,8 @@ def spent(hessian):
 @pytest.mark.parametrize("reading", ["wasserstein", "log", "scale", ("wasserstein", "scale")])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_tolerance_is_met_against_the_true_spectra(reading, seed):
-    """The truth is in the eigenvalues; three times the tolerance is allowed, as standard errors are part of it."""
+    """The truth is in the eigenvalues; three times the tolerance is allowed, as standard errors are
+    part of it."""
     hessian, partition, spectra = setting()
     found = run(hessian, partition, reading=reading, tolerance=0.05, seed=seed)
     exact = {
@@ -99,7 +101,8 @@ def test_a_smaller_tolerance_costs_more_and_a_large_one_only_the_first_round():
 
 
 def test_products_go_where_the_uncertainty_is():
-    """The block of one outlier decides the spread of scales: it grows, or becomes exact; the flat ones are left."""
+    """The block of one outlier decides the spread of scales: it grows, or becomes exact; the flat
+    ones are left."""
     hessian, partition, _ = setting()
     found = run(hessian, partition, reading="scale", tolerance=0.03)
     cost = {name: q.num_matvecs for name, q in found.spectra.items()}
@@ -127,7 +130,8 @@ def test_limits_force_what_a_fixed_run_gives(mode):
 
 
 def test_runs_are_continued_not_repeated(monkeypatch):
-    """Every product of the run is one of T's steps; nothing is made twice while vectors are kept."""
+    """Every product of the run is one of T's steps; nothing is made twice while vectors are
+    kept."""
     hessian, partition, _ = setting()
     found = run(hessian, partition, exact=False, tolerance=1e-9, max_matvecs=200, max_steps=40)
     assert (

@@ -1,4 +1,5 @@
-"""What remains uncertain about a reading, and which blocks grow for it, against written-out rules."""
+"""What remains uncertain about a reading, and which blocks grow for it, against written-out
+rules."""
 
 import dataclasses
 
@@ -61,7 +62,8 @@ def test_doubt_has_satterthwaite_s_degrees_of_freedom():
 
 
 def test_doubt_is_an_upper_bound_in_nine_of_ten_cases():
-    """The jackknife's V of a mean of k normal numbers, once for one block and once for the sum of five."""
+    """The jackknife's V of a mean of k normal numbers, once for one block and once for the sum of
+    five."""
     rng = np.random.default_rng(0)
     for count, k in ((1, 4), (5, 4), (1, 30)):
         variances = rng.standard_normal((4000, count, k)).var(axis=2, ddof=1) / k
@@ -145,7 +147,8 @@ def test_steps_are_worked_on_above_a_quarter_of_the_tolerance(change, growth):
 
 @pytest.mark.parametrize(("bias", "probes"), [(0.159, 8), (0.157, 4)])
 def test_bias_is_worked_on_above_a_quarter_of_the_tolerance(bias, probes):
-    """Its square: 0.158^2 is 0.025. The change over the last steps, at the limit, misses the rest."""
+    """Its square: 0.158^2 is 0.025. The change over the last steps, at the limit, misses the
+    rest."""
     shares = Shares(FOURS, ZEROS, np.array([bias, 0, 0]), np.array([0.2, 0, 0]), 0.0)
     limits = dataclasses.replace(FREE, max_steps=10)
     growths = next_growth(three(), {"log": shares}, 0.1, limits)
@@ -173,7 +176,8 @@ def test_probes_are_for_what_steps_and_bias_leave_of_the_tolerance(steps, bias, 
 
 
 def test_blocks_that_can_have_no_more_steps_get_probes():
-    """At the limit, or where all probes have met invariant subspaces; steps then leave no more room."""
+    """At the limit, or where all probes have met invariant subspaces; steps then leave no more
+    room."""
     shares = Shares(FOURS, np.array([1e-2, 0.0, 0.0]), ZEROS, np.array([0.2, 0.0, 0.0]), 0.2)
     at_limit = dataclasses.replace(FREE, max_steps=10)
     ended = three() | {"a": block(4, 10, steps=np.full(4, 7), status="breakdown")}

@@ -1,4 +1,5 @@
-"""Readings of heterogeneity against scipy, quad, the literature's recipe written out, and closed forms."""
+"""Readings of heterogeneity against scipy, quad, the literature's recipe written out, and closed
+forms."""
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def test_js_against_scipy_and_its_bounds():
 
 @pytest.mark.parametrize("distance", [0.05, 0.3, 1.0, 4.0])
 def test_log_reading_of_two_points_is_that_of_two_gaussians(distance):
-    """Spectra {1} and {10^d}: N(0, 0.2^2) against N(d, 0.2^2) in decades, by adaptive integration."""
+    """Spectra {1} and {10^d}: N(0, 0.2^2) against N(d, 0.2^2) in decades, by adaptive
+    integration."""
 
     def integrand(t):
         p, q = norm.pdf(t, 0, 0.2), norm.pdf(t, distance, 0.2)
@@ -81,7 +83,8 @@ def test_wasserstein_in_slabs_is_the_same(monkeypatch):
 
 
 def literature(found, num_points=50_000, variance=1e-5):
-    """The recipe written out, in log space, all grid points against all nodes: (bounded matrix, dx)."""
+    """The recipe written out, in log space, all grid points against all nodes: (bounded matrix,
+    dx)."""
     low = min(np.mean([min(row) for row in q.nodes]) for q in found.values()) - 1
     high = max(np.mean([max(row) for row in q.nodes]) for q in found.values()) + 1
     grid = np.linspace(low, high, num_points)
@@ -240,7 +243,8 @@ def test_a_log_grid_that_reaches_not_far_enough_is_made_again():
 
 
 def test_jackknife_error_is_the_spread_over_seeds():
-    """Blocks drawn 300 times with unequal numbers of probes: mean SE^2 against the variance of the reading."""
+    """Blocks drawn 300 times with unequal numbers of probes: mean SE^2 against the variance of the
+    reading."""
     rng, values, squares = np.random.default_rng(0), [], []
     for _ in range(300):
         found = {}

@@ -1,4 +1,5 @@
-"""Tiny models of the architectures that partitions must be right for: random weights, nothing downloaded."""
+"""Tiny models of the architectures that partitions must be right for: random weights, nothing
+downloaded."""
 
 import torch
 from torch import nn

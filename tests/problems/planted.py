@@ -137,7 +137,8 @@ def exact(eigenvalues):
 
 
 def blocks(num_blocks=4, k=3, m=9, factor=1.0, spread=1.0):
-    """Blocks whose scales differ by ``spread`` decades each, Dirichlet weights, some negative nodes."""
+    """Blocks whose scales differ by ``spread`` decades each, Dirichlet weights, some negative
+    nodes."""
     rng = np.random.default_rng(3)
     found = {}
     for b in range(num_blocks):

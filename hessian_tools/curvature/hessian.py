@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hessian_tools.blocks.block import Block
 from hessian_tools.curvature.engine.engine import ROUTES, Collect, Engine, Spread
-from hessian_tools.curvature.engine.plan import Plan, Wishes
+from hessian_tools.curvature.engine.plan import Plan, PlanRequest
 from hessian_tools.curvature.engine.precision import PRECISIONS, arithmetic
 from hessian_tools.curvature.engine.recompute import Segments
 from hessian_tools.curvature.operators import CurvatureOperator
@@ -76,7 +76,7 @@ class HessianOperator(CurvatureOperator):
         if route not in ROUTES:
             allowed = ", ".join(map(repr, ROUTES))
             raise ValueError(f"route is {route!r}; allowed are {allowed}")
-        request = Wishes(record, microbatch, segments)
+        request = PlanRequest(record, microbatch, segments)
         self._engine = Engine(problem, self.arithmetic, memory, request, route)
 
     def products(

@@ -1,77 +1,90 @@
-"""Route: products with a micro-batch's Hessian by differentiating the graph of its gradient once more.
+"""Route: products with a micro-batch's Hessian by differentiating the graph of its gradient again.
 
-    H v = d/dw <g(w), v>,  g = dL/dw                                  (Pearlmutter 1994, "double backward")
+    H v = d/dw <g(w), v>,  g = dL/dw                        (Pearlmutter 1994, "double backward")
 
-The graph of g is recorded once per micro-batch and is then differentiated again for every probe, every Lanczos step and
-every block: 6 F a probe for the whole Hessian, F being the cost of one forward pass. For a diagonal block only
-d g_block / d w_block is asked for, so autograd prunes to what lies downstream of the block: about 1 to 2 F. Where the
-plan rebuilds graphs, only the block's parameters require grad meanwhile, so nothing else is kept. Probes go through as
-one batch (``is_grads_batched``), or one after the other where a model has no batching rule.
+The graph of g is recorded once per micro-batch and is then differentiated again for every probe,
+every Lanczos step and every block: 6 F a probe for the whole Hessian, F being the cost of one
+forward pass. For a diagonal block only d g_block / d w_block is asked for, so autograd prunes to
+what lies downstream of the block: about 1 to 2 F. Where the plan rebuilds graphs, only the block's
+parameters require grad meanwhile, so nothing else is kept. Probes go through as one batch
+(``is_grads_batched``), or one after the other where a model has no batching rule.
 """
 
 import contextlib
 import warnings
 from collections.abc import Generator, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from hessian_tools.curvature.engine import recompute
-from hessian_tools.curvature.engine.fake_problem import Imagined, imagines
+from hessian_tools.curvature.engine import segment
+from hessian_tools.curvature.engine.fake_problem import FakeProblem, is_fake
 from hessian_tools.curvature.engine.memory import is_out_of_memory
-from hessian_tools.curvature.engine.recompute import NONE, Segments
+from hessian_tools.curvature.engine.recompute import NONE, Segments, recomputing
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
+from hessian_tools.problem.batches import Batch
 from hessian_tools.problem.problem import Problem
 
-Gradients = dict[str, Tensor]
+Gradients = dict[str, Tensor]  # by the parameter's name, each with its graph
 
 
 class DoubleBackward:
     """Second derivatives of a Problem's loss on one micro-batch at a time.
 
-    ``recorded`` and ``segments`` say how; :meth:`release` must follow a change. ``name`` describes the route.
+    ``recorded`` says whether graphs are kept for the products that follow, ``segments`` what is
+    recomputed; :meth:`configure` changes them. ``name`` describes the route. ``batched`` turns
+    False, with the reason in ``fallback``, once probes have not gone through as one batch.
     """
 
     def __init__(
-        self, problem: Problem | Imagined, recorded: bool = False, segments: Segments = NONE
+        self,
+        problem: Problem | FakeProblem,
+        recorded: bool = False,
+        segments: Segments = NONE,
     ) -> None:
-        self.problem, self.recorded, self.segments = problem, recorded, segments
-        self.batched, self.fallback = True, ""
-        self._checked: set[str] = set()
-        self._graphs: dict[
-            int, tuple[Any, Gradients]
-        ] = {}  # by the batch's id, and the batch to keep that its own
+        self.problem = problem
+        self.recorded = recorded
+        self.segments = segments
+        self.batched = True
+        self.fallback = ""
+        self._checked: set[str] = set()  # parameters whose gradient was seen to be finite
+        # By the batch's id; the batch is kept so that no other takes its id.
+        self._graphs: dict[int, tuple[Batch, Gradients]] = {}
         self._versions: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
+        """The route in words."""
         batching = "batched over probes" if self.batched else f"probes one by one ({self.fallback})"
         return f"double backward, {batching}"
 
-    def products(
-        self, batch: Any, names: Sequence[str], chunks: Iterable[Sequence[Tensor | None]]
-    ) -> Generator[Sequence[Tensor | None], None, None]:
-        """For each chunk of cotangents v, (r, \\*shape) for each of ``names``, the sums over b of H_ab v_b, for each a.
+    def configure(self, recorded: bool, segments: Segments) -> None:
+        """Goes on in this way, without the graphs recorded in another."""
+        if (recorded, segments) != (self.recorded, self.segments):
+            self.release()
+            self.recorded = recorded
+            self.segments = segments
 
-        None stands for zero, in both; only what the cotangents given lead to is computed. Closing the generator puts
-        the model back as it was; without chunks it only records.
+    def products(
+        self,
+        batch: Batch,
+        names: Sequence[str],
+        chunks: Iterable[Sequence[Tensor | None]],
+    ) -> Generator[Sequence[Tensor | None], None, None]:
+        """For each chunk of cotangents v_b the sums over b of H_ab v_b, a and b among ``names``.
+
+        A chunk has a tensor (r, \\*shape) for each name; so has its result. None stands for zero,
+        in both; only what the cotangents given lead to is computed. Closing the generator puts the
+        model back as it was; without chunks it only records.
         """
         self._forget_stale()
-        kept = (
-            self.recorded and not self.segments and self.holds(batch)
-        )  # then the model is not called
-        live = None if self.recorded else names
-        with (
-            contextlib.nullcontext()
-            if kept
-            else recompute.recomputing(self.problem, self.segments, live)
-        ):
+        with self._context(batch, names):
             gradients = self._graph(batch, names)
             for cotangents in chunks:
                 yield self._differentiated(gradients, names, cotangents)
 
-    def holds(self, batch: Any) -> bool:
+    def holds(self, batch: Batch) -> bool:
         """Whether the graph of ``batch`` is recorded."""
         return id(batch) in self._graphs
 
@@ -79,98 +92,146 @@ class DoubleBackward:
         """Frees the recorded graphs; the next product records them again."""
         self._graphs = {}
 
+    def _context(
+        self,
+        batch: Batch,
+        names: Sequence[str],
+    ) -> contextlib.AbstractContextManager[None]:
+        """The state of the model in which graphs are recorded and segments run again."""
+        if self.recorded and not self.segments and self.holds(batch):
+            return contextlib.nullcontext()  # the model is not called
+        live = None if self.recorded else names
+        return recomputing(self.problem, self.segments, live)
+
     def _forget_stale(self) -> None:
         versions = tuple(p._version for p in self.problem.parameters.values())
         if versions != self._versions:  # a step of an optimizer makes recorded graphs stale
             self.release()
             self._versions = versions
 
-    def _graph(self, batch: Any, names: Sequence[str]) -> Gradients:
-        """The gradient with its graph: of all parameters and kept, or of ``names`` and for this call."""
+    def _graph(self, batch: Batch, names: Sequence[str]) -> Gradients:
+        """The gradient with its graph: of all parameters and kept, or of ``names`` for one call."""
         if not self.recorded:
             return self._gradients(batch, names)
         if id(batch) not in self._graphs:
             self._graphs[id(batch)] = batch, self._gradients(batch, list(self.problem.parameters))
         return self._graphs[id(batch)][1]
 
-    def _gradients(self, batch: Any, names: Sequence[str]) -> Gradients:
+    def _gradients(self, batch: Batch, names: Sequence[str]) -> Gradients:
         parameters = [self.problem.parameters[name] for name in names]
         with torch.enable_grad():
             loss = self.problem.batch_loss(batch)
-            if not loss.requires_grad:  # of none of these
+            if not loss.requires_grad:  # it depends on none of these
                 return {}
             gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        found = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
-        for name in (
-            found.keys() - self._checked
-        ):  # once: on every product it would make the device wait
-            finite = torch.isfinite(found[name]).all()
-            if not imagines(finite) and not finite:
+        used = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
+        self._check_finite(used, loss)
+        # A gradient without a graph is constant, so its rows of the Hessian are zero.
+        return {name: gradient for name, gradient in used.items() if gradient.requires_grad}
+
+    def _check_finite(self, gradients: Gradients, loss: Tensor) -> None:
+        """Looks at each parameter's gradient once: on every product it would make the GPU wait."""
+        for name in gradients.keys() - self._checked:
+            finite = torch.isfinite(gradients[name]).all()
+            if not is_fake(finite) and not finite:
                 raise NumericalError(
                     f"the gradient of {name} is not finite, but the loss is {loss.item():.6g}"
                 )
-        self._checked |= found.keys()
-        return {
-            name: g for name, g in found.items() if g.requires_grad
-        }  # others are constant: zero rows
+        self._checked |= gradients.keys()
 
     def _differentiated(
-        self, gradients: Gradients, names: Sequence[str], cotangents: Sequence[Tensor | None]
+        self,
+        gradients: Gradients,
+        names: Sequence[str],
+        cotangents: Sequence[Tensor | None],
     ) -> Sequence[Tensor | None]:
-        live = [
-            (gradients[n], v)
-            for n, v in zip(names, cotangents, strict=True)
-            if n in gradients and v is not None
+        pairs = [
+            (gradients[name], cotangent)
+            for name, cotangent in zip(names, cotangents, strict=True)
+            if name in gradients and cotangent is not None
         ]
-        if not live:
+        if not pairs:
             return [None] * len(names)
-        outputs = [gradient for gradient, _ in live]
-        vectors = [v.to(gradient.dtype) for gradient, v in live]
+        outputs = [gradient for gradient, _ in pairs]
+        vectors = [cotangent.to(gradient.dtype) for gradient, cotangent in pairs]
         inputs = [self.problem.parameters[name] for name in names]
+        return self._derivatives(outputs, inputs, vectors)
+
+    def _derivatives(
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+    ) -> Sequence[Tensor | None]:
+        """The derivatives of <outputs, v> for all rows v of ``vectors``, at once if possible."""
         if self.batched:
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings(
-                        "ignore", message="There is a performance drop"
-                    )  # still correct, and told
-                    return torch.autograd.grad(
-                        outputs,
-                        inputs,
-                        vectors,
-                        retain_graph=True,
-                        allow_unused=True,
-                        is_grads_batched=True,
-                    )
+                return _at_once(outputs, inputs, vectors)
             except RuntimeError as error:  # NotImplementedError is one as well
                 if is_out_of_memory(error):
                     raise
-                self.batched, self.fallback = False, _first_line(error)
+                self.batched = False
+                self.fallback = _first_line(error)
         try:
-            rows = [
-                torch.autograd.grad(outputs, inputs, row, retain_graph=True, allow_unused=True)
-                for row in zip(*vectors, strict=True)
-            ]
+            return _one_by_one(outputs, inputs, vectors)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise NotTwiceDifferentiable(_undifferentiable(_first_line(error), outputs)) from error
-        return [
-            None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
-        ]
+            raise _refusal(_first_line(error), outputs) from error
 
 
-def refuse_once_differentiable(loss: Tensor) -> None:
-    """Raises NotTwiceDifferentiable for a custom Function that autograd would silently leave out of the second pass."""
-    if once := [c.__name__ for c in _custom_functions([loss]) if _is_once_differentiable(c)]:
-        raise NotTwiceDifferentiable(
-            _undifferentiable(f"the backward of {once[0]} is once_differentiable", [])
+def _at_once(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+) -> Sequence[Tensor | None]:
+    """The derivatives for all rows of ``vectors`` as one batch."""
+    with warnings.catch_warnings():
+        # An operation without a batching rule is looped over: still correct.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return torch.autograd.grad(
+            outputs,
+            inputs,
+            vectors,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
         )
 
 
-def _custom_functions(outputs: Sequence[Tensor]) -> list[type]:
-    """The Python autograd Functions in the graph behind ``outputs``, by name, but for those of segments."""
-    seen: set[Any] = set()
-    stack = [t.grad_fn for t in outputs]
+def _one_by_one(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+) -> Sequence[Tensor | None]:
+    """The same in a pass for each row."""
+    rows = [
+        torch.autograd.grad(outputs, inputs, row, retain_graph=True, allow_unused=True)
+        for row in zip(*vectors, strict=True)
+    ]
+    columns = zip(*rows, strict=True)
+    return [None if column[0] is None else torch.stack(column) for column in columns]
+
+
+def refuse_once_differentiable(loss: Tensor) -> None:
+    """Refuses custom Functions that autograd would silently leave out of the second pass.
+
+    Raises:
+        NotTwiceDifferentiable: naming the first of them.
+    """
+    for function in _custom_functions([loss]):
+        if _is_once_differentiable(function):
+            reason = f"the backward of {function.__name__} is once_differentiable"
+            raise _refusal(reason, [])
+
+
+def _custom_functions(outputs: Sequence[Tensor]) -> list[type[torch.autograd.Function]]:
+    """The Python autograd Functions in the graph behind ``outputs``, by name.
+
+    Those of segments are left out.
+    """
+    seen: set[Node] = set()
+    stack = [tensor.grad_fn for tensor in outputs]
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
@@ -180,24 +241,22 @@ def _custom_functions(outputs: Sequence[Tensor]) -> list[type]:
         type(node) for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction)
     }
     functions = {kind._forward_cls for kind in kinds}  # type: ignore[attr-defined]
-    return sorted(
-        (f for f in functions if f.__module__ != recompute.__name__), key=lambda f: f.__name__
-    )
+    foreign = [f for f in functions if f.__module__ != segment.__name__]
+    return sorted(foreign, key=lambda function: function.__name__)
 
 
-def _is_once_differentiable(function: type) -> bool:
-    code = getattr(function.backward, "__code__", None)  # type: ignore[attr-defined]
-    return (
-        code is not None and code.co_filename == torch.autograd.function.__file__
-    )  # the decorator's wrapper
+def _is_once_differentiable(function: type[torch.autograd.Function]) -> bool:
+    code = getattr(function.backward, "__code__", None)
+    # Torch's decorator wraps the method in a function of torch's own file.
+    return code is not None and code.co_filename == torch.autograd.function.__file__
 
 
-def _undifferentiable(reason: str, outputs: Sequence[Tensor]) -> str:
-    names = ", ".join(c.__name__ for c in _custom_functions(outputs))
+def _refusal(reason: str, outputs: Sequence[Tensor]) -> NotTwiceDifferentiable:
+    names = ", ".join(function.__name__ for function in _custom_functions(outputs))
     culprits = f"; it uses the custom autograd Function(s) {names}" if names else ""
-    return (
-        f"the model cannot be differentiated twice: {reason}{culprits}; replace that operation by one whose backward "
-        "is itself made of differentiable operations"
+    return NotTwiceDifferentiable(
+        f"the model cannot be differentiated twice: {reason}{culprits}; replace that operation by "
+        "one whose backward is itself made of differentiable operations"
     )
 
 

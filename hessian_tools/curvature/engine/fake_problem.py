@@ -1,7 +1,8 @@
-"""A Problem on tensors that have shapes but no memory, so that what a computation would hold can be counted unpaid.
+"""A Problem on fake tensors, so that what a computation would hold is counted without computing it.
 
-A pass through the model costs the same few microseconds an operation whatever its size, which is what makes the trials
-of a plan (:mod:`hessian_tools.curvature.engine.plan`) cheap for models whose real passes take seconds.
+PyTorch's fake tensors have shapes but no memory and no values. A pass through the model on them
+costs the same few microseconds an operation whatever its size, which makes the trials of a plan
+(:mod:`hessian_tools.curvature.engine.trials`) cheap for models whose real passes take seconds.
 """
 
 import contextlib
@@ -9,70 +10,84 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from hessian_tools.problem.batches import tensors_of, with_tensors
+from hessian_tools.problem.batches import Batch, map_tensors
 from hessian_tools.problem.problem import Problem
 
 
-class Unimaginable(Exception):
-    """What real passes hold would not be counted."""
+class CannotFake(Exception):
+    """Passes on fake tensors would not show what real ones hold."""
 
 
-class Imagined:
-    """What a route needs of ``problem``, with every parameter, buffer and batch without memory.
+class FakeProblem:
+    """What a route needs of ``problem``, with every parameter, buffer and batch a fake tensor.
 
-    Only inside :meth:`entered`, and only one at a time for a model: its modules hold the imagined tensors meanwhile.
-    Raises Unimaginable for recurrent layers, whose kernel keeps more than its results.
+    Only inside :meth:`installed`, and only one at a time for a model: its modules hold the fake
+    tensors meanwhile.
+
+    Raises:
+        CannotFake: for recurrent layers, whose kernel keeps more than its results.
     """
 
     def __init__(self, problem: Problem) -> None:
         if any(isinstance(module, nn.RNNBase) for module in problem.model.modules()):
-            raise Unimaginable("recurrent layers")
-        self._real, self._mode = problem, FakeTensorMode(allow_non_fake_inputs=True)
-        self.model, self.evaluating = problem.model, problem.evaluating
+            raise CannotFake("recurrent layers")
+        self._real = problem
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.model = problem.model
+        self.evaluating = problem.evaluating
         self.parameters = {
-            name: self._mode.from_tensor(p) for name, p in problem.parameters.items()
+            name: self._mode.from_tensor(parameter)
+            for name, parameter in problem.parameters.items()
         }
 
-    def batch(self, batch: Any) -> Any:
-        """A batch of the real problem's, imagined."""
-        return with_tensors(batch, [self._mode.from_tensor(t) for t in tensors_of(batch)])
+    def batch(self, batch: Batch) -> Batch:
+        """A batch of the real problem, of fake tensors."""
+        return map_tensors(self._mode.from_tensor, batch)
 
-    def batch_loss(self, batch: Any) -> Tensor:
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch of fake tensors, itself fake."""
         return self._real.batch_loss(batch)
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """The model on imagined tensors; put back on leaving, also after an exception. Enter before ``evaluating``."""
-        real = self._real
-        held: list[tuple[Any, str, Tensor]] = [
+    def installed(self) -> Iterator[None]:
+        """The model on fake tensors; put back on leaving, also after an exception.
+
+        Enter before ``evaluating``.
+        """
+        # Torch types the two tables differently.
+        real: list[tuple[dict[str, Any], str, Tensor]] = [
             (table, name, tensor)
-            for module in real.model.modules()
+            for module in self._real.model.modules()
             for table in (module._parameters, module._buffers)
             for name, tensor in table.items()
             if tensor is not None
         ]
-        log = logging.getLogger(
-            "torch._subclasses.fake_tensor"
-        )  # it reports what a route tries and can do without
-        level = log.level
         try:
-            log.setLevel(logging.CRITICAL)
-            for table, name, tensor in held:
-                table[name] = self._mode.from_tensor(
-                    tensor
-                )  # the same one for the same tensor: ties stay
-            with self._mode:
+            for table, name, tensor in real:
+                # The mode gives the same fake tensor for the same tensor, so tied weights stay so.
+                table[name] = self._mode.from_tensor(tensor)
+            with _silenced("torch._subclasses.fake_tensor"), self._mode:
                 yield
         finally:
-            log.setLevel(level)
-            for table, name, tensor in held:
+            for table, name, tensor in real:
                 table[name] = tensor
 
 
-def imagines(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
     """Whether ``tensor`` has no memory, and so no values to look at."""
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+    return isinstance(tensor, FakeTensor)
+
+
+@contextlib.contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """A logger without its errors: this one reports also what a route tries and can do without."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

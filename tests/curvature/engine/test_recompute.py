@@ -17,8 +17,8 @@ from hessian_tools.curvature.engine.recompute import (
     Segments,
     applied,
     repeated_layers,
-    segment,
 )
+from hessian_tools.curvature.engine.segment import segment
 from hessian_tools.problem import vision
 from hessian_tools.problem.networks import SmallResNet
 

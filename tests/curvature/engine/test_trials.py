@@ -3,7 +3,7 @@
 import torch
 from problems import network
 
-from hessian_tools.curvature.engine.plan import Footprint
+from hessian_tools.curvature.engine.footprint import Footprint
 from hessian_tools.curvature.engine.precision import arithmetic
 from hessian_tools.curvature.engine.recompute import NONE
 from hessian_tools.curvature.engine.trials import Trials

@@ -1,6 +1,6 @@
-"""Figures of quadratic problems: spectra by block, loss curves with bounds, iterations of methods."""
+"""Figures of quadratic problems: spectra by block, loss curves with the theorems' bounds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hessian_tools.plots.spectra import shortened, written
-from hessian_tools.quadratic.lineup import Standing
 from hessian_tools.quadratic.problems import Quadratic
 from hessian_tools.quadratic.runs import Runs
 from hessian_tools.quadratic.theory import Constants
@@ -146,43 +145,6 @@ def _bounds(axes: Axes, constants: Constants, last: int) -> None:
         linewidth=1,
         dashes=(1, 1.5),
         label="Adam's upper bound (median start)",
-    )
-
-
-def iteration_bars(axes: Axes, places: Sequence[Standing], num_steps: int) -> None:
-    """Quartiles of iterations to the tolerance, a row a method, fastest on top.
-
-    An arrow stands where more iterations are needed than were made.
-    """
-    for row, place in enumerate(places):
-        _iteration_bar(axes, row, place, num_steps)
-    axes.set_xscale("log")
-    axes.set_xlim(1, 12 * num_steps)
-    axes.set_yticks(range(len(places)), [STYLES[place.name].label for place in places], fontsize=8)
-    axes.set_ylim(len(places) - 0.5, -0.5)
-    axes.grid(axis="x", linewidth=0.3, alpha=0.7)
-
-
-def _iteration_bar(axes: Axes, row: int, place: Standing, num_steps: int) -> None:
-    colour = STYLES[place.name].colour
-    low, middle, high = np.clip(place.quartiles, 1.0, 2 * num_steps)
-    axes.plot(
-        [low, high],
-        [row, row],
-        color=colour,
-        linewidth=4,
-        alpha=0.35,
-        solid_capstyle="butt",
-    )
-    beyond = place.quartiles[1] > num_steps
-    axes.plot(middle, row, ">" if beyond else "o", color=colour, markersize=6)
-    axes.annotate(
-        f"> {num_steps:,}" if beyond else f"{middle:,.0f}",
-        (high, row),
-        xytext=(5, 0),
-        textcoords="offset points",
-        fontsize=7,
-        va="center",
     )
 
 

@@ -48,7 +48,7 @@ def from_blocks(
     count = _num_problems(rows, num_problems)
     if basis not in BASES:
         raise ValueError(f"basis is {basis!r}; allowed are 'haar' and 'identity'")
-    labels = _labels(names, len(rows))
+    labels = _labels(names, len(rows))  # a block's basis depends on its name, not on its place
     eigenvalues = tuple(e.expand(count, -1) for e in rows)
     dense_blocks = []
     for label, e in zip(labels, eigenvalues, strict=True):
@@ -259,6 +259,7 @@ def _angle_of_tau(diagonal: Quadratic, tau: float, seed: int) -> Tensor:
     def met(angles: Tensor) -> Tensor:
         return rotated(diagonal, angles, seed=seed).tau <= tau
 
+    # tau falls from 1 at angle 0, not always steadily: small steps up find the first crossing
     low = torch.zeros(diagonal.num_problems, dtype=torch.float64)
     high = torch.full_like(low, 1 / 64)
     enough = met(high)

@@ -192,6 +192,7 @@ def block_jacobi(
     ``groups``: sizes of consecutive groups; the Hessian's blocks unless given, which is Newton's
     method.
     """
+    # (d, d) true where two coordinates share a group
     together = _group_means(problem.block_sizes if groups is None else groups, g0) > 0
     inverse = torch.linalg.inv(problem.hessian * together)
     direction = torch.empty_like(g0)

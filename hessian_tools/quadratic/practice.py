@@ -69,6 +69,7 @@ def check_gd_bound(
         worst = factors.amax(-1).log()  # (T, E)
         thesis = worst - math.log((1 - 2 / (kappa + 1)) ** 2)
         slides = worst - math.log(1 - 2 / kappa)
+        # 1 / L itself is short, whichever way it was rounded
         short = torch.as_tensor(steps <= (1 + 1e-15) / largest)
         by_form = (thesis, slides[:, short], slides[:, 0])
         for form, margin in zip(GD_FORMS, by_form, strict=True):

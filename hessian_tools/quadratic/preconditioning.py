@@ -38,6 +38,7 @@ def fixed_preconditioner(
     starts: Tensor,
 ) -> Tensor | None:
     """P as in :class:`hessian_tools.quadratic.methods.Rule`; None for a method without a fixed P."""
+    # P does not depend on eta, which is 1 here
     gradient = starts @ problem.hessian
     rule = METHODS[method](problem, gradient, torch.ones_like(gradient[..., :1]), **settings)
     return rule.scaling
@@ -60,7 +61,7 @@ def preconditioned(
             f"{method} with {settings} has no fixed preconditioner; "
             "give a number for step, or 'best'"
         )
-    if scaling.ndim == 4:
+    if scaling.ndim == 4:  # not diagonal: its groups may cross H's blocks
         yield _by_full_matrix(problem, scaling[:, 0], starts)
         return
     roots = scaling.sqrt().expand(problem.num_problems, -1, -1)
@@ -160,6 +161,7 @@ def _first_step(energy: Tensor, logs: Tensor, target: Tensor) -> Tensor:
     def above(steps: Tensor) -> Tensor:
         return (energy * (steps[..., None] * logs).exp()).sum(-1) > target
 
+    # a mode with |1 - eta a| = 1 keeps its energy for ever
     shrinks = (logs < 0).all(-1)
     low = torch.zeros_like(target)
     high = torch.ones_like(target)

@@ -55,6 +55,7 @@ class Runs:
         Raises:
             ValueError: for a tolerance that the run did not watch.
         """
+        # 1e-6 and 10.0**-6 differ in the last digit
         places = np.flatnonzero(np.isclose(self.tolerances, tolerance, rtol=1e-12, atol=0))
         if not len(places):
             watched = ", ".join(f"{t:g}" for t in self.tolerances)
@@ -158,8 +159,7 @@ def _chosen_steps(
     if isinstance(step, str) and step == "best":
         return _swept_steps(problem, plan, starts, tolerance, progress)
     if isinstance(step, str):
-        named = named_steps(problem, plan.method, plan.settings, starts, step)
-        return named[:, None].expand(n, 1, s), step
+        return named_steps(problem, plan, starts, step)[:, None].expand(n, 1, s), step
     sizes = given_steps(step, starts.device)
     return sizes[None, :, None].expand(n, len(sizes), s), "given"
 

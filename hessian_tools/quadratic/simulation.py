@@ -109,7 +109,7 @@ def _run_piece(
     g = torch.empty_like(w)
     evaluate = _evaluation(problem, w, g)
     losses = w.new_empty(_WINDOW + 1, n * r)
-    evaluate(losses[0])
+    evaluate(losses[0])  # the rule starts from the gradients at w_0
     rule = METHODS[plan.method](problem, g, eta, **plan.settings)
     watch = Watch(losses[0].clone().view(n, r), plan)
     tail = w.new_zeros(plan.tail, n, r, d)
@@ -126,12 +126,13 @@ def _run_piece(
         if plan.observe is not None:
             plan.observe(*piece, begin, relative)
         _zero_ended(relative[-1], (w, g, *rule.state))
-        losses[0] = losses[count]
+        losses[0] = losses[count]  # windows overlap: a factor f+ / f needs both
         bar.update(n * r * count)
         if plan.stop_at is not None and bool(watch.settled(plan.stop_at).all()):
             bar.update(n * r * (plan.num_steps - begin - count))
             break
     watch.close()
+    # a run that diverged within its last window was not zero yet when the tail was taken
     tail.masked_fill_(watch.diverged_at.isfinite()[..., None], 0.0)
     return {
         "first_losses": watch.first,
@@ -147,6 +148,7 @@ def _evaluation(problem: Quadratic, w: Tensor, g: Tensor) -> Callable[[Tensor], 
     """What writes g = H w, and the losses f = w'g / 2 into its argument (n r,)."""
     multiply = product(problem, w, g)
     scratch = torch.empty_like(w)
+    # w'g / 2 of all rows is one product of a matrix with this vector
     half = w.new_full((w.shape[-1],), 0.5)
 
     def evaluate(losses: Tensor) -> None:
@@ -159,6 +161,7 @@ def _evaluation(problem: Quadratic, w: Tensor, g: Tensor) -> Callable[[Tensor], 
 
 def _zero_ended(relative: Tensor, tensors: Sequence[Tensor]) -> None:
     """Zero rows where runs have diverged or vanished, by their last losses (n, r)."""
+    # ~(>=) is true of nan
     ended = ~(relative >= VANISHED) | relative.isinf()
     for tensor in tensors:
         tensor.masked_fill_(ended[..., None], 0.0)
@@ -166,6 +169,7 @@ def _zero_ended(relative: Tensor, tensors: Sequence[Tensor]) -> None:
 
 def pieces_of(problems: int, runs: int, size: int, device: str) -> Iterator[Piece]:
     """Problems and runs that go through together."""
+    # the caches of a CPU want small pieces, a GPU wants few large products
     rows = max(1, _PIECE_BYTES // (8 * size)) if device == "cpu" else problems * runs
     many = max(1, rows // runs)
     for first in range(0, problems, many):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessian_tools.quadratic.methods import Settings
+from hessian_tools.quadratic.plan import Plan
 from hessian_tools.quadratic.preconditioning import (
     extremes,
     first_gradient_ratios,
@@ -34,13 +34,7 @@ _THEOREMS = {"beta1": 0, "beta2": 1, "eps": 0}  # Adam's settings
 _CHOICES = f"give a number, a sequence of numbers, or one of {', '.join(STEPS)}"
 
 
-def named_steps(
-    problem: Quadratic,
-    method: str,
-    settings: Settings,
-    starts: Tensor,
-    name: str,
-) -> Tensor:
+def named_steps(problem: Quadratic, plan: Plan, starts: Tensor, name: str) -> Tensor:
     """(N, S), or what expands to it; all names but "best".
 
     Raises:
@@ -49,13 +43,13 @@ def named_steps(
     if name not in STEPS:
         raise ValueError(f"step is {name!r}; {_CHOICES}")
     if name == "theorem":
-        return _theorem_steps(problem, method, settings, starts)
+        return _theorem_steps(problem, plan, starts)
     mu, largest = problem.smallest[:, None], problem.largest[:, None]
-    if name == "optimal" and method == "heavy_ball":
+    if name == "optimal" and plan.method == "heavy_ball":
         return 4 / (largest.sqrt() + mu.sqrt()) ** 2
-    if name == "optimal" and method == "nesterov":
+    if name == "optimal" and plan.method == "nesterov":
         return 1 / largest
-    low, high = extremes(problem, method, settings, starts)
+    low, high = extremes(problem, plan.method, plan.settings, starts)
     return 2 / (low + high) if name == "optimal" else 1 / high
 
 
@@ -78,34 +72,23 @@ def is_sequence(step: Step) -> bool:
     return not isinstance(step, str) and np.ndim(step) > 0
 
 
-def natural_range(
-    problem: Quadratic,
-    method: str,
-    settings: Settings,
-    starts: Tensor,
-) -> tuple[Tensor, int, int]:
+def natural_range(problem: Quadratic, plan: Plan, starts: Tensor) -> tuple[Tensor, int, int]:
     """(N, 1) the natural unit of a method's step sizes, and the powers of ten to search of it.
 
     The unit is 2 / a_max where that is known (2 / L for heavy ball and Nesterov) and otherwise the
     root mean square of the starts' entries.
     """
-    if method in ("heavy_ball", "nesterov"):
+    if plan.method in ("heavy_ball", "nesterov"):
         return 2 / problem.largest[:, None], -4, 2
-    if fixed_preconditioner(problem, method, settings, starts) is None:
+    if fixed_preconditioner(problem, plan.method, plan.settings, starts) is None:
         return starts.square().mean((1, 2)).sqrt()[:, None], -7, 1
-    _, highest = extremes(problem, method, settings, starts)
+    _, highest = extremes(problem, plan.method, plan.settings, starts)
     return 2 / highest.median(dim=1, keepdim=True).values, -4, 2
 
 
-def _theorem_steps(
-    problem: Quadratic,
-    method: str,
-    settings: Settings,
-    starts: Tensor,
-) -> Tensor:
+def _theorem_steps(problem: Quadratic, plan: Plan, starts: Tensor) -> Tensor:
     """(N, S) min_l C1_l."""
-    theorems = method == "adam" and settings.items() >= _THEOREMS.items()
-    if not theorems:
+    if plan.method != "adam" or not plan.settings.items() >= _THEOREMS.items():
         raise ValueError(
             "step is 'theorem', which is of adam with beta1 = 0, beta2 = 1 and eps = 0 only"
         )

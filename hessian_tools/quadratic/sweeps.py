@@ -85,7 +85,7 @@ def best_step(
         stop_at=tolerance,
     )
     w0 = starts_of(problem, starts, num_starts, seed)
-    unit, lowest, highest = natural_range(problem, method, plan.settings, w0)
+    unit, lowest, highest = natural_range(problem, plan, w0)
 
     def tried(steps: Tensor) -> "_Tried":
         return _try(problem, plan, w0, steps.to(unit), progress)
@@ -128,6 +128,7 @@ class _Tried(NamedTuple):
 
     def place(self) -> Tensor:
         """(N, 1) index of the best."""
+        # where every step has more than a tenth diverge, the fewest that any has
         limit = self.diverged.amin(1, keepdim=True).clamp(min=MOST_DIVERGED)
         allowed = self.diverged <= limit
         medians = torch.where(allowed, self.medians, math.inf)
@@ -154,6 +155,7 @@ class _Tried(NamedTuple):
         middle = self.steps.gather(1, place).log()
         fractions = torch.arange(1, _BETWEEN + 1, dtype=torch.float64) / (_BETWEEN + 1)
         sides = []
+        # a best at an end has one neighbour: the other side repeats the best, which costs little
         for side in (-1, 1):
             neighbour = self.steps.gather(1, (place + side).clamp(0, last)).log()
             sides.append(middle + fractions * (neighbour - middle))
@@ -176,7 +178,7 @@ def _try(
     """Runs every step size (N, G) from all starts."""
     eta = steps[..., None].expand(-1, -1, starts.shape[1])
     runs = simulate(problem, plan, starts, eta, progress=progress)
-    # a run that stopped early has no last loss: it came to the tolerance
+    # a run that stopped early came to the tolerance: it has no last loss, which counts as 0
     left = np.nan_to_num(runs["losses"][..., -1], nan=0.0, posinf=np.inf)
     return _Tried(
         steps.cpu(),

@@ -193,6 +193,7 @@ def random_problems(
     blocks = []
     for index, n in enumerate(block_sizes):
         normal = gaussian(seed, f"random block {index}", num_problems, n + 2)
+        # drawn as normal numbers, which belong to the seed on every machine
         uniform = torch.special.ndtr(normal)
         scale = scale_decades * uniform[:, :1]
         width = inner_decades * uniform[:, 1:2]

@@ -57,29 +57,35 @@ class Watch:
         return self.reached[..., k].isfinite() | self.diverged_at.isfinite()
 
     def _without_diverged(self, begin: int, relative: Tensor) -> Tensor:
-        beyond = ~(relative <= DIVERGED)  # also where a loss is nan
+        beyond = ~(relative <= DIVERGED)  # true where a loss is nan, as > is not
         newly = beyond.any(0) & self.diverged_at.isinf()
-        at = begin + beyond.to(torch.uint8).argmax(0)
-        self.diverged_at[newly] = at[newly].to(relative.dtype)
+        self.diverged_at[newly] = begin + _first(beyond[:, newly])
         if not bool(self.diverged_at.isfinite().any()):
             return relative
         steps = torch.arange(begin, begin + len(relative), device=relative.device)
+        # what comes after means nothing, even where it falls back below the limit
         return relative.masked_fill(steps[:, None, None] >= self.diverged_at, math.inf)
 
     def _note_crossings(self, begin: int, relative: Tensor) -> None:
+        # the least loss of the window first: few runs cross a tolerance in it
         lowest = relative.amin(0)
         for k, tolerance in enumerate(self.tolerances):
             reached = self.reached[..., k]
             newly = (lowest <= tolerance) & reached.isinf()
             if bool(newly.any()):
-                at = begin + (relative[:, newly] <= tolerance).to(torch.uint8).argmax(0)
-                reached[newly] = at.to(relative.dtype)
+                reached[newly] = begin + _first(relative[:, newly] <= tolerance)
 
     def _keep_recorded(self, begin: int, relative: Tensor) -> None:
         inside = (self.recorded > begin) & (self.recorded < begin + len(relative))
         kept = np.flatnonzero(inside)
-        if not len(kept):
+        if not len(kept):  # most windows hold none, as steps are spaced in log t
             return
         rows = torch.as_tensor(self.recorded[kept] - begin, device=relative.device)
         columns = torch.as_tensor(kept, device=relative.device)
         self.losses[..., columns] = relative[rows].permute(1, 2, 0)
+
+
+def _first(mask: Tensor) -> Tensor:
+    """The first row of ``mask`` that is true, for each column; in float64, which has inf."""
+    # argmax of bool is not implemented
+    return mask.to(torch.uint8).argmax(0).double()

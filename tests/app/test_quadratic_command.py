@@ -233,9 +233,6 @@ def test_pictures_show_every_method_and_both_bounds(tmp_path):
     assert bound == pytest.approx((1 - 2 / 2001) ** (2 * steps))
     quadratic_plotting.block_eigenvalues(axes := Figure().subplots(), q)
     assert [t.get_text() for t in axes.get_yticklabels()] == ["block 1", "block 2", "block 3"]
-    bars = Figure().subplots()
-    quadratic_plotting.iteration_bars(bars, quadratic.standings(runs), 100)
-    assert any("> 100" in text.get_text() for text in bars.texts)
 
 
 def test_the_benchmark_counts_its_products(tmp_path, capsys, monkeypatch):

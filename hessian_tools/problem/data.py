@@ -1,4 +1,4 @@
-"""Real data, packaged or the user's own, as deterministic batches. Nothing here uses the network.
+"""Real data, packaged or the user's own, as deterministic batches. Nothing is downloaded.
 
 Letters: N examples in all, b of a batch, t tokens of a sequence (the context), c channels, s image
 side. What is packaged, from where and on what terms: assets/README.md. Examples are drawn without

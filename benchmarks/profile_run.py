@@ -45,7 +45,7 @@ def clocked(spent: dict[str, float], name: str, function: Callable[..., Any]) ->
 
 def run(start: float) -> None:
     """The run itself; prints the table."""
-    from hessian_tools.app import cli
+    from hessian_tools.app import cli, spectra_command
     from hessian_tools.curvature.engine import double_backward, engine
     from hessian_tools.curvature.tangent import route as tangent_route
     from hessian_tools.plots import spectra as plotting
@@ -64,9 +64,10 @@ def run(start: float) -> None:
     engine.Engine._take_tangent = clocked(
         spent, "tracing and checking the tangent program", engine.Engine._take_tangent
     )
-    cli.verify = clocked(spent, "verification", cli.verify)
+    spectra_command.verify = clocked(spent, "verification", spectra_command.verify)
     slq.lanczos = clocked(spent, "Lanczos besides the products", slq.lanczos)
-    cli.js_heterogeneity = clocked(spent, "heterogeneity", cli.js_heterogeneity)
+    compared = spectra_command.js_heterogeneity
+    spectra_command.js_heterogeneity = clocked(spent, "heterogeneity", compared)
     plotting.draw = clocked(spent, "pictures", plotting.draw)
     with tempfile.TemporaryDirectory() as folder:
         model = f"{Path(__file__).resolve()}:problem"

@@ -1,7 +1,8 @@
 """HOW the parameters are cut into named blocks.
 
-Reading order: block, partition, presets, specification; what layers and attention are is found by
-survey, attention, token_tables, weight_axes; param_groups and adam_mini speak to optimizers.
+Reading order: block, ownership, partition say what blocks are; projection, trial_runs, behaviour,
+attention and kinds find out what the tensors of a model are; survey cuts them, presets and
+specification say how; param_groups, adam_mini and adam_mini_call speak to optimizers.
 """
 
 from hessian_tools.blocks.adam_mini import adam_mini_names

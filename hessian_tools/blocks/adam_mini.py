@@ -99,7 +99,7 @@ def published_cuts(
     n_heads: int | None = None,
     keywords: Keywords | None = None,
 ) -> Iterable[Cut]:
-    """The same for a Survey, which gets the notes."""
+    """The cuts of :func:`adam_mini_names` for a Survey, which gets the notes."""
     words = keywords or Keywords()
     width = _argument(survey, "dim", dim, "hidden_size", DIM)
     heads = _argument(survey, "n_heads", n_heads, "num_attention_heads", HEADS)
@@ -161,7 +161,8 @@ def _cut_into_slices(site: Site, rule: str) -> tuple[Cut | None, str]:
     is_matrix = len(shape) == 2
     if math.prod(shape[2:]) > 1 or (not is_matrix and shape[0] not in (1, shape[1])):
         return None, f"{crash} its shape is {shape}"
-    # broadcasting a rate a row over a third axis turns it
+    # The rates, one a slice, are a matrix (slices, 1): broadcasting it against three axes pairs
+    # them with the second.
     note = "" if is_matrix or shape[0] == 1 else "row i's rate is applied to column i, not row i"
     return site.along((0,), "slice"), note
 

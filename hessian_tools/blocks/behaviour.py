@@ -10,9 +10,8 @@ Letters: T tokens, F features of all linear layers together, d features of the a
 
 import copy
 import inspect
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby, islice
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hessian_tools.blocks.projection import Projection, linear_features
+from hessian_tools.blocks.trial_runs import first_tensor, undisturbed
 
 # Relative; derivatives below are rounding (some models compute in float32 whatever comes in).
 TOLERANCE = 1e-6
@@ -38,29 +38,15 @@ def layout_by_behaviour(
     Empty if the module is no attention.
     """
     for shape in TOKENS:
-        with suppress(Exception):  # a foreign forward may fail in any way on unexpected input
-            with _undisturbed():
+        # A foreign forward may fail in any way on input that it does not expect.
+        with suppress(Exception):
+            with undisturbed():
                 several = _Trial(module, linears, shape, alike=False)
                 alike = _Trial(module, linears, shape, alike=True)
                 roles = _feature_roles(several, alike)
                 size = _head_size(several, roles)
             return _layout(several, roles, size)
     return {}
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """The caller's autograd mode, default device, warnings and random state neither matter nor
-    change."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.device("cpu"),
-        torch.random.fork_rng([]),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        yield
 
 
 class _Leaf(nn.Module):
@@ -175,7 +161,8 @@ def _twin(
     generator: torch.Generator,
 ) -> nn.Module:
     """A copy of ``module`` in float64 with the stand-ins in place of its linear layers."""
-    replaced: dict[int, Any] = {id(linears[name]): leaf for name, leaf in stand_ins.items()}
+    # What deepcopy believes to have copied already, it does not copy: so leaves take their place.
+    replaced: dict[int, object] = {id(linears[name]): leaf for name, leaf in stand_ins.items()}
     twin = copy.deepcopy(module, replaced)
     twin = twin.to("cpu", torch.float64).eval().requires_grad_(False)
     # A gain that starts at zero would hide what it multiplies.
@@ -206,10 +193,8 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
     for extra in ({}, attended):
         for value in (None, x, zeros):
             with suppress(Exception):  # the next arguments may fit
-                result = module.forward(x, **dict.fromkeys(required, value) | usual | extra)
-                while not isinstance(result, Tensor):
-                    result = result[0]
-                return result
+                arguments = dict.fromkeys(required, value) | usual | extra
+                return first_tensor(module.forward(x, **arguments))
     raise ValueError(f"{type(module).__name__} takes no such arguments")
 
 

@@ -89,6 +89,7 @@ class Site:
         return Cut((part,), self.name, counter=counter, per_label=part.num_blocks)
 
     def uncut(self) -> Cut:
+        """The whole tensor as one block."""
         return together([self], self.name)
 
 
@@ -112,7 +113,7 @@ class Anatomy:
         self.sites: list[Site] = []
         # named_parameters gives a tied tensor once, under its first name
         for name, p in model.named_parameters():
-            if not p.numel():
+            if not p.numel():  # no block can lie in it
                 continue
             site = Site(name, tuple(p.shape), model.get_submodule(name.rpartition(".")[0]))
             self.all.append(site)
@@ -122,12 +123,14 @@ class Anatomy:
 
     @cached_property
     def attention(self) -> Attention:
+        """The model's attention modules; looking for them runs some of its modules."""
         attention = find_attention(self.model)
         self.notes += attention.notes
         return attention
 
     @property
     def is_transformer(self) -> bool:
+        """Whether there is attention, of known layout or not."""
         return bool(self.attention.projections or self.attention.unread)
 
     def layer_of(self, path: str) -> int | None:
@@ -173,7 +176,7 @@ class Anatomy:
         outputs = [site for site in matrices if site.shape[self.row_axes(site)[-1]] in tokens]
         if outputs and self.attention.layers:
             return outputs
-        # without known layers, a row count may agree by accident
+        # Without known layers a row count may agree by accident, so one matrix is all there is.
         last = outputs or matrices or self._of_kind("conv", kinds)
         return last[-1:]
 

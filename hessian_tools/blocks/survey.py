@@ -1,7 +1,7 @@
 """How each tensor of a model can be cut: by role, head, row, column, expert or entry.
 
 What the tensors are is in :mod:`hessian_tools.blocks.kinds`. Every role of a fused query/key/value
-tensor is cut by the rule of its own kind.
+tensor is cut by the rule of that role's kind.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,46 +29,49 @@ class Survey(Anatomy):
     """What presets may know of a model, and how they cut it."""
 
     def cuts(self, site: Site, rules: Rules) -> list[Cut]:
-        """Cuts of one tensor: each of its roles in the way that ``rules`` has for its kind.
-
-        Rules for "vector" hold for tensors of fewer than two dimensions without a rule of their
-        kind, those for "else" where nothing else does.
-        """
+        """Cuts of one tensor: each of its roles in the way that ``rules`` has for its kind."""
         projection = None
-        if rules != {"else": "whole"}:  # then no look at the attention is needed
+        # Finding the attention modules means running them: not for rules that ask for nothing.
+        if rules != {"else": "whole"}:
             projection = self.attention.projections.get(site.name)
-        ways = self._ways(site, rules, projection)
-        if len(set(ways.values())) == 1:
-            way = next(iter(ways.values()))
-            if way == "skip":
-                return []
-            if way == "elements":
-                return [self.elements(site)]
-            if way == "whole":
-                return [site.uncut()]
-        if projection is None or (projection.roles == ("o",) and ways["o"] != "heads"):
-            return [self.rows(site) if "rows" in ways.values() else site.uncut()]
+        roles = projection.roles if projection else ("",)
+        ways = {role: self._way(site, role, rules) for role in roles}
+        common = set(ways.values())
+        if common == {"skip"}:
+            return []
+        if common == {"elements"}:
+            return [self.elements(site)]
+        if common == {"whole"}:
+            return [site.uncut()]
+        # The rows of an output projection are its outputs; only its heads lie along its inputs.
+        is_whole_output = roles == ("o",) and ways["o"] != "heads"
+        if projection is None or is_whole_output:
+            return [self.rows(site) if "rows" in common else site.uncut()]
         return self._by_roles(site, projection, ways)
 
-    def _ways(self, site: Site, rules: Rules, projection: Projection | None) -> dict[str, str]:
-        """The way of each role of the tensor; without a projection, of "" alone."""
-        asks_for_kinds = bool(rules.keys() - {"vector", "else"})
-        roles = projection.roles if projection else ("",)
-        ways = {}
-        for role in roles:
-            kind = self.kinds[site.name] if asks_for_kinds else ""
-            if asks_for_kinds and projection and not site.is_vector:
-                kind = role
-            way = rules.get(kind)
-            if way is None and site.is_vector:
-                way = rules.get("vector")
-            way = way or rules["else"]
-            # the rows of a vector are its entries; its roles are what may differ
-            ways[role] = "roles" if way == "rows" and site.is_vector else way
-        return ways
+    def _way(self, site: Site, role: str, rules: Rules) -> str:
+        """How one role of a tensor is cut; ``role`` is "" for a tensor without known roles.
+
+        The rule for its kind counts first, then "vector" for a tensor of fewer than two dimensions,
+        then "else".
+        """
+        names = []
+        # Kinds are learnt by trial runs, which rules that name none do not need.
+        if rules.keys() - {"vector", "else"}:
+            has_role = role and not site.is_vector
+            names.append(role if has_role else self.kinds[site.name])
+        if site.is_vector:
+            names.append("vector")
+        names.append("else")
+        way = next(rules[name] for name in names if name in rules)
+        # A row of a vector would be one entry: its roles are the finest blocks by output.
+        return "roles" if way == "rows" and site.is_vector else way
 
     def _by_roles(self, site: Site, projection: Projection, ways: dict[str, str]) -> list[Cut]:
-        """Runs of roles that are cut alike, each in its way."""
+        """Roles that are cut alike together, each in its way.
+
+        A way that is neither "heads" nor "rows" takes a role as one block.
+        """
         if "heads" in ways.values() and not projection.head_size:
             features = sum(projection.sizes)
             self.notes.append(
@@ -94,6 +97,7 @@ class Survey(Anatomy):
         return site.uncut()
 
     def elements(self, site: Site) -> Cut:
+        """Every entry by itself."""
         return site.along(tuple(range(len(site.shape))), "element")
 
     def equal_cuts(self, site: Site) -> Iterator[tuple[str, Cut]]:

@@ -9,52 +9,77 @@ token numbers that the model is given; tables of positions, segments or distance
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-FEATURE = 1  # whose slices are looked for
+FEATURE = 1  # of input and result, whose slices are looked for
 IDS = ((2, 0, 3, 1),)  # token numbers that are neither positions nor segments
 
 Weights = Mapping[str, nn.Parameter]
-Reached = dict[str, list[Tensor]]  # by weight, for each axis which of its slices are
+# By weight, for each of its axes: which of its slices a result depends on, (size,) bool.
+Slices = dict[str, list[Tensor]]
 
 
 class _Reached(Exception):
     """The tables have been looked up."""
 
 
-def output_axes(module: nn.Module) -> dict[str, int]:
-    """{name of one of the module's own tensors of two or three axes: its output axis}.
-
-    Those that can be told, for modules of unknown class: experts' 3-D tensors, routers, a user's
-    linear layers. The first axis of a tensor of three axes is taken to be that of the experts.
-    """
-    own = dict(module.named_parameters(recurse=False))
-    weights = {
-        name: p for name, p in own.items() if p.ndim in (2, 3) and min(p.shape[-2:]) > FEATURE + 1
-    }
-    holds_others = len(own) < sum(1 for _ in module.parameters())
-    if not weights or holds_others:  # a module with others inside computes more than a product
-        return {}
-    widths = dict.fromkeys(size for p in weights.values() for size in p.shape[-2:])
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Gradients on, on the CPU, without warnings; the caller's random state stays as it is."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        torch.device("cpu"),
         torch.random.fork_rng([]),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        for width in widths:
+        yield
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What a foreign forward gives first, where it gives (nested) tuples or lists."""
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
+
+
+def output_axes(module: nn.Module) -> dict[str, int]:
+    """{name of one of the module's tensors of two or three axes: its output axis}.
+
+    For modules of unknown class: experts' 3-D tensors, routers, a user's linear layers. Tensors
+    whose output axis does not show are left out. The first axis of a tensor of three axes is taken
+    to be that of the experts.
+    """
+    weights = _weights(module)
+    sizes = [size for p in weights.values() for size in p.shape[-2:]]
+    with undisturbed():
+        for width in dict.fromkeys(sizes):
             for arguments in _arguments(weights, width):
-                with suppress(Exception):  # a foreign forward may fail in any way
+                # A foreign forward may fail in any way on input that it does not expect.
+                with suppress(Exception):
                     axes = _axes(module, weights, *arguments)
                     if axes:
                         return axes
     return {}
+
+
+def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors that may be weights of the one product that ``module`` computes; {} if none."""
+    direct = dict(module.named_parameters(recurse=False))
+    # A module with others inside computes more than a product.
+    if len(direct) < sum(1 for _ in module.parameters()):
+        return {}
+    weights = {}
+    for name, p in direct.items():
+        if p.ndim in (2, 3) and min(p.shape[-2:]) > FEATURE + 1:
+            weights[name] = p
+    return weights
 
 
 def _arguments(weights: Weights, width: int) -> Iterator[tuple[Tensor, ...]]:
@@ -74,20 +99,32 @@ def _arguments(weights: Weights, width: int) -> Iterator[tuple[Tensor, ...]]:
 def _axes(module: nn.Module, weights: Weights, x: Tensor, *routing: Tensor) -> dict[str, int]:
     """The output axes of ``weights`` as a run on ``x`` shows them."""
     trial = _random_parameters(module)
+    result = _run(module, trial, x, routing)
+    written = _slices_behind(result[..., FEATURE], trial, weights)
     without = x.clone()
     without[:, FEATURE] = 0
-    written = _reached(module, trial, list(weights), x, routing, feature=FEATURE)
-    read = _reached(module, trial, list(weights), without, routing, feature=None)
+    read = _slices_behind(_run(module, trial, without, routing), trial, weights)
     axes = {}
-    for name, p in weights.items():
-        features = (p.ndim - 2, p.ndim - 1)
-        writes = [axis for axis in features if _is_feature_alone(written[name][axis])]
-        reads = [axis for axis in features if _is_feature_alone(~read[name][axis])]
-        if not writes and reads:
-            writes = [axis for axis in features if axis not in reads]
-        if len(writes) == 1:
-            axes[name] = writes[0]
+    for name in weights:
+        axis = _output_axis(written[name], read[name])
+        if axis is not None:
+            axes[name] = axis
     return axes
+
+
+def _output_axis(written: list[Tensor], read: list[Tensor]) -> int | None:
+    """The output axis of one weight, None if it does not show.
+
+    For each of its axes, ``written`` says which slices are behind one feature of the result,
+    ``read`` which are behind the whole result where that feature of the input is zero.
+    """
+    features = (len(written) - 2, len(written) - 1)
+    outputs = [axis for axis in features if _is_feature_alone(written[axis])]
+    inputs = [axis for axis in features if _is_feature_alone(~read[axis])]
+    if not outputs and inputs:
+        # Features of the result mix (a softmax over them), but the input's axis is known.
+        outputs = [axis for axis in features if axis not in inputs]
+    return outputs[0] if len(outputs) == 1 else None
 
 
 def _random_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -100,30 +137,30 @@ def _random_parameters(module: nn.Module) -> dict[str, Tensor]:
     return trial
 
 
-def _reached(
+def _run(
     module: nn.Module,
-    trial: dict[str, Tensor],
-    names: Sequence[str],
+    trial: Mapping[str, Tensor],
     x: Tensor,
     routing: tuple[Tensor, ...],
-    feature: int | None,
-) -> Reached:
-    """Which slices of each axis of the weights the result depends on, or its one ``feature``."""
-    result: Any = torch.func.functional_call(module, trial, (x, *routing))
-    while not isinstance(result, Tensor):  # a tuple, whose first part is the result
-        result = result[0]
-    chosen = result if feature is None else result[..., feature]
-    gradients = torch.autograd.grad(
-        chosen.square().sum(), [trial[name] for name in names], materialize_grads=True
-    )
-    return {
-        name: [g.movedim(axis, 0).flatten(1).any(1) for axis in range(g.ndim)]
-        for name, g in zip(names, gradients, strict=True)
-    }
+) -> Tensor:
+    """The result of ``module`` with ``trial`` in place of its parameters."""
+    return first_tensor(torch.func.functional_call(module, dict(trial), (x, *routing)))
+
+
+def _slices_behind(result: Tensor, trial: Mapping[str, Tensor], weights: Weights) -> Slices:
+    """The slices of the weights that ``result`` depends on."""
+    tensors = [trial[name] for name in weights]
+    gradients = torch.autograd.grad(result.square().sum(), tensors, materialize_grads=True)
+    slices: Slices = {}
+    for name, gradient in zip(weights, gradients, strict=True):
+        by_axis = (gradient.movedim(axis, 0) for axis in range(gradient.ndim))
+        slices[name] = [entries.flatten(1).any(1) for entries in by_axis]
+    return slices
 
 
 def _is_feature_alone(slices: Tensor) -> bool:
-    return bool(slices.nonzero().flatten().tolist() == [FEATURE])
+    numbers: list[int] = slices.nonzero().flatten().tolist()
+    return numbers == [FEATURE]
 
 
 def token_tables(
@@ -146,10 +183,13 @@ def token_tables(
     if not tables:
         return []
     rows = {name: table.get_parameter("weight").shape[0] for name, table in tables.items()}
-    by_token = set(tables) if len(tables) == 1 else _receivers(model, tables, first)
+    by_token = set(tables)
+    if len(tables) > 1:
+        by_token = _receivers(model, tables, first)
     if not by_token:
         like_outputs = [name for name in tables if rows[name] in outputs]
-        by_token = {max(like_outputs, key=rows.__getitem__, default=next(iter(tables)))}
+        largest = max(like_outputs, key=rows.__getitem__, default=next(iter(tables)))
+        by_token = {largest}
     sizes = {rows[name] for name in by_token}
     return [name for name in tables if rows[name] in sizes]
 
@@ -159,24 +199,25 @@ def _receivers(
     tables: Mapping[str, nn.Module],
     first: nn.Module | None,
 ) -> set[str]:
+    """Names of the tables whose argument is exactly the token numbers that the model is given."""
     ids = torch.tensor(IDS, device=next(model.parameters()).device)
     received: set[str] = set()
 
-    def listener(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def listen(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def listener(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def listen(_: nn.Module, arguments: tuple[object, ...]) -> None:
             if arguments and isinstance(arguments[0], Tensor) and torch.equal(arguments[0], ids):
                 received.add(name)
 
         return listen
 
-    def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def stop(_: nn.Module, arguments: tuple[object, ...]) -> None:
         raise _Reached
 
     hooks = [table.register_forward_pre_hook(listener(name)) for name, table in tables.items()]
     if first is not None:
         hooks.append(first.register_forward_pre_hook(stop))
     try:
-        # a foreign forward may want other arguments, after the look-up
+        # A foreign forward may want other arguments, after the look-up.
         with _quietly(model), suppress(Exception):
             model(ids)
     finally:

@@ -5,7 +5,6 @@ import ast
 import graphlib
 import importlib
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,21 +147,6 @@ def test_experiments_run_and_their_figures_draw(script, tmp_path):
     if figure.exists():
         run(sys.executable, str(figure), str(tmp_path / "result"), str(tmp_path / "figure.png"))
         assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-
-
-def readme_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def test_readme_has_examples():
-    assert readme_blocks()
-
-
-@pytest.mark.parametrize("number", range(len(readme_blocks())))
-def test_readme_examples_run(number, tmp_path):
-    path = tmp_path / "example.py"
-    path.write_text(readme_blocks()[number])
-    run(sys.executable, str(path), cwd=tmp_path)
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:

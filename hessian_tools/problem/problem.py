@@ -144,7 +144,8 @@ class Problem:
             whole = float(self.batch_loss(batch))
             counted = [(n, piece) for piece in pieces if (n := self.count(piece))]
             total = sum(n for n, _ in counted)
-            mean = sum(n * float(self.batch_loss(piece)) for n, piece in counted) / total
+            losses = [n * self._piece_loss(piece, length) for n, piece in counted]
+            mean = sum(losses) / total
         if not self._close(mean, whole):
             raise ValueError(
                 f"a batch of {length} must be cut to fit the memory budget, but its pieces' pooled "
@@ -152,6 +153,18 @@ class Problem:
                 f"is a mean over), or {advice}"
             )
         return [(weight * n / total, piece) for n, piece in counted]
+
+    def _piece_loss(self, piece: Batch, length: int) -> float:
+        try:
+            return float(self.batch_loss(piece))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"a batch of {length} must be cut to fit the memory budget, but loss_fn fails on a "
+                f"piece of it ({reason}): raise `memory` or pass smaller batches"
+            ) from error
 
     def _checked_count(self, index: int) -> int:
         with self._explaining(index):

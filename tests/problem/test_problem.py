@@ -251,3 +251,19 @@ def test_backends_are_put_back_after_an_exception():
         assert backends() == (False, False, False)
         raise RuntimeError("made to fail")
     assert backends() == before == (True, True, True)
+
+
+def test_a_loss_that_fails_on_a_piece_is_refused_to_be_cut():
+    """A graph: the adjacency's first axis is cut with the nodes, and nothing fits any more."""
+
+    def graph_loss(model, batch):
+        nodes, adjacency, targets = batch
+        return nn.functional.mse_loss(adjacency @ model(nodes), targets)
+
+    batch = (torch.randn(6, 3), torch.eye(6), torch.randn(6, 2))
+    problem = ht.Problem(nn.Linear(3, 2), graph_loss, [batch])
+    with pytest.raises(ValueError, match=r"loss_fn fails on a piece of it .*cannot be multiplied"):
+        problem.split(1.0, batch, 3)
+    verification = ht.HessianOperator(problem).verify()
+    assert verification.passed
+    assert any("cut batches" in reason for reason in verification.skipped)

@@ -1,7 +1,9 @@
-"""Floating-point operations of every kind of product, counted, in forward passes (F) of a 4-layer GPT. Deterministic.
+"""Floating-point operations of every kind of product, counted, in forward passes of a GPT.
 
-`python benchmarks/counted_cost.py` prints the table of the README. The comparison row is the published script's way
-(arXiv 2402.16788), written anew from its description: for each block, backward into all leaves of one graph.
+`python benchmarks/counted_cost.py` prints the table of the README, in forward passes (F) of a
+4-layer GPT; it comes out the same every time. The comparison row is the published script's way
+(arXiv 2402.16788), written anew from its description: for each block, backward into all leaves of
+one graph.
 """
 
 from collections.abc import Callable

@@ -1,15 +1,16 @@
-"""Everything that is measured on a GPU, by one command: `python benchmarks/gpu.py` (or `make bench-gpu`).
+"""Everything that is measured on a GPU: `python benchmarks/gpu.py` (or `make bench-gpu`).
 
 Parts, in this order (`--only` chooses):
     rates     matrix products of each precision, the yardstick of the next part
-    products  full and block Hessian products of three networks: operations, time, share of that rate, peak memory
+    products  full and block Hessian products of three networks: operations, time, share of that
+              rate, peak memory
     launches  kernels of a product of small networks, and its time as a replayed CUDA graph
     gpt2      JS0 of GPT-2 124M, 8 sequences of 1024 tokens, the 25 official blocks
     llama     JS0 by block of Llama-2-7B's shapes at initialisation
 
-Every part keeps what it has finished, so the same command goes on where it stopped; `--minutes` stops it in time.
-`--plan-only` counts what gpt2 and llama will cost and needs no GPU; `--table` prints what has been measured;
-`--device cpu --smoke` runs all of it at small size.
+Every part keeps what it has finished, so the same command goes on where it stopped; `--minutes`
+stops it in time. `--plan-only` counts what gpt2 and llama will cost and needs no GPU; `--table`
+prints what has been measured; `--device cpu --smoke` runs all of it at small size.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from gpu_measure import ResultFile, named, precisions
 from hessian_tools.app.report import table
 from hessian_tools.curvature.engine.memory import format_bytes
 
-# Assumptions of the plan about an H200-class card, until `rates` has measured them: operations and bytes a second
+# Assumptions of the plan about an H200-class card, until `rates` has measured them: operations and
+# bytes a second
 ASSUMED_RATES = {"float32": 50e12, "tf32": 400e12, "bfloat16": 790e12}
 BANDWIDTH = 4.3e12
 SHARE = 0.5  # of that rate that the matrix products alone are taken to reach; the rest is counted as traffic
@@ -150,8 +152,10 @@ def report(args: argparse.Namespace, run: gpu_js0.Settings, out: Path) -> str:
 
 def tables(out: Path, smoke: bool) -> str:
     """All results in ``out`` as text, and which there are none of."""
-    found = {part: json.loads(path.read_text()) if (path := out / f"gpu_{part}.json").exists() else None
-             for part in PARTS[:3]}  # fmt: skip
+    found = {
+        part: json.loads(path.read_text()) if (path := out / f"gpu_{part}.json").exists() else None
+        for part in PARTS[:3]
+    }
     pieces = [_throughput(found), _launches(found["launches"]), _js0(out, smoke)]
     return "\n\n".join(pieces)
 
@@ -238,8 +242,15 @@ def _js0(out: Path, smoke: bool) -> str:
             continue
         found = json.loads(path.read_text())
         share = found["seconds"]["products"] / found["total"]
-        rows.append([*name, f"{found['total'] / 60:.3g}", f"{share:.0%}", format_bytes(found["peak_bytes"]),
-                     named(found["hardware"])])  # fmt: skip
+        rows.append(
+            [
+                *name,
+                f"{found['total'] / 60:.3g}",
+                f"{share:.0%}",
+                format_bytes(found["peak_bytes"]),
+                named(found["hardware"]),
+            ]
+        )
     columns = (
         "run",
         "precision",

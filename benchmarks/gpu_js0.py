@@ -1,8 +1,8 @@
-"""JS0 by block on one card: GPT-2 124M at its full context, and Llama-2-7B's shapes at initialisation.
+"""JS0 by block on one card: GPT-2 124M at full context, Llama-2-7B's shapes at initialisation.
 
-A run says beforehand what it will cost (:mod:`gpu_plan`) and what the engine has decided, keeps a journal of finished
-blocks, so that the same command goes on where an earlier one stopped, and splits its time into recording, products,
-Lanczos and JS.
+A run says beforehand what it will cost (:mod:`gpu_plan`) and what the engine has decided, keeps a
+journal of finished blocks, so that the same command goes on where an earlier one stopped, and
+splits its time into recording, products, Lanczos and JS.
 """
 
 import functools
@@ -55,24 +55,78 @@ class Settings:
 
 
 GPT2 = Settings(
-    "gpt2", goal_minutes=3, precision="tf32", vocabulary=50257, width=768, mlp=3072, heads=12, layers=12,
-    chosen_layers=(0, 3, 7, 11), sequences=8, context=1024, probes=4, steps=40,
-)  # fmt: skip
+    "gpt2",
+    goal_minutes=3,
+    precision="tf32",
+    vocabulary=50257,
+    width=768,
+    mlp=3072,
+    heads=12,
+    layers=12,
+    chosen_layers=(0, 3, 7, 11),
+    sequences=8,
+    context=1024,
+    probes=4,
+    steps=40,
+)
 GPT2_SMOKE = Settings(
-    "gpt2-nano", goal_minutes=3, precision="float32", vocabulary=257, width=128, mlp=512, heads=4, layers=4,
-    chosen_layers=(0, 1, 2, 3), sequences=2, context=16, probes=2, steps=3, memory="1GiB",
-)  # fmt: skip
-# Llama-2-7B (Touvron et al. 2023, arXiv 2307.09288); 1,024 tokens keep the recorded graph within half of such a card
+    "gpt2-nano",
+    goal_minutes=3,
+    precision="float32",
+    vocabulary=257,
+    width=128,
+    mlp=512,
+    heads=4,
+    layers=4,
+    chosen_layers=(0, 1, 2, 3),
+    sequences=2,
+    context=16,
+    probes=2,
+    steps=3,
+    memory="1GiB",
+)
+# Llama-2-7B (Touvron et al. 2023, arXiv 2307.09288); 1,024 tokens keep the recorded graph within
+# half of such a card
 LLAMA = Settings(
-    "llama", goal_minutes=40, precision="bfloat16", vocabulary=32000, width=4096, mlp=11008, heads=32, layers=32,
-    chosen_layers=(0, 10, 21, 31), sequences=2, context=512, probes=4, steps=40,
-)  # fmt: skip
+    "llama",
+    goal_minutes=40,
+    precision="bfloat16",
+    vocabulary=32000,
+    width=4096,
+    mlp=11008,
+    heads=32,
+    layers=32,
+    chosen_layers=(0, 10, 21, 31),
+    sequences=2,
+    context=512,
+    probes=4,
+    steps=40,
+)
 LLAMA_SMOKE = Settings(
-    "llama", goal_minutes=40, precision="bfloat16", vocabulary=8192, width=32, mlp=88, heads=2, layers=3,
-    chosen_layers=(0, 2), sequences=2, context=16, probes=2, steps=3, memory="1GiB",
-)  # fmt: skip
-LLAMA_MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-                  "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    "llama",
+    goal_minutes=40,
+    precision="bfloat16",
+    vocabulary=8192,
+    width=32,
+    mlp=88,
+    heads=2,
+    layers=3,
+    chosen_layers=(0, 2),
+    sequences=2,
+    context=16,
+    probes=2,
+    steps=3,
+    memory="1GiB",
+)
+LLAMA_MATRICES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 
 def token_loss(model: nn.Module, batch: data.LabelledBatch) -> Tensor:
@@ -82,7 +136,9 @@ def token_loss(model: nn.Module, batch: data.LabelledBatch) -> Tensor:
 
 
 def chosen_tensors(settings: Settings) -> dict[str, int]:
-    """The tensors whose blocks are asked for, {parameter: how many blocks it is cut into}, in the model's order."""
+    """The tensors whose blocks are asked for, {parameter: how many blocks it is cut into}, in the
+    model's order.
+    """
     layers = settings.chosen_layers
     if settings.model == "llama":
         inner = {
@@ -96,27 +152,38 @@ def chosen_tensors(settings: Settings) -> dict[str, int]:
 
 
 def build_model(settings: Settings, device: torch.device) -> nn.Module:
-    """At random initialisation, drawn on the device itself: a Llama of 7 billion parameters never exists elsewhere."""
+    """At random initialisation, drawn on the device itself: a Llama of 7 billion parameters never
+    exists elsewhere.
+    """
     torch.manual_seed(settings.seed)
     with device:
         if settings.model == "llama":
             shape = (settings.width, settings.mlp, settings.heads, settings.layers)
-            return llama(*shape, vocabulary=settings.vocabulary, context=settings.context,
-                         dtype=DTYPES[settings.precision])  # fmt: skip
+            return llama(
+                *shape,
+                vocabulary=settings.vocabulary,
+                context=settings.context,
+                dtype=DTYPES[settings.precision],
+            )
         model = zoo.SPECS[settings.model].build(settings.vocabulary, settings.context)
     return model.to(DTYPES[settings.precision]).eval()
 
 
 def build_problem(settings: Settings, device: torch.device) -> ht.Problem:
-    """The model on windows of the packaged plays; tensors that are not chosen are frozen, and cost nothing."""
+    """The model on windows of the packaged plays; tensors that are not chosen are frozen, and cost
+    nothing.
+    """
     model, chosen = build_model(settings, device), chosen_tensors(settings)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     tokenizer = "byte" if settings.vocabulary < data.TOKENIZERS["bpe"].size else "bpe"
     batches = data.language_batches(
-        data.text_tokens(tokenizer), num_examples=settings.sequences, batch_size=settings.sequences,
-        context=settings.context, seed=settings.seed,
-    )  # fmt: skip
+        data.text_tokens(tokenizer),
+        num_examples=settings.sequences,
+        batch_size=settings.sequences,
+        context=settings.context,
+        seed=settings.seed,
+    )
     return ht.Problem(model, token_loss, batches)
 
 
@@ -129,8 +196,14 @@ def plan(settings: Settings) -> Plan:
     model.config.use_cache = (
         True  # without, transformers looks at a value of its mask, and meta tensors have none
     )
-    return counted(model, token_loss, (tokens, tokens), chosen_tensors(settings), probes=settings.probes,
-                   steps=settings.steps)  # fmt: skip
+    return counted(
+        model,
+        token_loss,
+        (tokens, tokens),
+        chosen_tensors(settings),
+        probes=settings.probes,
+        steps=settings.steps,
+    )
 
 
 class TimedHessian(ht.HessianOperator):
@@ -158,7 +231,9 @@ class Phases:
         self.started = self._last = time.perf_counter()
 
     def lap(self, **parts: float) -> None:
-        """Books the time since the last lap: ``parts`` under their names, what is left of it under the last one's."""
+        """Books the time since the last lap: ``parts`` under their names, what is left of it under
+        the last one's.
+        """
         wait(self.device)
         now = time.perf_counter()
         *named, rest = parts
@@ -206,10 +281,17 @@ def run(
     phases.lap(js=0.0)
     kept.finish({"spectra": spectra, "js": js})
     print(readings_table({settings.model: js}))
-    text = json.dumps({
-        **config, "seconds": phases.seconds, "total": sum(phases.seconds.values()), "peak_bytes": peak,
-        "route": hessian.route, **summary(spectra, js),
-    }, indent=1)  # fmt: skip
+    text = json.dumps(
+        {
+            **config,
+            "seconds": phases.seconds,
+            "total": sum(phases.seconds.values()),
+            "peak_bytes": peak,
+            "route": hessian.route,
+            **summary(spectra, js),
+        },
+        indent=1,
+    )
     write_atomically(path / "run.json", text.encode())
     return json.loads(text)
 
@@ -241,9 +323,14 @@ def _spectra(
             raise Stopped(f"{len(done)} of {len(partition)} blocks")
 
     return ht.blockwise_slq(
-        hessian, partition, num_probes=settings.probes, num_steps=settings.steps, seed=settings.seed,
-        finished=journal.finished, on_block=on_block,
-    )  # fmt: skip
+        hessian,
+        partition,
+        num_probes=settings.probes,
+        num_steps=settings.steps,
+        seed=settings.seed,
+        finished=journal.finished,
+        on_block=on_block,
+    )
 
 
 def described(found: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""What the GPU benchmark measures and how: time, peak memory, matrix-product rates, operations, kernel launches.
+"""How the GPU benchmark measures time, peak memory, product rates, operations, kernel launches.
 
-Nothing here knows of Hessians: every function takes a device and a call. Times are wall times around a call that the
-device has finished; inside a run, where waiting would spoil what is measured, :class:`Clock` places CUDA events.
+Nothing here knows of Hessians: every function takes a device and a call. Times are wall times
+around a call that the device has finished; inside a run, where waiting would spoil what is
+measured, :class:`Clock` places CUDA events.
 """
 
 import contextlib
@@ -35,8 +36,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        found |= {"gpu": card.name, "gpu_bytes": card.total_memory, "multiprocessors": card.multi_processor_count,
-                  "cuda": torch.version.cuda}  # fmt: skip
+        found |= {
+            "gpu": card.name,
+            "gpu_bytes": card.total_memory,
+            "multiprocessors": card.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
     return {**found, **versions()}
 
 
@@ -75,7 +80,9 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> d
 
 
 class Clock:
-    """Sums the time of intervals without making the device wait: CUDA events, read when asked for the sum."""
+    """Sums the time of intervals without making the device wait: CUDA events, read when asked for
+    the sum.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._marks, self._sum = device, [], 0.0
@@ -109,7 +116,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most bytes of tensors on a CUDA device since :func:`reset_peak`; on a CPU, of the process since it started."""
+    """Most bytes of tensors on a CUDA device since :func:`reset_peak`; on a CPU, of the process
+    since it started.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -144,15 +153,21 @@ def operations(call: Callable[[], object]) -> int:
 
 
 def launches(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """What a call asks of the device, after one call that is not counted: operator calls and, on CUDA, kernels.
+    """What a call asks of the device, after one call that is not counted: operator calls and, on
+    CUDA, kernels.
 
-    ``device_seconds`` is the sum over kernels: where the wall time of the call is well above it, launches dominate.
+    ``device_seconds`` is the sum over kernels: where the wall time of the call is well above it,
+    launches dominate.
     """
     call()
     with _Operators() as operators:
         call()
-    found: dict[str, Any] = {"operators": operators.calls.total(), "kernels": None, "copies": None,
-                             "device_seconds": None}  # fmt: skip
+    found: dict[str, Any] = {
+        "operators": operators.calls.total(),
+        "kernels": None,
+        "copies": None,
+        "device_seconds": None,
+    }
     if device.type != "cuda":
         return found
     wait(device)
@@ -191,7 +206,8 @@ class _Operators(TorchDispatchMode):
 
 
 class ResultFile:
-    """Rows of one benchmark in a JSON file, written whole after each: a run that was stopped goes on at the next row.
+    """Rows of one benchmark in a JSON file, written whole after each: a run that was stopped goes
+    on at the next row.
 
     Args:
         path: the file. header: all that the rows depend on (settings, hardware), JSON-able.

@@ -1,8 +1,9 @@
-"""What a blockwise JS0 run will cost, counted without a device: the model is built of meta tensors, which have no data.
+"""What a blockwise JS0 run will cost, counted without a device.
 
-Counted is the plain route: the gradient's graph recorded once and differentiated again for every probe, step and block.
-Operations are those of matrix products, traffic is what every operator reads and writes when none is fused with
-another, memory is what autograd saves. A block of a fused tensor (GPT-2's q, k and v) costs what its tensor costs.
+The model is built of meta tensors, which have no data. Counted is the plain route: the gradient's graph recorded once and differentiated again for every
+probe, step and block. Operations are those of matrix products, traffic is what every operator reads
+and writes when none is fused with another, memory is what autograd saves. A block of a fused tensor
+(GPT-2's q, k and v) costs what its tensor costs.
 
 Letters: k probes, m Lanczos steps, n size of a block.
 """
@@ -30,7 +31,9 @@ STEP_VECTORS = 20  # vectors that a Lanczos step reads or writes besides the bas
 
 @dataclass(frozen=True)
 class BlockCost:
-    """One product of one probe with one tensor's block, and how many blocks there are in that tensor."""
+    """One product of one probe with one tensor's block, and how many blocks there are in that
+    tensor.
+    """
 
     name: str
     size: int  # n
@@ -41,7 +44,9 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts of a run; a device's ``rate`` is in operations, its ``bandwidth`` in bytes a second."""
+    """Counts of a run; a device's ``rate`` is in operations, its ``bandwidth`` in bytes a
+    second.
+    """
 
     parameters: int
     model_bytes: int
@@ -71,7 +76,9 @@ class Plan:
 
     @property
     def lanczos_traffic(self) -> int:
-        """Bytes that full re-orthogonalisation moves: step j reads j vectors, twice in each of two passes."""
+        """Bytes that full re-orthogonalisation moves: step j reads j vectors, twice in each of two
+        passes.
+        """
         reads = 2 * self.steps * (self.steps + 1) + STEP_VECTORS * self.steps
         return (
             self.probes * reads * sum(cost.blocks * cost.size * VECTOR_BYTES for cost in self.costs)
@@ -84,11 +91,15 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes with the graph recorded, one probe going through it (at most as much again) and its Lanczos basis."""
+        """Bytes with the graph recorded, one probe going through it (at most as much again) and its
+        Lanczos basis.
+        """
         return self.model_bytes + 2 * self.graph_bytes + self.largest_basis
 
     def seconds(self, rate: float, bandwidth: float) -> tuple[float, float, float]:
-        """At a ``rate``: of the operations, of the products' traffic and of re-orthogonalisation's."""
+        """At a ``rate``: of the operations, of the products' traffic and of
+        re-orthogonalisation's.
+        """
         return (
             self.operations / rate,
             self.product_traffic / bandwidth,
@@ -99,23 +110,33 @@ class Plan:
         """The counts and the time at a share of the rate, in lines."""
         computing, moving, lanczos = self.seconds(share * rate, bandwidth)
         forward = self.forward_operations
-        rows = [[c.name, f"{c.size:,}", str(c.blocks), f"{c.operations / forward:.2f}", format_bytes(c.traffic)]
-                for c in self.costs]  # fmt: skip
+        rows = [
+            [
+                c.name,
+                f"{c.size:,}",
+                str(c.blocks),
+                f"{c.operations / forward:.2f}",
+                format_bytes(c.traffic),
+            ]
+            for c in self.costs
+        ]
         reach = f"at {share:.0%} of {rate / 1e12:.3g} TFLOP/s"
-        return "\n".join([
-            table(("tensor", "entries of a block", "blocks", "F a product", "traffic"), rows),
-            f"parameters {self.parameters:,} ({format_bytes(self.model_bytes)}); one forward pass F is "
-            f"{forward / 1e12:.3g} TFLOP",
-            f"{self.num_products:,} products of {self.probes} probes and {self.steps} steps: "
-            f"{self.operations / 1e15:.3g} PFLOP, {computing / 60:.1f} minutes {reach}",
-            f"traffic of unfused operators {self.product_traffic / 1e12:.3g} TB, {moving / 60:.1f} minutes at "
-            f"{bandwidth / 1e12:.1f} TB/s; of re-orthogonalisation {self.lanczos_traffic / 1e12:.3g} TB, "
-            f"{lanczos / 60:.1f} minutes",
-            f"together {(computing + moving + lanczos) / 60:.1f} minutes if nothing overlaps",
-            f"memory {format_bytes(self.memory)}: model {format_bytes(self.model_bytes)}, recorded graph "
-            f"{format_bytes(self.graph_bytes)} and one probe through it (at most as much), Lanczos basis of one probe "
-            f"of the largest block {format_bytes(self.largest_basis)}",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                table(("tensor", "entries of a block", "blocks", "F a product", "traffic"), rows),
+                f"parameters {self.parameters:,} ({format_bytes(self.model_bytes)}); one forward pass F is "
+                f"{forward / 1e12:.3g} TFLOP",
+                f"{self.num_products:,} products of {self.probes} probes and {self.steps} steps: "
+                f"{self.operations / 1e15:.3g} PFLOP, {computing / 60:.1f} minutes {reach}",
+                f"traffic of unfused operators {self.product_traffic / 1e12:.3g} TB, {moving / 60:.1f} minutes at "
+                f"{bandwidth / 1e12:.1f} TB/s; of re-orthogonalisation {self.lanczos_traffic / 1e12:.3g} TB, "
+                f"{lanczos / 60:.1f} minutes",
+                f"together {(computing + moving + lanczos) / 60:.1f} minutes if nothing overlaps",
+                f"memory {format_bytes(self.memory)}: model {format_bytes(self.model_bytes)}, recorded graph "
+                f"{format_bytes(self.graph_bytes)} and one probe through it (at most as much), Lanczos basis of one probe "
+                f"of the largest block {format_bytes(self.largest_basis)}",
+            ]
+        )
 
 
 def counted(
@@ -127,8 +148,10 @@ def counted(
     probes: int,
     steps: int,
 ) -> Plan:
-    """The Plan of a run on ``model`` and ``batch``, both of meta tensors; ``blocks``: how many of each tensor's equal
-    parts are blocks, {parameter: count}, and no other parameter is differentiated."""
+    """The Plan of a run on ``model`` and ``batch``, both of meta tensors; ``blocks``: how many of
+    each tensor's equal parts are blocks, {parameter: count}, and no other parameter is
+    differentiated.
+    """
     named = dict(model.named_parameters())
     chosen = [named[name] for name in blocks]
     for name, parameter in named.items():
@@ -150,9 +173,15 @@ def counted(
         for (name, count), *pair in zip(blocks.items(), chosen, gradients, strict=True)
     )
     return Plan(
-        sum(p.numel() for p in named.values()), sum(p.nbytes for p in named.values()), forward, forward + backward,
-        saved.nbytes + sum(g.nbytes for g in gradients), costs, probes, steps,
-    )  # fmt: skip
+        sum(p.numel() for p in named.values()),
+        sum(p.nbytes for p in named.values()),
+        forward,
+        forward + backward,
+        saved.nbytes + sum(g.nbytes for g in gradients),
+        costs,
+        probes,
+        steps,
+    )
 
 
 def _block_cost(name: str, count: int, parameter: Tensor, gradient: Tensor) -> BlockCost:
@@ -169,7 +198,9 @@ def _block_cost(name: str, count: int, parameter: Tensor, gradient: Tensor) -> B
 
 
 class _Storages:
-    """Bytes of the distinct storages that autograd saves, the parameters' left out; meta tensors have no address."""
+    """Bytes of the distinct storages that autograd saves, the parameters' left out; meta tensors
+    have no address.
+    """
 
     def __init__(self, exclude: Sequence[Tensor]) -> None:
         self._seen = {t.untyped_storage()._cdata: t.untyped_storage() for t in exclude}
@@ -184,7 +215,9 @@ class _Storages:
 
 
 class _Traffic(TorchDispatchMode):
-    """Bytes of what each operator reads and writes; a broadcast tensor counts what it really holds."""
+    """Bytes of what each operator reads and writes; a broadcast tensor counts what it really
+    holds.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""How near Hessian products come to the device's own rate of matrix products, and how many kernels they launch.
+"""How near Hessian products come to the device's rate of matrix products; kernels launched.
 
-A product's operations are counted (``torch.utils.flop_counter``), its time is measured, and its rate is given as a
-share of what large matrix products reach on the same device in the same precision, measured in the same run.
+A product's operations are counted (``torch.utils.flop_counter``), its time is measured, and its
+rate is given as a share of what large matrix products reach on the same device in the same
+precision, measured in the same run.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,10 +45,18 @@ class Settings:
 
 
 SMOKE = Settings(
-    matrix_sizes=(128, 256), probes=(1, 2), repeats=1, models=("gpt2-nano", "llama", "resnet-nano"),
-    small_models=("mlp", "gpt-nano"), sequences=2, context=16, images=2, image_size=32, llama=(32, 64, 2, 2),
+    matrix_sizes=(128, 256),
+    probes=(1, 2),
+    repeats=1,
+    models=("gpt2-nano", "llama", "resnet-nano"),
+    small_models=("mlp", "gpt-nano"),
+    sequences=2,
+    context=16,
+    images=2,
+    image_size=32,
+    llama=(32, 64, 2, 2),
     memory="2GiB",
-)  # fmt: skip
+)
 
 
 def measure_rates(results: measure.ResultFile, settings: Settings, device: torch.device) -> None:
@@ -93,7 +102,9 @@ def measure_products(
 
 
 def _measured(hessian: Any, kind: str, k: int, repeats: int, rate: float) -> dict[str, Any]:
-    """Operations (a vector), time, rate and peak memory of k probes through the Hessian, or a few blocks in turn."""
+    """Operations (a vector), time, rate and peak memory of k probes through the Hessian, or a few
+    blocks in turn.
+    """
     device = hessian.device
     operators = [hessian] if kind == "full" else sampled_blocks(hessian)
     try:
@@ -114,8 +125,14 @@ def _measured(hessian: Any, kind: str, k: int, repeats: int, rate: float) -> dic
     except torch.OutOfMemoryError as error:
         return {"error": str(error).splitlines()[0], "route": hessian.route}
     reached = count / taken["median"]
-    return {"operations": count / k / len(operators), "seconds": taken, "rate": reached, "share": reached / rate,
-            "peak_bytes": measure.peak_bytes(device), "route": hessian.route}  # fmt: skip
+    return {
+        "operations": count / k / len(operators),
+        "seconds": taken,
+        "rate": reached,
+        "share": reached / rate,
+        "peak_bytes": measure.peak_bytes(device),
+        "route": hessian.route,
+    }
 
 
 def forward_operations(problem: ht.Problem) -> int:
@@ -136,7 +153,9 @@ def sampled_blocks(hessian: Any) -> list[Any]:
 
 
 def measure_launches(results: measure.ResultFile, settings: Settings, device: torch.device) -> None:
-    """A row a model and call: the forward pass and gradient for comparison, a full and a block product, one probe."""
+    """A row a model and call: the forward pass and gradient for comparison, a full and a block
+    product, one probe.
+    """
     for model in settings.small_models:
         if results.has(model=model):
             continue
@@ -167,9 +186,11 @@ def _calls(hessian: Any) -> Iterator[tuple[str, Callable[[], object]]]:
 def replayed(
     call: Callable[[], object], release: Callable[[], None], device: torch.device, repeats: int
 ) -> dict[str, Any]:
-    """The call's time when captured once as a CUDA graph and replayed, or why it cannot be captured.
+    """The call's time when captured once as a CUDA graph and replayed, or why it cannot be
+    captured.
 
-    A backward pass runs on the stream that its graph was recorded on, so that is recorded anew on the captured one.
+    A backward pass runs on the stream that its graph was recorded on, so that is recorded anew on
+    the captured one.
     """
     if device.type != "cuda":
         return {"replayed": None, "not_captured": "no CUDA device"}
@@ -189,13 +210,21 @@ def replayed(
 
 
 def build(model: str, settings: Settings, device: torch.device, precision: str) -> ht.Problem:
-    """One of the models on packaged data, at initialisation, on the device and in the precision's dtype."""
+    """One of the models on packaged data, at initialisation, on the device and in the precision's
+    dtype.
+    """
     dtype = measure.DTYPES[precision]
     if model in zoo.SPECS:
         text = zoo.SPECS[model].data != "images"
         examples, size = (settings.sequences, settings.context) if text else (settings.images, None)
-        loaded = zoo.load(model, seed=settings.seed, num_examples=examples, context=size if text else None,
-                          device=device, dtype=dtype)  # fmt: skip
+        loaded = zoo.load(
+            model,
+            seed=settings.seed,
+            num_examples=examples,
+            context=size if text else None,
+            device=device,
+            dtype=dtype,
+        )
         return ht.Problem(
             loaded.model, loaded.loss_fn, loaded.batches, batch_stats=loaded.batch_stats
         )
@@ -204,12 +233,20 @@ def build(model: str, settings: Settings, device: torch.device, precision: str) 
         network: nn.Module = llama(
             *settings.llama, vocabulary=data.TOKENIZERS["bpe"].size, context=settings.context
         )
-        batches = data.language_batches(data.text_tokens("bpe"), num_examples=settings.sequences,
-                                        batch_size=settings.sequences, context=settings.context)  # fmt: skip
+        batches = data.language_batches(
+            data.text_tokens("bpe"),
+            num_examples=settings.sequences,
+            batch_size=settings.sequences,
+            context=settings.context,
+        )
         return ht.Problem(network.to(device, dtype).eval(), ht.cross_entropy, batches)
     network = torchvision().models.resnet50(num_classes=10)
-    images = data.image_batches(data.image_source(), num_examples=settings.images, batch_size=settings.images,
-                                image_size=settings.image_size)  # fmt: skip
+    images = data.image_batches(
+        data.image_source(),
+        num_examples=settings.images,
+        batch_size=settings.images,
+        image_size=settings.image_size,
+    )
     batches = [(x.to(dtype), y) for x, y in images]
     return ht.Problem(network.to(device, dtype).eval(), ht.cross_entropy, batches, batch_stats=True)
 
@@ -224,15 +261,24 @@ def llama(
     context: int,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A Llama of transformers on torch's default device, at random initialisation, in evaluation mode."""
+    """A Llama of transformers on torch's default device, at random initialisation, in evaluation
+    mode.
+    """
     repair()
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
     return transformers.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 

@@ -1,8 +1,8 @@
-"""A block's product of GPT-2 124M at a long context within a memory budget: the plan, and the process' peak.
+"""A block's product of GPT-2 124M at a long context in a memory budget: plan and real peak.
 
 `python benchmarks/long_context.py --context 1024 --memory 8GB` prints both and writes
-benchmarks/results/long_context.json. Random weights, one sequence of the packaged plays, the query matrix of layer 0
-(the most expensive block: everything lies downstream of it), one probe.
+benchmarks/results/long_context.json. Random weights, one sequence of the packaged plays, the query
+matrix of layer 0 (the most expensive block: everything lies downstream of it), one probe.
 """
 
 import argparse
@@ -40,9 +40,15 @@ def main() -> None:
     product = hessian.block(block) @ vector
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     facts = {
-        "model": found.model, "context": found.context, "memory": found.memory, "block": BLOCK, "route": hessian.route,
-        "product_norm": float(product.norm()), "process_GiB_before": before, "process_GiB_peak": peak,
-    }  # fmt: skip
+        "model": found.model,
+        "context": found.context,
+        "memory": found.memory,
+        "block": BLOCK,
+        "route": hessian.route,
+        "product_norm": float(product.norm()),
+        "process_GiB_before": before,
+        "process_GiB_peak": peak,
+    }
     found.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(found.out, json.dumps({"hardware": hardware(), **facts}, indent=1).encode())
     print(

@@ -1,9 +1,9 @@
-"""The peak that a plan announces against the measured one, for each way to compute a batch of products.
+"""The peak that a plan announces against the measured one, for each way to compute products.
 
-`python benchmarks/peaks.py` prints the table and writes benchmarks/results/peaks_DEVICE.json. Every measurement is a
-process of its own, on networks of the side-by-side benchmark. Measured is resident memory (on CUDA what the allocator
-gave) besides model and data, in products that make what they need anew: graphs and constants are freed before, trials'
-memory is given back.
+`python benchmarks/peaks.py` prints the table and writes benchmarks/results/peaks_DEVICE.json. Every
+measurement is a process of its own, on networks of the side-by-side benchmark. Measured is resident
+memory (on CUDA what the allocator gave) besides model and data, in products that make what they
+need anew: graphs and constants are freed before, trials' memory is given back.
 """
 
 import argparse
@@ -106,10 +106,16 @@ def main() -> None:
             out, json.dumps({"hardware": hardware(), "peaks": rows}, indent=1).encode()
         )
     lines = [
-        (r["model"], r["way"], str(r["probes"]), format_bytes(r["planned"]), format_bytes(r["taken"]),
-         f"{r['taken'] / r['planned'] - 1:+.0%}")
+        (
+            r["model"],
+            r["way"],
+            str(r["probes"]),
+            format_bytes(r["planned"]),
+            format_bytes(r["taken"]),
+            f"{r['taken'] / r['planned'] - 1:+.0%}",
+        )
         for r in rows
-    ]  # fmt: skip
+    ]
     print(table(("model", "way", "probes", "planned", "taken", "off by"), lines))
 
 

@@ -1,7 +1,7 @@
 """Where the time of a whole JS0 run goes, from the start of the interpreter to the pictures.
 
-`python benchmarks/profile_run.py` runs `hessian-tools js0` on the 6-layer GPT of the benchmark in a process of its own,
-with clocks around its parts, and writes benchmarks/results/profile.txt.
+`python benchmarks/profile_run.py` runs `hessian-tools js0` on the 6-layer GPT of the benchmark in a
+process of its own, with clocks around its parts, and writes benchmarks/results/profile.txt.
 """
 
 import argparse
@@ -30,7 +30,9 @@ def problem() -> Any:
 
 
 def clocked(spent: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with its time, less that of clocked parts inside it, added to ``spent[name]``."""
+    """``function`` with its time, less that of clocked parts inside it, added to
+    ``spent[name]``.
+    """
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         inside = sum(spent.values())

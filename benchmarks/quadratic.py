@@ -1,14 +1,17 @@
-"""Ten thousand runs of 10,000 steps on 90-dimensional quadratics: seconds, counted operations, matrix-product rate.
+"""Ten thousand runs of 10,000 steps on 90-dimensional quadratics: seconds, operations, rate.
 
-    PYTHONPATH=. python benchmarks/quadratic.py                 # on all cores; benchmarks/results/quadratic.json
-    PYTHONPATH=. python benchmarks/quadratic.py --device cuda   # the same on a GPU: quadratic_cuda.json
-    PYTHONPATH=. python benchmarks/quadratic.py --table         # prints what was measured
+    PYTHONPATH=. python benchmarks/quadratic.py                # on all cores
+    PYTHONPATH=. python benchmarks/quadratic.py --device cuda  # the same on a GPU
+    PYTHONPATH=. python benchmarks/quadratic.py --table        # prints what was measured
 
-10 problems of three 30 x 30 blocks (eigenvalues from {1,2,3}, {99,100,101}, {4998,4999,5000}, Haar bases), 1,000 starts
-each, everything float64. A step of a run is a product with H, its loss, and the method's update; losses of every step
-are looked at. "FLOP a step" are those of products, counted by torch.utils.flop_counter; "products alone" is what those
-products take in the same pieces on the same threads without the rest; "of the peak rate" compares with one large
-float64 matrix product on the same machine.
+The first writes benchmarks/results/quadratic.json, the second quadratic_cuda.json beside it.
+
+10 problems of three 30 x 30 blocks (eigenvalues from {1,2,3}, {99,100,101}, {4998,4999,5000}, Haar
+bases), 1,000 starts each, everything float64. A step of a run is a product with H, its loss, and
+the method's update; losses of every step are looked at. "FLOP a step" are those of products,
+counted by torch.utils.flop_counter; "products alone" is what those products take in the same pieces
+on the same threads without the rest; "of the peak rate" compares with one large float64 matrix
+product on the same machine.
 """
 
 import argparse
@@ -116,8 +119,12 @@ def measured(q: quadratic.Quadratic, starts: int, steps: int, repeats: int) -> d
             runs = quadratic.run(q, method, num_starts=starts, num_steps=steps, **settings)
             taken.append(time.perf_counter() - started)
         reached = float(np.isfinite(runs.iterations_to(1e-6)).mean())
-        rows[label] = {"seconds": taken, "flop_a_step": counted(q, method, settings), "reached": reached,
-                       "diverged": float(runs.diverged.mean())}  # fmt: skip
+        rows[label] = {
+            "seconds": taken,
+            "flop_a_step": counted(q, method, settings),
+            "reached": reached,
+            "diverged": float(runs.diverged.mean()),
+        }
         print(f"{label}: {min(taken):.1f} s", flush=True)
     return rows
 
@@ -129,9 +136,17 @@ def as_table(found: dict[str, Any]) -> str:
         seconds = float(np.median(row["seconds"]))
         flop = row["flop_a_step"] * total
         rate = flop / seconds
-        rows.append([label, f"{seconds:.1f}", f"{1e9 * seconds / total:.0f}", f"{row['flop_a_step']:,.0f}",
-                     f"{rate / 1e9:.1f}", f"{100 * rate / found['peak_flop_per_second']:.0f} %",
-                     f"{found['products_alone_seconds']:.1f}"])  # fmt: skip
+        rows.append(
+            [
+                label,
+                f"{seconds:.1f}",
+                f"{1e9 * seconds / total:.0f}",
+                f"{row['flop_a_step']:,.0f}",
+                f"{rate / 1e9:.1f}",
+                f"{100 * rate / found['peak_flop_per_second']:.0f} %",
+                f"{found['products_alone_seconds']:.1f}",
+            ]
+        )
     header = (
         "method",
         "seconds",
@@ -173,11 +188,15 @@ def main() -> None:
     problems, starts, steps = SMOKE if arguments.smoke else (PROBLEMS, STARTS, STEPS)
     q = problem(problems, arguments.device)
     found = {
-        "benchmark": "quadratic", "note": arguments.note, "hardware": hardware(q.hessian.device),
-        "runs": problems * starts, "steps": steps,
-        "methods": measured(q, starts, steps, arguments.repeats), "peak_flop_per_second": peak_rate(q.hessian.device),
+        "benchmark": "quadratic",
+        "note": arguments.note,
+        "hardware": hardware(q.hessian.device),
+        "runs": problems * starts,
+        "steps": steps,
+        "methods": measured(q, starts, steps, arguments.repeats),
+        "peak_flop_per_second": peak_rate(q.hessian.device),
         "products_alone_seconds": products_alone(q, starts, steps),
-    }  # fmt: skip
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(found, indent=1).encode())
     print(as_table(found))

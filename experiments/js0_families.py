@@ -1,38 +1,47 @@
 """Which reading of heterogeneity separates CNNs from Transformers at initialisation, and why?
 
-Claim: the published gap (ResNet and VGG near 0.1; MLP-mixer, BERT, GPT-2 and ViT from 35 to 286; arXiv 2402.16788)
-rests on an absolute kernel width and an absolute grid. Every family is computed with the same probes and steps on real
-data, weight matrices only, query, key and value apart; all readings go to results/js0_families/.
-`python figures/js0_families.py` draws them.
+Claim: the published gap (ResNet and VGG near 0.1; MLP-mixer, BERT, GPT-2 and ViT from 35 to 286;
+arXiv 2402.16788) rests on an absolute kernel width and an absolute grid. Every family is computed
+with the same probes and steps on real data, weight matrices only, query, key and value apart.
+
+`python experiments/js0_families.py [--smoke]` writes all readings to results/js0_families, and the
+spectra they are read from; the same command goes on where it was stopped.
+`python figures/js0_families.py` draws the readings.
 """
 
-import argparse
 from pathlib import Path
+
+from script import Script
 
 import hessian_tools as ht
 from hessian_tools.app import report
 from hessian_tools.app.run_folder import RunFolder
+from hessian_tools.heterogeneity import JSHeterogeneity
 from hessian_tools.problem import zoo
 
 # name -> knobs of zoo.load; ResNet-18 at full size on small images, so that minutes suffice
 MODELS: dict[str, dict[str, int]] = {"resnet18": {"image_size": 32, "num_examples": 32}}
-MODELS |= {
-    f"{family}-nano": {} for family in ("resnet", "vgg", "mixer", "vit", "bert", "gpt2", "gpt")
-} | {"mlp": {}}
+FAMILIES = ("resnet", "vgg", "mixer", "vit", "bert", "gpt2", "gpt")
+MODELS |= {f"{family}-nano": {} for family in FAMILIES}
+MODELS |= {"mlp": {}}
 PROBES, STEPS = 4, 40  # the literature: 10 and 100
-SMOKE_MODELS, SMOKE_PROBES, SMOKE_STEPS = (
-    {"vgg-nano": {"num_examples": 2}, "mlp": {"num_examples": 2}},
-    2,
-    6,
-)
+SMOKE_MODELS = {"vgg-nano": {"num_examples": 2}, "mlp": {"num_examples": 2}}
+SMOKE_PROBES, SMOKE_STEPS = 2, 6
 SEED = 0
+# reading -> heading
+COLUMNS = {
+    "unnormalised": "JS0 (literature)",
+    "bounded": "bounded",
+    "log": "log",
+    "wasserstein": "Wasserstein",
+}
 OUT = Path("results/js0_families")
 
 
 def block_spectra(
     name: str, knobs: dict[str, int], probes: int, steps: int, out: Path
 ) -> ht.BlockSpectra:
-    """Spectra of one network's weight blocks; blocks that an interrupted run has finished are taken from it."""
+    """Spectra of one network's weight blocks; those that an earlier run has finished are read."""
     config = {
         "command": "js0_families",
         "model": name,
@@ -48,52 +57,41 @@ def block_spectra(
     problem = ht.Problem(made.model, made.loss_fn, made.batches, batch_stats=made.batch_stats)
     blocks = ht.partition(problem.model, "weights")
     spectra = ht.blockwise_slq(
-        problem, blocks, num_probes=probes, num_steps=steps, seed=SEED,
-        finished=folder.journal.finished, on_block=folder.journal.append,
-    )  # fmt: skip
+        problem,
+        blocks,
+        num_probes=probes,
+        num_steps=steps,
+        seed=SEED,
+        finished=folder.journal.finished,
+        on_block=folder.journal.append,
+    )
     folder.finish({"spectra": spectra})
     return spectra
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="two families, few products: under a minute"
-    )
-    parser.add_argument(
-        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
-    )
-    arguments = parser.parse_args()
-    out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
-    models, probes, steps = (
-        (SMOKE_MODELS, SMOKE_PROBES, SMOKE_STEPS) if arguments.smoke else (MODELS, PROBES, STEPS)
-    )
-    found = {}
-    for name, knobs in models.items():
-        found[name] = ht.js_heterogeneity(block_spectra(name, knobs, probes, steps, out))
-        print(f"{name}: {found[name].verdict}\n", flush=True)
-    config = {"models": models, "probes": probes, "steps": steps, "seed": SEED, "blocks": "weights"}
-    ht.save(found, out / "result", config=config)
-    header = (
-        "network",
-        "JS0 (literature)",
-        "bounded",
-        "log",
-        "Wasserstein",
-        "scale spread",
-        "verdict",
-    )
-    order = ("unnormalised", "bounded", "log", "wasserstein")
+def table(families: dict[str, JSHeterogeneity]) -> str:
+    header = ("network", *COLUMNS.values(), "scale spread", "verdict")
     rows = []
-    for name, js in found.items():
-        readings = [*(js.readings[reading] for reading in order), js.scale_spread]
+    for name, js in families.items():
+        readings = [js.readings[reading] for reading in COLUMNS]
+        readings.append(js.scale_spread)
         cells = [report.plus_minus(reading.mean, reading.standard_error) for reading in readings]
         rows.append([name, *cells, js.verdict.decision])
-    text = report.table(header, rows)
-    (out / "table.txt").write_text(text + "\n")
-    print(text)
+    return report.table(header, rows)
+
+
+def main() -> None:
+    run = Script(__doc__, OUT, smoke="two families, few products: under a minute").run()
+    models = SMOKE_MODELS if run.smoke else MODELS
+    probes = SMOKE_PROBES if run.smoke else PROBES
+    steps = SMOKE_STEPS if run.smoke else STEPS
+    families = {}
+    for name, knobs in models.items():
+        families[name] = ht.js_heterogeneity(block_spectra(name, knobs, probes, steps, run.out))
+        print(f"{name}: {families[name].verdict}\n", flush=True)
+    config = {"models": models, "probes": probes, "steps": steps, "seed": SEED, "blocks": "weights"}
+    run.save(families, config)
+    run.print_table(table(families))
 
 
 if __name__ == "__main__":

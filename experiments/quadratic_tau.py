@@ -1,17 +1,20 @@
-"""Does Adam's preconditioner help or hurt a dense block? kappa(D_Adam H) / kappa(H) against how diagonal H is.
+"""Does Adam's preconditioner help or hurt a dense block?
 
-Claim (Adam-mini, arXiv 2406.16793): D_Adam = diag(1 / |g_0|) helps near-diagonal H and hurts dense H. H has evenly
-spaced eigenvalues 1 .. kappa; its eigenvectors are turned away from the axes by expm(angle S), S random and skew;
-tau = sum_i |H_ii| / sum_ij |H_ij|. `python figures/quadratic_tau.py` draws it.
+Claim (Adam-mini, arXiv 2406.16793): D_Adam = diag(1 / |g_0|) helps near-diagonal H and hurts dense
+H. H has evenly spaced eigenvalues 1 .. kappa; its eigenvectors are turned away from the axes by
+expm(angle S), S random and skew; tau = sum_i |H_ii| / sum_ij |H_ij|. Shown is
+kappa(D_Adam H) / kappa(H) against tau.
+
+`python experiments/quadratic_tau.py [--smoke]` writes results/quadratic_tau: a table of tau and the
+quartiles of the ratio for each size and kappa. `python figures/quadratic_tau.py` draws it.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
+from script import Script
 from tqdm import tqdm
 
-import hessian_tools as ht
 from hessian_tools import quadratic
 from hessian_tools.quadratic import Quadratic
 
@@ -33,59 +36,46 @@ def ratios(q: Quadratic, starts: int) -> np.ndarray:
     return (high / low / q.kappa[:, None]).numpy()
 
 
+def diagonal(size: int, kappa: float, problems: int) -> Quadratic:
+    """Eigenvectors along the axes, to be turned away from them."""
+    eigenvalues = np.linspace(1, kappa, size)
+    return quadratic.from_blocks([eigenvalues], num_problems=problems, basis="identity")
+
+
 def at_tau(size: int, kappa: float, tau: float, problems: int, starts: int) -> float:
-    """Median ratio over random eigenvectors and starts, at the angle whose median tau comes nearest."""
-    diagonal = quadratic.from_blocks(
-        [np.linspace(1, kappa, size)], num_problems=problems, basis="identity"
-    )
-    turned = (
-        quadratic.rotated(diagonal, angle, seed=SEED) for angle in (0, *np.geomspace(0.005, 2, 48))
-    )
-    return float(
-        np.median(ratios(min(turned, key=lambda q: abs(float(q.tau.median()) - tau)), starts))
-    )
+    """Median ratio over eigenvectors and starts, at the angle whose median tau is nearest."""
+    unturned = diagonal(size, kappa, problems)
+    angles = (0, *np.geomspace(0.005, 2, 48))
+    turned = (quadratic.rotated(unturned, angle, seed=SEED) for angle in angles)
+    nearest = min(turned, key=lambda q: abs(float(q.tau.median()) - tau))
+    return float(np.median(ratios(nearest, starts)))
+
+
+def by_angle(size: int, kappa: float, angles: tuple[float, ...], problems: int) -> np.ndarray:
+    """(angles, 4): median tau, and quartiles of the ratio."""
+    unturned = diagonal(size, kappa, problems)
+    rows = []
+    for angle in tqdm(angles, desc=f"d = {size}, kappa = {kappa:g}", disable=None):
+        turned = quadratic.rotated(unturned, angle, seed=SEED)
+        quartiles = np.quantile(ratios(turned, STARTS), (0.25, 0.5, 0.75))
+        rows.append([float(turned.tau.median()), *quartiles])
+    return np.array(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="two shapes, few angles: seconds")
-    parser.add_argument(
-        "--out", type=Path, help=f"folder of the result (default {OUT}, with --smoke {OUT}/smoke)"
-    )
-    arguments = parser.parse_args()
-    out = arguments.out or (OUT / "smoke" if arguments.smoke else OUT)
-    shapes, angles, problems = (
-        (SHAPES[:1], ANGLES[::4], 4) if arguments.smoke else (SHAPES, ANGLES, PROBLEMS)
-    )
-    found = {}
+    run = Script(__doc__, OUT, smoke="two shapes, few angles: seconds").run()
+    shapes = SHAPES[:1] if run.smoke else SHAPES
+    angles = ANGLES[::4] if run.smoke else ANGLES
+    problems = 4 if run.smoke else PROBLEMS
+    tables = {}
     for size, kappa in shapes:
-        diagonal = quadratic.from_blocks(
-            [np.linspace(1, kappa, size)], num_problems=problems, basis="identity"
-        )
-        rows = []
-        for angle in tqdm(angles, desc=f"d = {size}, kappa = {kappa:g}", disable=None):
-            turned = quadratic.rotated(diagonal, angle, seed=SEED)
-            rows.append(
-                [
-                    float(turned.tau.median()),
-                    *np.quantile(ratios(turned, STARTS), (0.25, 0.5, 0.75)),
-                ]
-            )
-        found[f"d = {size}, kappa = {kappa:g}"] = np.array(
-            rows
-        )  # (angles, 4): tau, quartiles of the ratio
-        last = f"{rows[-1][2]:.1f} at tau {rows[-1][0]:.2f}"
-        print(
-            f"d = {size}, kappa = {kappa:g}: ratio {rows[0][2]:.2f} when diagonal, {last}",
-            flush=True,
-        )
-    ht.save(
-        found,
-        out / "result",
-        config={"angles": list(angles), "problems": problems, "starts": STARTS, "seed": SEED},
-    )
+        label = f"d = {size}, kappa = {kappa:g}"
+        table = by_angle(size, kappa, angles, problems)
+        tables[label] = table
+        last = f"{table[-1, 2]:.1f} at tau {table[-1, 0]:.2f}"
+        print(f"{label}: ratio {table[0, 2]:.2f} when diagonal, {last}", flush=True)
+    config = {"angles": list(angles), "problems": problems, "starts": STARTS, "seed": SEED}
+    run.save(tables, config)
 
 
 if __name__ == "__main__":

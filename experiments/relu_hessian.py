@@ -1,14 +1,17 @@
-"""The Hessian of f(x) = V relu(W x), block by block, in closed form: squared Frobenius norms for any number of inputs.
+"""Squared Frobenius norms of the blocks of the Hessian of f(x) = V relu(W x), in closed form.
 
-With p = softmax(f), r = p - onehot(y), h = relu(W x), g = 1[W x > 0] and A = diag(p) - p p' (cross-entropy; for the
-mean squared error over all N C entries A = 2 I / C), means over the N examples:
+They are known for any number of inputs. With p = softmax(f), r = p - onehot(y), h = relu(W x), g =
+1[W x > 0] and A = diag(p) - p p' (cross-entropy; for the mean squared error over all N C entries A
+= 2 I / C), means over the N examples:
 
     H_{w_i w_j}   = mean of g_i g_j (V'A V)_ij x x'
     H_{v_c v_c'}  = mean of A_cc' h h'
-    H_{w_i v_ck}  = mean of g_i (A V)_ci h_k x    (Gauss-Newton)  +  [i = k] mean of g_i r_c x    (residual)
+    H_{w_i v_ck}  = mean of g_i (A V)_ci h_k x      (Gauss-Newton)
+                    + [i = k] mean of g_i r_c x     (residual)
 
-relu'' is zero almost everywhere. Norms of means of x x' and x need nothing of the inputs but their products, so an
-input that is repeated may be given once, scaled. Checked against ``ht.dense_block`` by the experiments that use it.
+relu'' is zero almost everywhere. Norms of means of x x' and x need nothing of the inputs but their
+products, so an input that is repeated may be given once, scaled. Checked against ``ht.dense_block``
+by the experiments that use it.
 
 Letters: N examples, d inputs, m hidden neurons, C classes.
 """
@@ -27,7 +30,10 @@ LOSSES = {"CE": ht.cross_entropy, "MSE": ht.mse}
 
 @dataclass(frozen=True, eq=False)
 class ReluHessian:
-    """Masses |H_ij|_F^2 of a network's blocks: w_i, the inputs of hidden neuron i; v_c, those of output c."""
+    """Masses |H_ij|_F^2 of a network's blocks.
+
+    The blocks are w_i, the weights into hidden neuron i, and v_c, those into output c.
+    """
 
     inputs: Tensor  # (N, d) float64
     labels: Tensor  # (N,) int64
@@ -52,27 +58,39 @@ class ReluHessian:
         return float(nn.functional.cross_entropy(self.hidden @ self.v.T, self.labels))
 
     def ww(self, inputs: Tensor | None = None) -> Tensor:
-        """(m, m) masses of H_{w_i w_j}; ``inputs``, some columns of all inputs: of their weights alone."""
+        """(m, m) masses of H_{w_i w_j}.
+
+        ``inputs`` are some columns of all inputs, if only their weights are meant.
+        """
         inputs = self.inputs if inputs is None else inputs
-        count, size = len(self.inputs), len(self.w)
-        if self.loss == "CE":
-            p = self.probabilities
-            mean = p @ self.v  # (N, m)
-            pairs = (self.v[:, :, None] * self.v[:, None, :]).flatten(1)  # (C, m m)
-            inner = (p @ pairs).view(count, size, size) - mean[:, :, None] * mean[:, None, :]
-        else:
-            inner = (2 / len(self.v) * self.v.T @ self.v).expand(count, size, size)
-        factors = (inner * self.gates[:, :, None] * self.gates[:, None, :]).flatten(1)  # (N, m m)
+        count = len(self.inputs)
+        size = len(self.w)
+        open_pairs = outer_products(self.gates)
+        factors = (self._inner * open_pairs).flatten(1)  # (N, m m)
         products = (inputs @ inputs.T).square_()  # (N, N)
         return ((products @ factors) * factors).sum(0).view(size, size) / count**2
 
+    @property
+    def _inner(self) -> Tensor:
+        """(N, m, m) V'A V of every example."""
+        count = len(self.inputs)
+        size = len(self.w)
+        if self.loss == "MSE":
+            return (2 / len(self.v) * self.v.T @ self.v).expand(count, size, size)
+        mean = self.probabilities @ self.v  # (N, m)
+        pairs = outer_products(self.v).flatten(1)  # (C, m m)
+        return (self.probabilities @ pairs).view(count, size, size) - outer_products(mean)
+
     def vv(self) -> Tensor:
         """(C, C) masses of H_{v_c v_c'}."""
-        count, hidden, classes = len(self.inputs), self.hidden, len(self.v)
+        count = len(self.inputs)
+        hidden = self.hidden
+        classes = len(self.v)
         if self.loss == "MSE":
-            own = (2 / classes * hidden.T @ hidden / count).square().sum()
-            return own * torch.eye(classes, dtype=own.dtype)
-        p, mass = self.probabilities, self.v.new_zeros(classes, classes)
+            block = (2 / classes * hidden.T @ hidden / count).square().sum()
+            return block * torch.eye(classes, dtype=block.dtype)
+        p = self.probabilities
+        mass = self.v.new_zeros(classes, classes)
         for k in range(hidden.shape[1]):
             for other in range(k + 1):
                 both = hidden[:, k] * hidden[:, other]
@@ -84,43 +102,50 @@ class ReluHessian:
     def wv(self, inputs: Tensor | None = None) -> Tensor:
         """(m, C) masses of H_{w_i v_c}, ``inputs`` as for :meth:`ww`. CE only."""
         inputs = self.inputs if inputs is None else inputs
-        p, mean, rows = self.probabilities, self.probabilities @ self.v, []
+        p = self.probabilities
+        mean = p @ self.v  # (N, m)
+        rows = []
         for i in range(len(self.w)):
-            factors = (p * (self.v[:, i] - mean[:, i, None]))[:, :, None] * self.hidden[
-                :, None, :
-            ]  # (N, C, m)
+            outer = p * (self.v[:, i] - mean[:, i, None])  # (N, C): (A V)_ci
+            factors = outer[:, :, None] * self.hidden[:, None, :]  # (N, C, m)
             factors[:, :, i] += self._residuals
-            columns = (
-                inputs.T @ (factors * self.gates[:, i, None, None]).flatten(1) / len(p)
-            )  # (d, C m)
+            gated = (factors * self.gates[:, i, None, None]).flatten(1)  # (N, C m)
+            columns = inputs.T @ gated / len(p)  # (d, C m)
             rows.append(columns.square().sum(0).view(len(self.v), len(self.w)).sum(1))
         return torch.stack(rows)
 
     def wv_residual(self) -> Tensor:
         """(m, C) masses of the residual part of H_{w_i v_c} alone. CE only."""
         count = len(self.inputs)
-        gated = (
-            self.inputs.T @ (self._residuals * gate[:, None]) / count for gate in self.gates.T
-        )  # (d, C) each
-        return torch.stack([columns.square().sum(0) for columns in gated])
+        rows = []
+        for gate in self.gates.T:
+            columns = self.inputs.T @ (self._residuals * gate[:, None]) / count  # (d, C)
+            rows.append(columns.square().sum(0))
+        return torch.stack(rows)
 
     @cached_property
     def _residuals(self) -> Tensor:
         return self.probabilities - nn.functional.one_hot(self.labels, len(self.v))  # (N, C)
 
     def problem(self, targets: Tensor | None = None) -> ht.Problem:
-        """The same network and data for the package; tensors "1.weight" (W) and "3.weight" (V). MSE needs targets."""
-        model = MLP(
-            (self.w.shape[1], len(self.w), len(self.v)), bias=False, activation=nn.ReLU
-        ).double()
+        """The same network and data for the package; W is "1.weight", V is "3.weight".
+
+        MSE needs ``targets``, shape (N, C).
+        """
+        sizes = (self.w.shape[1], len(self.w), len(self.v))
+        model = MLP(sizes, bias=False, activation=nn.ReLU).double()
         with torch.no_grad():
             model[1].weight.copy_(self.w)
             model[3].weight.copy_(self.v)
-        return ht.Problem(
-            model, LOSSES[self.loss], [(self.inputs, self.labels if targets is None else targets)]
-        )
+        batch = (self.inputs, self.labels if targets is None else targets)
+        return ht.Problem(model, LOSSES[self.loss], [batch])
 
 
-def worst_difference(found: Tensor, truth: Tensor) -> float:
+def outer_products(rows: Tensor) -> Tensor:
+    """(R, m, m) of (R, m)."""
+    return rows[:, :, None] * rows[:, None, :]
+
+
+def worst_difference(masses: Tensor, truth: Tensor) -> float:
     """The largest difference of masses, over the largest mass."""
-    return float((found - truth).abs().max() / truth.abs().max())
+    return float((masses - truth).abs().max() / truth.abs().max())

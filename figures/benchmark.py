@@ -1,4 +1,7 @@
-"""Draws the side-by-side benchmark: a panel a model, a row a job, time as a multiple of ours. Reads the JSON only."""
+"""Draws the side-by-side benchmark: a panel a model, a row a job, time as a multiple of ours.
+
+`python figures/benchmark.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import json
 import sys
@@ -12,9 +15,12 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "side_by_side_cpu.json"
 STYLES = {
-    "ours": ("#1f4e79", "o"), "eigenthings": ("#d08c2e", "s"), "curvlinops": ("#2a7f62", "D"),
-    "pyhessian": ("#8c3f6b", "^"), "official": ("#8a8a8a", "v"),
-}  # fmt: skip
+    "ours": ("#1f4e79", "o"),
+    "eigenthings": ("#d08c2e", "s"),
+    "curvlinops": ("#2a7f62", "D"),
+    "pyhessian": ("#8c3f6b", "^"),
+    "official": ("#8a8a8a", "v"),
+}
 
 
 def main(source: str = str(RESULT), target: str = __file__.replace(".py", ".png")) -> None:

@@ -1,4 +1,7 @@
-"""Draws results/class_laws: off-diagonal over diagonal mass against the number of classes, with fits. Reads only."""
+"""Draws off-diagonal over diagonal mass against the number of classes, with fits.
+
+`python figures/class_laws.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import sys
 
@@ -10,8 +13,12 @@ from matplotlib import pyplot as plt
 
 import hessian_tools as ht
 
-COLOURS = {"H_ww, MSE": "#56b4e9", "H_ww, CE": "#1f4e79", "H_vv, CE": "#d55e00",
-           "H_vv, CE, by pairs": "#e69f00"}  # fmt: skip
+COLOURS = {
+    "H_ww, MSE": "#56b4e9",
+    "H_ww, CE": "#1f4e79",
+    "H_vv, CE": "#d55e00",
+    "H_vv, CE, by pairs": "#e69f00",
+}
 WORDS = {"H_ww": r"$H_{ww}$ (hidden neurons)", "H_vv": r"$H_{vv}$ (outputs)"}
 
 
@@ -45,9 +52,11 @@ def main(
     axes.minorticks_off()
     axes.set_xlabel("classes C", fontsize=9)
     axes.set_ylabel(r"mean $\|H_{ij}\|_F^2$, $i\neq j$, over mean $\|H_{ii}\|_F^2$", fontsize=9)
-    axes.set_title(r"$f=V\,\mathrm{relu}(Wx)$ at initialisation: the more classes, the more block-diagonal"
-                   "\n(dots: seeds; lines: fits; dotted: the law from the fit's first point; rings: measured before)",
-                   fontsize=9.5)  # fmt: skip
+    axes.set_title(
+        r"$f=V\,\mathrm{relu}(Wx)$ at initialisation: the more classes, the more block-diagonal"
+        "\n(dots: seeds; lines: fits; dotted: the law from the fit's first point; rings: measured before)",
+        fontsize=9.5,
+    )
     axes.grid(linewidth=0.3, alpha=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8.5, frameon=False, loc="lower left")

@@ -1,4 +1,9 @@
-"""Draws results/js0_families: a panel a reading, a bar a network, CNNs against Transformers. Reads results only."""
+"""Draws every reading at initialisation, CNNs against Transformers.
+
+A panel a reading, a bar a network.
+
+`python figures/js0_families.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import math
 import sys

@@ -1,4 +1,7 @@
-"""Draws results/mlp_structure: the MLP's Hessian at three times, and its masses against the loss. Reads only."""
+"""Draws the MLP's Hessian at three times, and its masses against the loss.
+
+`python figures/mlp_structure.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import sys
 
@@ -18,8 +21,9 @@ STYLE = {"fontsize": 8, "frameon": False}
 def heat(axes, colours: np.ndarray, rows: int, columns: int):
     """log10 |H| with borders between ``rows`` and ``columns`` blocks."""
     shown = colours.astype(float)
-    image = axes.imshow(shown, cmap="magma", vmin=-DECADES, vmax=0, aspect="auto",
-                        interpolation="nearest")  # fmt: skip
+    image = axes.imshow(
+        shown, cmap="magma", vmin=-DECADES, vmax=0, aspect="auto", interpolation="nearest"
+    )
     for count, size, line in (
         (rows, shown.shape[0], axes.axhline),
         (columns, shown.shape[1], axes.axvline),
@@ -35,12 +39,17 @@ def curves(panels, masses: dict) -> None:
     """Against the training loss, which falls to the right."""
     loss = [m["loss"] for m in masses.values()]
     lines = (
-        {"H_ww: in hidden neurons": ("inside ww", "#1f4e79"), "H_vv: in outputs": ("inside vv", "#d55e00"),
-         "whole H: in both": ("blocks", "#8a8a8a")},
+        {
+            "H_ww: in hidden neurons": ("inside ww", "#1f4e79"),
+            "H_vv: in outputs": ("inside vv", "#d55e00"),
+            "whole H: in both": ("blocks", "#8a8a8a"),
+        },
         {r"$\|H_{wv}\|$": ("wv", "#7b3fa0"), "its residual part": ("residual", "#009e73")},
-        {r"$\|H_{wv}\|\,/\,\sqrt{\|H_{ww}\|\|H_{vv}\|}$": ("coupling", "#7b3fa0"),
-         r"share of $\|H\|^2$ across layers": ("across", "#8a8a8a")},
-    )  # fmt: skip
+        {
+            r"$\|H_{wv}\|\,/\,\sqrt{\|H_{ww}\|\|H_{vv}\|}$": ("coupling", "#7b3fa0"),
+            r"share of $\|H\|^2$ across layers": ("across", "#8a8a8a"),
+        },
+    )
     titles = (
         "share of mass inside blocks",
         "norm of the cross-layer block",
@@ -74,20 +83,29 @@ def main(
     found = ht.load(source)
     pictures, masses, hidden = found["pictures"], found["masses"], found["hidden"]
     shown = pictures[next(iter(pictures))]["wv"].shape[1] // hidden
-    figure, axes = plt.subplots(3, len(pictures) + 1, figsize=(14.5, 10.4), layout="constrained",
-                                width_ratios=[1] * len(pictures) + [1.15])  # fmt: skip
+    figure, axes = plt.subplots(
+        3,
+        len(pictures) + 1,
+        figsize=(14.5, 10.4),
+        layout="constrained",
+        width_ratios=[1] * len(pictures) + [1.15],
+    )
     for column, (epoch, drawn) in enumerate(pictures.items()):
         m, classes = masses[epoch], found["classes"]
-        heads = (f"{TIMES[column]}: loss {m['loss']:.2f}\n{m['inside ww']:.0%} of $\\|H_{{ww}}\\|^2$ in neurons",
-                 f"{m['inside vv']:.0%} of $\\|H_{{vv}}\\|^2$ in outputs",
-                 f"residual part {m['residual'] / m['wv']:.0%} of $\\|H_{{wv}}\\|$")  # fmt: skip
+        heads = (
+            f"{TIMES[column]}: loss {m['loss']:.2f}\n{m['inside ww']:.0%} of $\\|H_{{ww}}\\|^2$ in neurons",
+            f"{m['inside vv']:.0%} of $\\|H_{{vv}}\\|^2$ in outputs",
+            f"residual part {m['residual'] / m['wv']:.0%} of $\\|H_{{wv}}\\|$",
+        )
         sizes = (("ww", hidden, hidden), ("vv", classes, classes), ("wv", hidden, shown))
         for row, ((key, rows, columns), title) in enumerate(zip(sizes, heads, strict=True)):
             image = heat(axes[row, column], drawn[key], rows, columns)
             axes[row, column].set_title(title, fontsize=9.5)
-    words = (f"$H_{{ww}}$: {hidden} hidden neurons,\n{found['drawn']} of {found['inputs'] // 3:,} inputs each",
-             f"$H_{{vv}}$: {found['classes']} outputs,\n{hidden} weights each",
-             f"$H_{{wv}}$: hidden neurons (rows)\nagainst {shown} of {found['classes']} outputs")  # fmt: skip
+    words = (
+        f"$H_{{ww}}$: {hidden} hidden neurons,\n{found['drawn']} of {found['inputs'] // 3:,} inputs each",
+        f"$H_{{vv}}$: {found['classes']} outputs,\n{hidden} weights each",
+        f"$H_{{wv}}$: hidden neurons (rows)\nagainst {shown} of {found['classes']} outputs",
+    )
     for panel, word in zip(axes[:, 0], words, strict=True):
         panel.set_ylabel(word, fontsize=9.5)
     curves(axes[:, -1], masses)

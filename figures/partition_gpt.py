@@ -1,4 +1,7 @@
-"""Draws results/partition_gpt: a row a weight, a column a claim, coloured by verdict, at both times. Reads only."""
+"""Draws verdicts on a small GPT: a row a weight, a column a claim, at both times.
+
+`python figures/partition_gpt.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import sys
 
@@ -12,19 +15,27 @@ from hessian_tools.plots.partition import COLOURS
 from hessian_tools.structure.judgement import VERDICTS
 
 STRIP = 0.035  # width of the edge that tells the likely verdict
-TITLES = {"adam_mini": "adam_mini", "neuron": "neuron\n(all by output)", "tensor": "tensor\n(all whole)",
-          "stored rows": "rows as stored\n(naive, axis 0)"}  # fmt: skip
+TITLES = {
+    "adam_mini": "adam_mini",
+    "neuron": "neuron\n(all by output)",
+    "tensor": "tensor\n(all whole)",
+    "stored rows": "rows as stored\n(naive, axis 0)",
+}
 SHORT = {
     "elements": "entries",
     "columns": "inputs",
     "rows": "outputs",
 }  # of a weight, whichever way it is stored
-TOKENS = {"transformer.wte.weight": {"rows": "tokens", "columns": "features"},
-          "transformer.wpe.weight": {"rows": "positions", "columns": "features"}}  # fmt: skip
+TOKENS = {
+    "transformer.wte.weight": {"rows": "tokens", "columns": "features"},
+    "transformer.wpe.weight": {"rows": "positions", "columns": "features"},
+}
 
 
 def cell(report: ht.structure.PartitionReport, name: str) -> tuple[str, str, str] | None:
-    """Verdict, words, and the verdict by the estimates alone, on one weight or the tensor that it is a role of."""
+    """Verdict, words, and the verdict by the estimates alone, on one weight or the tensor that it
+    is a role of.
+    """
     found = next((t for t in report.tensors if t.name in (name, name.partition("[")[0])), None)
     if found is None:
         return None
@@ -91,8 +102,14 @@ def main(
 ) -> None:
     result = ht.load(source)
     names = next(iter(result.values()))["extremes"].names
-    figure, panels = plt.subplots(1, len(result), figsize=(6.6 * len(result) + 1.4, 0.27 * len(names) + 2), sharey=True,
-                                  layout="constrained", squeeze=False)  # fmt: skip
+    figure, panels = plt.subplots(
+        1,
+        len(result),
+        figsize=(6.6 * len(result) + 1.4, 0.27 * len(names) + 2),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
     for axes, (time, found) in zip(panels[0], result.items(), strict=True):
         panel(axes, found, names)
         rates = found["savings"]["adam_mini"].split(" for ")[0]

@@ -1,4 +1,7 @@
-"""Draws results/precision: errors by arithmetic, against the probes' own error. Reads results only."""
+"""Draws errors by arithmetic, against the probes' own error.
+
+`python figures/precision.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import sys
 
@@ -60,8 +63,15 @@ def main(
                 colour, marker = STYLES[label]
                 face = colour if marker == "x" or label == "bfloat16" else "white"
                 spots = [max(values[quantity], FLOOR) for quantity in rows]
-                panel.scatter(spots, rows.values(), color=face, edgecolors=colour if marker != "x" else None,
-                              marker=marker, s=30, linewidths=1.3)  # fmt: skip
+                panel.scatter(
+                    spots,
+                    rows.values(),
+                    color=face,
+                    edgecolors=colour if marker != "x" else None,
+                    marker=marker,
+                    s=30,
+                    linewidths=1.3,
+                )
         panel.set_xscale("log")
         panel.set_xlim(FLOOR / 2, 10)
         panel.set_title(name, fontsize=10)

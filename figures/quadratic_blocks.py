@@ -1,4 +1,7 @@
-"""Draws results/quadratic_blocks: loss curves on three blocks and on the first alone. Reads results only."""
+"""Draws loss curves on three blocks and on the first alone.
+
+`python figures/quadratic_blocks.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import sys
 
@@ -11,9 +14,12 @@ from matplotlib import pyplot as plt
 import hessian_tools as ht
 
 STYLES = {
-    "blockwise GD": ("#009e73", "-"), "GD": ("#1f4e79", "--"), "Adam-mini, β₂ = 1": ("#cc79a7", "-"),
-    "Adam, β₂ = 1": ("#d55e00", "-"), "Adam, β₁ = 0, β₂ = 0.999": ("#d55e00", "--"),
-}  # fmt: skip
+    "blockwise GD": ("#009e73", "-"),
+    "GD": ("#1f4e79", "--"),
+    "Adam-mini, β₂ = 1": ("#cc79a7", "-"),
+    "Adam, β₂ = 1": ("#d55e00", "-"),
+    "Adam, β₁ = 0, β₂ = 0.999": ("#d55e00", "--"),
+}
 LOWEST = 1e-12
 
 

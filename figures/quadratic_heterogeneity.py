@@ -1,4 +1,7 @@
-"""Draws results/quadratic_heterogeneity: Adam's gain against every reading and rotations. Reads results only."""
+"""Draws Adam's gain against every reading, and under rotations.
+
+`python figures/quadratic_heterogeneity.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import sys
 
@@ -11,10 +14,13 @@ from matplotlib import pyplot as plt
 import hessian_tools as ht
 
 TITLES = {
-    "kappa": (r"$1\,/\,\max_l\,\kappa_l$", ""), "wasserstein": ("Wasserstein, log axis", "decades"),
-    "spread": ("spread of block scales", "decades"), "log": ("JS, log axis", "nats"),
-    "bounded": ("JS bounded (absolute kernel)", "nats"), "unnormalised": ("JS0, the literature's", "nats / dx"),
-}  # fmt: skip
+    "kappa": (r"$1\,/\,\max_l\,\kappa_l$", ""),
+    "wasserstein": ("Wasserstein, log axis", "decades"),
+    "spread": ("spread of block scales", "decades"),
+    "log": ("JS, log axis", "nats"),
+    "bounded": ("JS bounded (absolute kernel)", "nats"),
+    "unnormalised": ("JS0, the literature's", "nats / dx"),
+}
 COLOURS = ("#56b4e9", "#999999")
 CASES = {3: ("case 3", "#d55e00"), 4: ("case 4", "#1f4e79")}
 

@@ -1,4 +1,7 @@
-"""Draws results/quadratic_tau: what Adam's preconditioner does to the condition number. Reads results only."""
+"""Draws what Adam's preconditioner does to the condition number.
+
+`python figures/quadratic_tau.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import sys
 

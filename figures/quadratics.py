@@ -1,4 +1,7 @@
-"""Draws results/quadratics: loss curves of the literature's cases, with the theorems' bounds. Reads results only."""
+"""Draws loss curves of the literature's cases, with the theorems' bounds.
+
+`python figures/quadratics.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import sys
 
@@ -11,8 +14,11 @@ import hessian_tools as ht
 from hessian_tools.plots.quadratic import loss_curves, short
 
 WORDS = {
-    "case 1": "GPT-2's blocks", "case 2": "ResNet-18's blocks", "case 3": "heterogeneous", "case 4": "homogeneous",
-}  # fmt: skip
+    "case 1": "GPT-2's blocks",
+    "case 2": "ResNet-18's blocks",
+    "case 3": "heterogeneous",
+    "case 4": "homogeneous",
+}
 
 
 def main(

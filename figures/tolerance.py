@@ -1,8 +1,10 @@
-"""Draws results/tolerance: what a tolerance costs, and how far from the official setting it ends. Reads results only.
+"""Draws what a tolerance costs, and how far from the official setting it ends.
 
-A row a network, a column a reading, a point a run: its share of the official products and its deviation from the
-reference. The shaded corner is the claim: within 5 % for at most a third. Crosses did not meet their tolerance, and say
-so; grey points are the official setting's own runs.
+`python figures/tolerance.py [RESULT] [PICTURE]` reads results only.
+
+A row a network, a column a reading, a point a run: its share of the official products and its
+deviation from the reference. The shaded corner is the claim: within 5 % for at most a third.
+Crosses did not meet their tolerance, and say so; grey points are the official setting's own runs.
 """
 
 import sys
@@ -14,8 +16,12 @@ from matplotlib import pyplot as plt
 
 import hessian_tools as ht
 
-TITLES = {"scale": "spread of block scales", "unnormalised": "literature's JS0", "log": "JS on a log axis",
-          "wasserstein": "Wasserstein"}  # fmt: skip
+TITLES = {
+    "scale": "spread of block scales",
+    "unnormalised": "literature's JS0",
+    "log": "JS on a log axis",
+    "wasserstein": "Wasserstein",
+}
 
 
 def main(

@@ -1,4 +1,7 @@
-"""Draws results/transformer_structure: eight dense Hessians at three times, and shares against chance. Reads only."""
+"""Draws eight dense Hessians at three times, and shares against chance.
+
+`python figures/transformer_structure.py [RESULT] [PICTURE]` reads results only.
+"""
 
 import sys
 
@@ -16,8 +19,13 @@ WORDS = {"heads": "heads", "rows": "output neurons"}
 TOKENS = ("embedding", "output layer")
 OTHER = {"color": "#555555", "markersize": 5}  # cuts that are not claimed
 MARKS = {"rows": "s", "columns": "D", "heads": "^"}
-COLOURS = {"follows": "#1f7a4d", "too coarse": "#b8860b", "too fine": "#7b3fa0", "wrong axis": "#d55e00",
-           "undecided": "#7f7f7f"}  # fmt: skip
+COLOURS = {
+    "follows": "#1f7a4d",
+    "too coarse": "#b8860b",
+    "too fine": "#7b3fa0",
+    "wrong axis": "#d55e00",
+    "undecided": "#7f7f7f",
+}
 
 
 def heat(axes, colours: np.ndarray, blocks: int):
@@ -78,11 +86,28 @@ def main(
         Line2D([], [], marker=mark, color="#555555", linestyle="none", label=cut)
         for cut, mark in MARKS.items()
     ]
-    handles.append(Line2D([], [], marker="o", color="#bbbbbb", markeredgecolor="black", linestyle="none", markersize=8,
-                          label="claimed"))  # fmt: skip
-    grid[0, -1].legend(handles=handles, ncols=2, fontsize=7.5, frameon=False, loc="lower center",
-                       bbox_to_anchor=(0.4, 1.0), title="0 by chance, 1 block-diagonal; text: verdict",
-                       title_fontsize=8)  # fmt: skip
+    handles.append(
+        Line2D(
+            [],
+            [],
+            marker="o",
+            color="#bbbbbb",
+            markeredgecolor="black",
+            linestyle="none",
+            markersize=8,
+            label="claimed",
+        )
+    )
+    grid[0, -1].legend(
+        handles=handles,
+        ncols=2,
+        fontsize=7.5,
+        frameon=False,
+        loc="lower center",
+        bbox_to_anchor=(0.4, 1.0),
+        title="0 by chance, 1 block-diagonal; text: verdict",
+        title_fontsize=8,
+    )
     bar = figure.colorbar(
         image, ax=grid[:, :-1], location="bottom", fraction=0.03, pad=0.01, aspect=70
     )
@@ -91,8 +116,9 @@ def main(
     )
     figure.suptitle(
         "One-layer Transformer, width 16, 4 heads, on Shakespeare's characters: dense Hessian of each tensor and the "
-        "blocks claimed for it", fontsize=11,
-    )  # fmt: skip
+        "blocks claimed for it",
+        fontsize=11,
+    )
     figure.savefig(target, dpi=120)
 
 

@@ -1,1 +1,4 @@
-"""The side-by-side benchmark's parts, bottom up: cases, referee, contenders, jobs, worker, processes, tables."""
+"""The side-by-side benchmark's parts.
+
+Bottom up: cases, referee, contenders, jobs, worker, processes, tables.
+"""

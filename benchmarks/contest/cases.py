@@ -1,8 +1,9 @@
 """What every contender computes with: networks, real data, and how much of each job. Knobs on top.
 
-Everyone gets the same weights, batches, mean cross-entropy and weight matrices, whole tensors of two or more dimensions
-(fused query/key/value tensors stay fused, as no peer can cut them). Models are in eval mode: no dropout, BatchNorm by
-running statistics, which at initialisation are mean 0 and variance 1, so that every contender can run.
+Everyone gets the same weights, batches, mean cross-entropy and weight matrices, whole tensors of
+two or more dimensions (fused query/key/value tensors stay fused, as no peer can cut them). Models
+are in eval mode: no dropout, BatchNorm by running statistics, which at initialisation are mean 0
+and variance 1, so that every contender can run.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """One network ready for all contenders. ``work`` is None for cases that only test correctness."""
+    """One network ready for all contenders. ``work`` is None for cases that only test
+    correctness.
+    """
 
     name: str
     description: str
@@ -69,7 +72,9 @@ class Case:
 
 
 def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (..., C), or of a transformers output that has them, over targets (...)."""
+    """Mean cross-entropy of logits (..., C), or of a transformers output that has them, over
+    targets (...).
+    """
     return F.cross_entropy(getattr(outputs, "logits", outputs).flatten(0, -2), targets.flatten())
 
 
@@ -149,7 +154,9 @@ SMOKE: dict[str, tuple[Build, Work]] = {
 
 
 def preload(names: list[str]) -> None:
-    """Imports and reads what the named models need, so that a process that builds them finds it there."""
+    """Imports and reads what the named models need, so that a process that builds them finds it
+    there.
+    """
     vision.repair()
     if "resnet18" in names:
         vision.torchvision()

@@ -71,9 +71,11 @@ class Contender(ABC):
 
 
 def quadrature(nodes: Tensor, weights: Tensor, size: int) -> Quadrature:
-    """Nodes and weights (k, m) of a library as this package's Quadrature of an operator of ``size``.
+    """Nodes and weights (k, m) of a library as this package's Quadrature of an operator of
+    ``size``.
 
-    A run that ended early and was padded with NaN is padded with its largest node, whose weight there is 0.
+    A run that ended early and was padded with NaN is padded with its largest node, whose weight
+    there is 0.
     """
     table = nodes.detach().double().cpu().numpy()
     held = np.where(np.isnan(table), np.nanmax(table, axis=1, keepdims=True), table)
@@ -88,7 +90,9 @@ def quadrature(nodes: Tensor, weights: Tensor, size: int) -> Quadrature:
 
 
 def smoothed(nodes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Grid points and density, each (G,): a Gaussian of 1/200 of the spectrum's range on every node (k, m)."""
+    """Grid points and density, each (G,): a Gaussian of 1/200 of the spectrum's range on every node
+    (k, m).
+    """
     width = float(np.ptp(nodes)) / 200 or 1.0
     grid = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, GRID)
     kernels = np.exp(-(((grid[:, None] - nodes.ravel()) / width) ** 2) / 2)

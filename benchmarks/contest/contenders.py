@@ -32,7 +32,9 @@ class HessianTools(Contender):
 
     @cached_property
     def settled(self) -> ht.HessianOperator:
-        """What the default comes to after some products, for jobs that time a product on its own."""
+        """What the default comes to after some products, for jobs that time a product on its
+        own.
+        """
         return ht.HessianOperator(self.case.problem(), route="tangent program")
 
     @cached_property
@@ -73,11 +75,12 @@ class HessianTools(Contender):
 
 
 class OfficialAlgorithm(Contender):
-    """The algorithm of the published script (Zhang et al. 2024, arXiv 2402.16788), written anew from its description.
+    """The algorithm of the published script (Zhang et al. 2024, arXiv 2402.16788), written anew
+    from its description.
 
-    Every product builds the gradient's graph of all parameters again and differentiates it back into all leaves, of
-    which a block's is then read; losses of several batches are summed, not averaged. Lanczos takes one Gaussian probe
-    at a time and does not re-orthogonalise.
+    Every product builds the gradient's graph of all parameters again and differentiates it back
+    into all leaves, of which a block's is then read; losses of several batches are summed, not
+    averaged. Lanczos takes one Gaussian probe at a time and does not re-orthogonalise.
     """
 
     name, package = "official algorithm", None
@@ -124,7 +127,9 @@ class OfficialAlgorithm(Contender):
         return {name: self.multiply({name: vector})[name] for name, vector in vectors.items()}
 
     def lanczos(self, names: tuple[str, ...], probes: int, steps: int) -> tuple[Tensor, Tensor]:
-        """Nodes and weights, each (k, m), of the diagonal block of all named parameters together."""
+        """Nodes and weights, each (k, m), of the diagonal block of all named parameters
+        together.
+        """
         shapes = {name: self.case.parameters[name].shape for name in names}
         sizes = [shape.numel() for shape in shapes.values()]
         found = []

@@ -1,4 +1,4 @@
-"""The jobs, each as one call that a contender does from the model and data, and what is measured around it."""
+"""The jobs: each is one call that a contender answers, and what is measured around it."""
 
 import gc
 import resource
@@ -32,7 +32,9 @@ COUNTED = ("a1", "a8", "b")  # jobs whose operations are counted; c and d are ma
 
 @dataclass(frozen=True)
 class Repetition:
-    """One repetition of a job; ``scale`` turns its seconds into those of the whole job where only a part was run."""
+    """One repetition of a job; ``scale`` turns its seconds into those of the whole job where only a
+    part was run.
+    """
 
     seconds: float
     scale: float
@@ -40,8 +42,9 @@ class Repetition:
 
 
 class Bench:
-    """One contender on one case. Jobs a and b go on from an operator that has done a product (in a Lanczos run all but
-    one do), c and d start from the model and data every time."""
+    """One contender on one case. Jobs a and b go on from an operator that has done a product (in a
+    Lanczos run all but one do), c and d start from the model and data every time.
+    """
 
     def __init__(self, contender: type[Contender], case: Case) -> None:
         self.kind, self.case, self.contender = contender, case, contender(case)
@@ -61,7 +64,9 @@ class Bench:
         return Repetition(seconds, scale, facts)
 
     def warm(self) -> None:
-        """The products of jobs a and b once, so that later ones find whatever is kept between products."""
+        """The products of jobs a and b once, so that later ones find whatever is kept between
+        products.
+        """
         with sdpa_kernel(SDPBackend.MATH):
             self.contender.product(self.contender.layout(self.vectors))
             self.contender.block_products(self.block_vectors)
@@ -137,7 +142,9 @@ def forward_operations(case: Case) -> int:
 
 
 def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int:
-    """What ``call`` adds at its peak to the memory taken before it; meant for a process that does nothing else."""
+    """What ``call`` adds at its peak to the memory taken before it; meant for a process that does
+    nothing else.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

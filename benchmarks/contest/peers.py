@@ -1,7 +1,7 @@
-"""The published libraries as contenders, each used as its documentation tells a user to; ``how`` says in what way.
+"""The published libraries as contenders, each used as its documentation tells a user to.
 
-All attention runs on PyTorch's math kernel (the others have no second derivative), which the caller selects for
-everyone.
+``how`` says in what way. All attention runs on PyTorch's math kernel (the others have no second derivative), which the caller
+selects for everyone.
 """
 
 import contextlib
@@ -241,7 +241,9 @@ class PyHessian(Contender):
 
 @contextlib.contextmanager
 def _eig_given_back() -> Iterator[None]:
-    """torch.eig, which PyHessian's density calls and torch has dropped, for the symmetric matrices it gets."""
+    """torch.eig, which PyHessian's density calls and torch has dropped, for the symmetric matrices
+    it gets.
+    """
 
     def eig(matrix: Tensor, eigenvectors: bool) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(matrix)

@@ -16,7 +16,8 @@ FOLDER = Path(__file__).parent.parent
 class Process:
     """A contender in a process of its own, in which cases are opened one after the other.
 
-    Every request returns a dict; with "error" when it failed, and with "closed" when the case is not open any more.
+    Every request returns a dict; with "error" when it failed, and with "closed" when the case is
+    not open any more.
     """
 
     def __init__(self, contender: str, models: list[str], log: IO[bytes], limit: float) -> None:
@@ -63,9 +64,13 @@ class Process:
         root = FOLDER.parent
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), str(root)])}
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "contest.worker", self.contender, *self.models], env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "contest.worker", self.contender, *self.models],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            start_new_session=True,
+        )
 
     def _answer(self, limit: float) -> dict[str, Any]:
         """One line; without one in time the process is ended, told by "late"."""

@@ -1,8 +1,8 @@
-"""The referee: central finite differences of the gradient in float64, and relative errors against them.
+"""The referee: central finite differences of the float64 gradient, and errors against them.
 
-It knows no second derivative, so it shares no fault with any contender. A difference quotient across a kink of ReLU or
-max-pooling is wrong, so small steps come first; two neighbouring steps that agree decide, and how well they agree is
-the referee's own uncertainty.
+It knows no second derivative, so it shares no fault with any contender. A difference quotient
+across a kink of ReLU or max-pooling is wrong, so small steps come first; two neighbouring steps
+that agree decide, and how well they agree is the referee's own uncertainty.
 """
 
 import copy
@@ -76,10 +76,12 @@ def checked_blocks(case: Case) -> list[str]:
 
 
 def reference(case: Case) -> tuple[dict[str, Tensor], float]:
-    """Flat float32 products, and the worst uncertainty: WHOLE and SMALL, (P,), and BLOCK + name, (n,).
+    """Flat float32 products, and the worst uncertainty: WHOLE and SMALL, (P,), and BLOCK + name,
+    (n,).
 
-    WHOLE multiplies a random vector, SMALL one that is zero but for norms and biases, whose faults the many entries of
-    the matrices would drown. The loss is the mean over all targets that count, whatever the batches.
+    WHOLE multiplies a random vector, SMALL one that is zero but for norms and biases, whose faults
+    the many entries of the matrices would drown. The loss is the mean over all targets that count,
+    whatever the batches.
     """
     model = copy.deepcopy(case.model).double()
     batches = [(x.double() if x.is_floating_point() else x, y) for x, y in case.batches]

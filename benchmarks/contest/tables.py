@@ -1,4 +1,7 @@
-"""The benchmark's JSON as Markdown tables. Ratios only: seconds are in the JSON and belong to one machine."""
+"""The benchmark's JSON as Markdown tables.
+
+Ratios only: seconds are in the JSON and belong to one machine.
+"""
 
 from collections.abc import Sequence
 from statistics import quantiles
@@ -6,7 +9,9 @@ from typing import Any
 
 
 def summarise(result: dict[str, Any]) -> None:
-    """Adds to every entry its ratio to ours (median and quartiles over rounds) and whether it may be believed."""
+    """Adds to every entry its ratio to ours (median and quartiles over rounds) and whether it may
+    be believed.
+    """
     for model in result["models"].values():
         for name, job in model["jobs"].items():
             ours = _whole_seconds(job["contenders"].get("ours", {}))

@@ -1,7 +1,8 @@
-"""A contender's own process: answers one line of JSON on standard input with one on standard output.
+"""A contender's own process: answers a line of JSON on standard input with one on output.
 
-It only imports; each case is opened in a fork, which answers until it is closed, so a case never sees another's memory,
-and a case that dies takes nothing with it. `python -m contest.worker CONTENDER MODEL...`
+It only imports; each case is opened in a fork, which answers until it is closed, so a case never
+sees another's memory, and a case that dies takes nothing with it. `python -m contest.worker
+CONTENDER MODEL...`
 """
 
 import json

@@ -305,6 +305,13 @@ def test_a_long_context_states_its_peak(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_more_memory_lets_more_probes_go_together(monkeypatch, capsys):
+    lines = script(monkeypatch, capsys, "plan_table.py", "--smoke").splitlines()
+    small, large = (line.split() for line in lines[2:4])
+    assert small[1:3] == ["100MB", "recorded"] and large[1:3] == ["16GB", "recorded"]
+    assert int(small[5]) < int(large[5])
+
+
 def test_a_whole_run_is_divided_up(tmp_path, monkeypatch, capsys):
     out = tmp_path / "profile.txt"
     script(monkeypatch, capsys, "profile_run.py", "--smoke", "--out", str(out))

@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
             measure(args, device, out)
         except gpu_js0.Stopped as stopped:
             print(
-                f"stopped after --minutes {args.minutes:g} with {stopped} finished; the same command goes on"
+                f"stopped after --minutes {args.minutes:g} with {stopped} finished; the same "
+                f"command goes on"
             )
     print(tables(out, args.smoke))
     return 0

@@ -226,7 +226,8 @@ class ResultFile:
             ]
             if differing:
                 raise ValueError(
-                    f"{path} has rows of another {', '.join(differing)}; remove it or name another --out"
+                    f"{path} has rows of another {', '.join(differing)}; remove it or name "
+                    f"another --out"
                 )
 
     def has(self, **key: Any) -> bool:

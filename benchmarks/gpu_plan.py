@@ -124,16 +124,21 @@ class Plan:
         return "\n".join(
             [
                 table(("tensor", "entries of a block", "blocks", "F a product", "traffic"), rows),
-                f"parameters {self.parameters:,} ({format_bytes(self.model_bytes)}); one forward pass F is "
+                f"parameters {self.parameters:,} ({format_bytes(self.model_bytes)}); one "
+                f"forward pass F is "
                 f"{forward / 1e12:.3g} TFLOP",
                 f"{self.num_products:,} products of {self.probes} probes and {self.steps} steps: "
                 f"{self.operations / 1e15:.3g} PFLOP, {computing / 60:.1f} minutes {reach}",
-                f"traffic of unfused operators {self.product_traffic / 1e12:.3g} TB, {moving / 60:.1f} minutes at "
-                f"{bandwidth / 1e12:.1f} TB/s; of re-orthogonalisation {self.lanczos_traffic / 1e12:.3g} TB, "
+                f"traffic of unfused operators {self.product_traffic / 1e12:.3g} TB, "
+                f"{moving / 60:.1f} minutes at "
+                f"{bandwidth / 1e12:.1f} TB/s; of re-orthogonalisation "
+                f"{self.lanczos_traffic / 1e12:.3g} TB, "
                 f"{lanczos / 60:.1f} minutes",
                 f"together {(computing + moving + lanczos) / 60:.1f} minutes if nothing overlaps",
-                f"memory {format_bytes(self.memory)}: model {format_bytes(self.model_bytes)}, recorded graph "
-                f"{format_bytes(self.graph_bytes)} and one probe through it (at most as much), Lanczos basis of one probe "
+                f"memory {format_bytes(self.memory)}: model {format_bytes(self.model_bytes)}, "
+                f"recorded graph "
+                f"{format_bytes(self.graph_bytes)} and one probe through it (at most as "
+                f"much), Lanczos basis of one probe "
                 f"of the largest block {format_bytes(self.largest_basis)}",
             ]
         )

@@ -52,7 +52,8 @@ def main() -> None:
     found.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(found.out, json.dumps({"hardware": hardware(), **facts}, indent=1).encode())
     print(
-        f"{hessian.route}\nprocess: {before:.2f} GiB with model and data, {peak:.2f} GiB at its peak"
+        f"{hessian.route}\nprocess: {before:.2f} GiB with model and data, {peak:.2f} GiB at "
+        f"its peak"
     )
 
 

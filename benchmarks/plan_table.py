@@ -25,7 +25,7 @@ def row_of(name: str, problem: Problem, budget: str) -> list[str]:
     try:
         hessian = HessianOperator(problem, memory=budget)
         plan = hessian.plan
-    except MemoryError as error:
+    except ValueError as error:
         return [name, budget, f"none: {str(error).splitlines()[0]}", "", "", "", ""]
     row = [
         name,

@@ -77,7 +77,8 @@ def run(start: float) -> None:
     total = time.time() - start
     spent["all else"] = total - sum(spent.values())
     print(
-        f"\nhessian-tools js0 --model benchmarks/profile_run.py:problem {' '.join(ARGUMENTS)}, exit code {code}"
+        f"\nhessian-tools js0 --model benchmarks/profile_run.py:problem "
+        f"{' '.join(ARGUMENTS)}, exit code {code}"
     )
     for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"{name:<42}{seconds / total:8.1%}")

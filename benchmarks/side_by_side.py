@@ -228,7 +228,8 @@ def added(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         kept, found = old[what], {**old[what], **new[what]}
         if kept != found:
             raise SystemExit(
-                f"--add: {what} of the file, {kept}, are not those of this run, {new[what]}; leave --add out"
+                f"--add: {what} of the file, {kept}, are not those of this run, {new[what]}; "
+                f"leave --add out"
             )
     for name, model in new["models"].items():
         jobs, correctness = model["jobs"], model["correctness"]

@@ -54,7 +54,8 @@ def main(
     axes.set_ylabel(r"mean $\|H_{ij}\|_F^2$, $i\neq j$, over mean $\|H_{ii}\|_F^2$", fontsize=9)
     axes.set_title(
         r"$f=V\,\mathrm{relu}(Wx)$ at initialisation: the more classes, the more block-diagonal"
-        "\n(dots: seeds; lines: fits; dotted: the law from the fit's first point; rings: measured before)",
+        "\n(dots: seeds; lines: fits; dotted: the law from the fit's first point; rings: "
+        "measured before)",
         fontsize=9.5,
     )
     axes.grid(linewidth=0.3, alpha=0.7)

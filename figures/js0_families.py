@@ -67,7 +67,8 @@ def main(
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(handles, COLOURS, ncols=4, loc="outside lower center", fontsize=8, frameon=False)
     figure.suptitle(
-        "Heterogeneity of block spectra at initialisation (mean over pairs, with two standard errors)",
+        "Heterogeneity of block spectra at initialisation (mean over pairs, with two "
+        "standard errors)",
         fontsize=10,
     )
     figure.savefig(target, dpi=150)

@@ -93,7 +93,8 @@ def main(
     for column, (epoch, drawn) in enumerate(pictures.items()):
         m, classes = masses[epoch], found["classes"]
         heads = (
-            f"{TIMES[column]}: loss {m['loss']:.2f}\n{m['inside ww']:.0%} of $\\|H_{{ww}}\\|^2$ in neurons",
+            f"{TIMES[column]}: loss {m['loss']:.2f}\n{m['inside ww']:.0%} of "
+            f"$\\|H_{{ww}}\\|^2$ in neurons",
             f"{m['inside vv']:.0%} of $\\|H_{{vv}}\\|^2$ in outputs",
             f"residual part {m['residual'] / m['wv']:.0%} of $\\|H_{{wv}}\\|$",
         )
@@ -102,7 +103,8 @@ def main(
             image = heat(axes[row, column], drawn[key], rows, columns)
             axes[row, column].set_title(title, fontsize=9.5)
     words = (
-        f"$H_{{ww}}$: {hidden} hidden neurons,\n{found['drawn']} of {found['inputs'] // 3:,} inputs each",
+        f"$H_{{ww}}$: {hidden} hidden neurons,\n{found['drawn']} of {found['inputs'] // 3:,} "
+        f"inputs each",
         f"$H_{{vv}}$: {found['classes']} outputs,\n{hidden} weights each",
         f"$H_{{wv}}$: hidden neurons (rows)\nagainst {shown} of {found['classes']} outputs",
     )
@@ -113,13 +115,16 @@ def main(
         image, ax=axes[:, :-1], location="bottom", fraction=0.02, pad=0.01, aspect=60
     )
     bar.set_label(
-        r"$\log_{10}|H_{ij}|$, largest of each picture = 0; black rows and columns of blocks: a neuron that has died",
+        r"$\log_{10}|H_{ij}|$, largest of each picture = 0; black rows and columns of blocks: "
+        r"a neuron that has died",
         fontsize=9,
     )
     figure.suptitle(
-        f"MLP {found['inputs']:,}-{hidden}-{found['classes']} without bias on Fashion-MNIST at 3 x 32 x 32, 100 "
+        f"MLP {found['inputs']:,}-{hidden}-{found['classes']} without bias on Fashion-MNIST "
+        f"at 3 x 32 x 32, 100 "
         "classes: 10 clusters in each real one (CIFAR-100 is not packaged)\n"
-        "drawn: every fourth pixel of one of three equal channels; all numbers are of the whole Hessian",
+        "drawn: every fourth pixel of one of three equal channels; all numbers are of the "
+        "whole Hessian",
         fontsize=10.5,
     )
     figure.savefig(target, dpi=130)

@@ -70,7 +70,8 @@ def main(
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(labelsize=8)
     figure.supxlabel(
-        f"planted contrast, mean square inside over outside (dotted: the checker's level, {LEVEL}); above "
+        f"planted contrast, mean square inside over outside (dotted: the checker's level, "
+        f"{LEVEL}); above "
         "bars: claims",
         fontsize=8,
     )

@@ -132,8 +132,10 @@ def main(
         frameon=False,
     )
     title = (
-        "Does the partition follow the Hessian? A GPT-2 of 4 layers, width 128, on Shakespeare's bytes; in each cell: "
-        "what is a block,\nand the share of the tensor's own Hessian mass (squared Frobenius norm) inside them; "
+        "Does the partition follow the Hessian? A GPT-2 of 4 layers, width 128, on "
+        "Shakespeare's bytes; in each cell: "
+        "what is a block,\nand the share of the tensor's own Hessian mass (squared Frobenius "
+        "norm) inside them; "
         "grey: not significant, edge and words tell what is likely"
     )
     figure.suptitle(title, fontsize=10)

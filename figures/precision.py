@@ -95,7 +95,8 @@ def main(
         labels.append(WORDS.get(label, label))
     figure.legend(handles, labels, ncols=3, loc="outside lower center", fontsize=8, frameon=False)
     figure.suptitle(
-        "What coarser arithmetic costs (same probes for all): marks inside a grey bar are lost in the probes' error",
+        "What coarser arithmetic costs (same probes for all): marks inside a grey bar are "
+        "lost in the probes' error",
         fontsize=10,
     )
     figure.savefig(target, dpi=150)

@@ -115,7 +115,8 @@ def main(
         r"$\log_{10}|H_{ij}|$, largest of each picture = 0; lines: the claimed blocks", fontsize=9
     )
     figure.suptitle(
-        "One-layer Transformer, width 16, 4 heads, on Shakespeare's characters: dense Hessian of each tensor and the "
+        "One-layer Transformer, width 16, 4 heads, on Shakespeare's characters: dense "
+        "Hessian of each tensor and the "
         "blocks claimed for it",
         fontsize=11,
     )

@@ -18,7 +18,8 @@ from hessian_tools.spectra.quadrature import Quadrature
 class HessianTools(Contender):
     name, package, rebuilds = "hessian_tools", "hessian_tools", False
     how = (
-        "HessianOperator(route='tangent program').matmat and .block, warm; slq and spectral_density, blockwise_slq with "
+        "HessianOperator(route='tangent program').matmat and .block, warm; slq and "
+        "spectral_density, blockwise_slq with "
         "defaults"
     )
 
@@ -85,7 +86,8 @@ class OfficialAlgorithm(Contender):
 
     name, package = "official algorithm", None
     how = (
-        "written anew: graph rebuilt for every product, backward into all leaves, plain Lanczos, one probe at a time, "
+        "written anew: graph rebuilt for every product, backward into all leaves, plain "
+        "Lanczos, one probe at a time, "
         "losses of several batches summed"
     )
 

@@ -86,8 +86,10 @@ class _FlatLogits(nn.Module):
 class Curvlinops(Contender):
     name, package = "curvlinops", "curvlinops-for-pytorch"
     how = (
-        "HessianLinearOperator @ (P, k), with block_sizes for one product of every block and one operator a block for "
-        "Lanczos; lanczos_approximate_spectrum with its boundaries given, so that it spends k m products, fast_lanczos"
+        "HessianLinearOperator @ (P, k), with block_sizes for one product of every block and "
+        "one operator a block for "
+        "Lanczos; lanczos_approximate_spectrum with its boundaries given, so that it spends "
+        "k m products, fast_lanczos"
     )
 
     @classmethod
@@ -155,8 +157,10 @@ class Curvlinops(Contender):
 class PyHessian(Contender):
     name, package, rebuilds = "PyHessian", "pyhessian", False
     how = (
-        "hessian(model, criterion, data).density, utils.hessian_vector_product on its gradients; for blocks the one "
-        "gradient and parameter (products), everything else frozen (density); torch.eig given back to it"
+        "hessian(model, criterion, data).density, utils.hessian_vector_product on its "
+        "gradients; for blocks the one "
+        "gradient and parameter (products), everything else frozen (density); torch.eig "
+        "given back to it"
     )
 
     @classmethod

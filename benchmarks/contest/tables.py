@@ -44,10 +44,12 @@ def markdown(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
     rounds = ", ".join(f"{job} {count}" for job, count in _rounds(result).items())
     parts = [
-        f"{place}, {hardware['threads']} threads, {result['settings']['dtype']}; {versions}; rounds: {rounds}.",
+        f"{place}, {hardware['threads']} threads, {result['settings']['dtype']}; {versions}; "
+        f"rounds: {rounds}.",
         "Time as a multiple of ours, median over rounds (quartiles). ~ extrapolated, see below.",
         _table(result, _ratio, best=True),
-        "Peak memory above the model's, in MiB (fresh process, job from nothing, the part measured where ~).",
+        "Peak memory above the model's, in MiB (fresh process, job from nothing, the part "
+        "measured where ~).",
         _table(
             result,
             lambda entry: (
@@ -56,7 +58,8 @@ def markdown(result: dict[str, Any]) -> str:
         ),
         "Counted operations in forward passes (F) a product.",
         _table(result, _operations, jobs=("a1", "a8", "b")),
-        "Relative error against a float64 finite difference of the gradient: whole Hessian (the worse of a random "
+        "Relative error against a float64 finite difference of the gradient: whole Hessian "
+        "(the worse of a random "
         "vector and one on norms and biases alone) / worst of three blocks.",
         _correctness(result),
         *_remarks(result),

@@ -1,9 +1,10 @@
 """What a blockwise JS0 run will cost, counted without a device.
 
-The model is built of meta tensors, which have no data. Counted is the plain route: the gradient's graph recorded once and differentiated again for every
-probe, step and block. Operations are those of matrix products, traffic is what every operator reads
-and writes when none is fused with another, memory is what autograd saves. A block of a fused tensor
-(GPT-2's q, k and v) costs what its tensor costs.
+The model is built of meta tensors, which have no data. Counted is the plain route: the gradient's
+graph recorded once and differentiated again for every probe, step and block. Operations are those
+of matrix products, traffic is what every operator reads and writes when none is fused with another,
+memory is what autograd saves. A block of a fused tensor (GPT-2's q, k and v) costs what its tensor
+costs.
 
 Letters: k probes, m Lanczos steps, n size of a block.
 """

@@ -1,7 +1,7 @@
 """The published libraries as contenders, each used as its documentation tells a user to.
 
-``how`` says in what way. All attention runs on PyTorch's math kernel (the others have no second derivative), which the caller
-selects for everyone.
+``how`` says in what way. All attention runs on PyTorch's math kernel (the others have no second
+derivative), which the caller selects for everyone.
 """
 
 import contextlib

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from hessian_tools import quadratic
 from hessian_tools.app.report import table
 from hessian_tools.quadratic import Quadratic
+from hessian_tools.quadratic.theory import gd_and_adam_iterations
 
 KAPPA = 2000
 BASES, STARTS = 12, 12  # random bases of a problem, starts in each
@@ -78,11 +79,7 @@ def noisy_assignments(each: int) -> list[list[list[float]]]:
 def gain(q: Quadratic, starts: int) -> np.ndarray:
     """(2,) median iterations of GD and of Adam over problems and starts, in closed form."""
     w0 = quadratic.draw_starts(q, starts, SEED)
-    settings = quadratic.METHOD_DEFAULTS["adam"]
-    best_step = 2 / (q.smallest + q.largest)
-    gd = quadratic.linear_iterations(q, "gd", w0, best_step[:, None], TOLERANCE)
-    steps = 1 / quadratic.extremes(q, "adam", settings, w0)[1]
-    adam = quadratic.linear_iterations(q, "adam", w0, steps, TOLERANCE, **settings)
+    gd, adam = gd_and_adam_iterations(q, w0, TOLERANCE)
     return np.array([np.median(gd), np.median(adam)])
 
 

@@ -22,6 +22,7 @@ from script import Script
 import hessian_tools as ht
 from hessian_tools import quadratic
 from hessian_tools.quadratic import BoundCheck, Quadratic
+from hessian_tools.quadratic.theory import gd_and_adam_iterations
 from hessian_tools.results import write_atomically
 
 BASES, STARTS = 400, 5  # of the medians
@@ -79,12 +80,8 @@ def medians(bases: int, starts: int) -> list[Row]:
     for (number, kappa), stated in MEDIANS.items():
         q = quadratic.case(number, kappa=kappa, seed=SEED, num_problems=bases)
         w0 = quadratic.draw_starts(q, starts, SEED)
-        adam = quadratic.METHOD_DEFAULTS["adam"]
-        best_step = 2 / (q.smallest + q.largest)
-        gd = quadratic.linear_iterations(q, "gd", w0, best_step[:, None], TOLERANCE)
-        safe = 1 / quadratic.extremes(q, "adam", adam, w0)[1]
-        by_adam = quadratic.linear_iterations(q, "adam", w0, safe, TOLERANCE, **adam)
-        for name, number_stated, counts in zip(("GD", "Adam"), stated, (gd, by_adam), strict=True):
+        counted = gd_and_adam_iterations(q, w0, TOLERANCE)
+        for name, number_stated, counts in zip(("GD", "Adam"), stated, counted, strict=True):
             resampled = [np.median(counts[draw.integers(bases, size=bases)]) for _ in range(400)]
             low, high = np.quantile(resampled, (0.025, 0.975))
             quartiles = ", ".join(f"{x:,.0f}" for x in np.quantile(counts, (0.25, 0.75)))
@@ -286,9 +283,7 @@ def curves_of(number: int, starts: int, steps: int) -> tuple[str, dict[str, Any]
     q = quadratic.case(number, kappa=2000 if number > 2 else None)
     curves = {
         "runs": quadratic.compare(q, CURVES, num_starts=starts, num_steps=steps, seed=SEED),
-        "eigenvalues": {
-            name: e[0].numpy() for name, e in zip(q.block_names, q.eigenvalues, strict=True)
-        },
+        "eigenvalues": q.by_block(),
         "constants": quadratic.constants(q, num_starts=CURVE_STARTS),
         "heterogeneity": q.heterogeneity(),
     }

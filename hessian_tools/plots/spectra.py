@@ -1,15 +1,20 @@
-"""Figures: each function draws one result. The only place that imports matplotlib; no window, no global state."""
+"""Figures of spectra and of their heterogeneity: each function draws one result.
+
+No window is opened and no global state is changed.
+"""
 
 import io
 import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from numpy.typing import NDArray
 
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
 from hessian_tools.heterogeneity.readings import READINGS
@@ -21,183 +26,230 @@ MAX_PANELS = 48  # more small multiples than these cannot be read on one page
 MAX_LABELS = 60  # more names than these on the side of a heat map would overlap
 PAGE = 14.0  # inches, the widest small multiples
 LETTER = 0.064  # inches of a letter in a block's name
-LINE, FILL, MARK = "#1f4e79", "#9ecae1", "#d55e00"  # told apart in every kind of colour vision
+# Colours that differ in every kind of colour vision.
+LINE = "#1f4e79"
+FILL = "#9ecae1"
+MARK = "#d55e00"
 
 
 def draw(folder: Path, spectra: BlockSpectra, js: JSHeterogeneity | None, title: str) -> list[Path]:
-    """Writes a run's pictures: block_spectra.png (spectrum.png for one block alone) and, with ``js``, js_matrix.png."""
+    """Writes a run's pictures and returns their paths.
+
+    block_spectra.png (spectrum.png for one block alone) and, with ``js``, js_matrix.png.
+    """
     if len(spectra) == 1:
         (name,) = spectra.names
         figure = Figure((8, 4.4), layout="constrained")
         spectrum(figure.subplots(), spectra[name])
         titled(figure, f"{title}: Hessian spectrum of {name}")
         return [written(figure, folder / "spectrum.png")]
-    paths = [
-        written(
-            block_spectra(spectra, title=f"{title}: Hessian spectra by block"),
-            folder / "block_spectra.png",
-        )
-    ]
+    figure = block_spectra(spectra, title=f"{title}: Hessian spectra by block")
+    paths = [written(figure, folder / "block_spectra.png")]
     if js is not None:
-        side, margin = (
-            min(9.0, max(2.5, 0.155 * len(js.names))),
-            LETTER * max(map(len, shortened(js.names))),
-        )
-        readings = [name for name in js.readings if READINGS[name].drawn]
-        figure = Figure(
-            (len(readings) * (side + 1.2) + margin, side + margin + 1.2), layout="compressed"
-        )
-        panels = figure.subplots(1, len(readings), sharey=True, squeeze=False)[0]
-        for panel, reading in zip(panels, readings, strict=True):
-            js_matrix(panel, js, reading)
-        titled(figure, f"{title}: distances between block spectra")
-        paths.append(written(figure, folder / "js_matrix.png"))
+        matrices = js_matrices(js, title=f"{title}: distances between block spectra")
+        paths.append(written(matrices, folder / "js_matrix.png"))
     return paths
 
 
 def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
-    """Small multiples, a panel a block: share of eigenvalues per decade over one symlog eigenvalue axis shared by all.
+    """Small multiples, a panel a block: share of eigenvalues per decade over one symlog axis.
 
-    Both axes are logarithmic, for what matters (outliers) is few eigenvalues far out. The lowest share drawn is about
-    that of one eigenvalue of the largest block. Each panel tells its smallest and largest eigenvalue (Ritz values).
-    Beyond MAX_PANELS blocks, the title says how many of them (evenly spread) are shown.
+    Both axes are logarithmic, for what matters (outliers) is few eigenvalues far out. The lowest
+    share drawn is about that of one eigenvalue of the largest block. Each panel gives its smallest
+    and largest Ritz value. Beyond MAX_PANELS blocks, the title says how many of them (evenly
+    spread) are shown.
     """
-    shown = np.unique(np.linspace(0, len(spectra) - 1, min(len(spectra), MAX_PANELS)).astype(int))
-    names, labels = [spectra.names[i] for i in shown], shortened(spectra.names)
-    width = max(2.1, LETTER * max(len(labels[i]) for i in shown))
-    most = max(2, min(6, int(PAGE / width)))
-    columns = (
-        len(shown) if len(shown) <= most else most - (-len(shown) % most > -len(shown) % (most - 1))
-    )
-    rows = -(-len(shown) // columns)
-    figure = Figure((max(5.0, width * columns + 0.7), 1.5 * rows + 1.2), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    count = min(len(spectra), MAX_PANELS)
+    shown = np.unique(np.linspace(0, len(spectra) - 1, count).astype(int))
+    labels = shortened(spectra.names)
+    figure, panels = _grid_of_panels([labels[i] for i in shown])
     density = spectral_density(spectra, grid="symlog")
-    lowest = math.floor(math.log10(0.5 / max(quadrature.size for quadrature in spectra.values())))
-    for panel, row, name in zip(panels.flat, shown, names, strict=False):
+    largest = max(quadrature.size for quadrature in spectra.values())
+    lowest = math.floor(math.log10(0.5 / largest))
+    for panel, row in zip(panels.flat, shown, strict=False):
+        quadrature = spectra[spectra.names[row]]
         _filled(panel, density.grid, density.values[row], 10.0**lowest)
-        ends = [spectra[name].smallest.value, spectra[name].largest.value]
-        panel.plot(
-            density.axis.position(np.array(ends)), [10.0**lowest] * 2, "|", color=MARK, markersize=9
-        )
-        panel.text(0.5, 0.95, "{:.3g}  to  {:.3g}".format(*ends), transform=panel.transAxes, fontsize=6.5, color=MARK,
-                   ha="center", va="top")  # fmt: skip
+        _mark_ends(panel, density.axis, quadrature, 10.0**lowest)
         panel.set_title(labels[row], fontsize=7.5, pad=3)
         panel.tick_params(labelsize=6.5)
-    for index, panel in enumerate(panels.flat):
-        panel.set_visible(index < len(shown))
-        panel.tick_params(labelbottom=index + columns >= len(shown))
-    symlog_ticks(panels[0, 0], density.axis, density.grid[0], density.grid[-1])
-    panels[0, 0].set_ylim(
-        10.0**lowest, 2 * 10 ** (-lowest / 4)
-    )  # a share is at most 2 a decade; then room for text
-    panels[0, 0].set_yticks(
-        [10.0**power for power in range(0, lowest - 1, -max(1, round(-lowest / 3)))]
-    )
-    panels[0, 0].yaxis.set_minor_locator(NullLocator())
+    first: Axes = panels[0, 0]
+    symlog_ticks(first, density.axis, density.grid[0], density.grid[-1])
+    _share_ticks(first, lowest)
     missing = f" ({len(shown)} of {len(spectra)} shown)" if len(shown) < len(spectra) else ""
     titled(figure, f"{title}{missing}")
     linear = f"logarithmic beyond ±{density.axis.linthresh:.1g}, linear between"
-    figure.supxlabel(
-        f"eigenvalue ({linear})\nsmallest and largest of each block marked", fontsize=8
+    horizontal = f"eigenvalue ({linear})\nsmallest and largest of each block marked"
+    figure.supxlabel(horizontal, fontsize=8)
+    vertical = f"share of eigenvalues per decade\n(kernel of {density.width:g} decades)"
+    figure.supylabel(vertical, fontsize=8)
+    return figure
+
+
+def _grid_of_panels(labels: Sequence[str]) -> tuple[Figure, NDArray[Any]]:  # of Axes
+    """A figure with a panel a label; panels that are left over are hidden."""
+    count = len(labels)
+    width = max(2.1, LETTER * max(map(len, labels)))
+    most = max(2, min(6, int(PAGE / width)))
+    columns = count
+    if count > most:
+        # one column fewer where that leaves fewer places empty
+        is_fuller = -count % most > -count % (most - 1)
+        columns = most - is_fuller
+    rows = -(-count // columns)
+    size = (max(5.0, width * columns + 0.7), 1.5 * rows + 1.2)
+    figure = Figure(size, layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for index, panel in enumerate(panels.flat):
+        panel.set_visible(index < count)
+        panel.tick_params(labelbottom=index + columns >= count)
+    return figure, panels
+
+
+def _mark_ends(panel: Axes, axis: Axis, quadrature: Quadrature, lowest: float) -> None:
+    """The smallest and the largest Ritz value, as marks at the bottom and as numbers."""
+    ends = [quadrature.smallest.value, quadrature.largest.value]
+    panel.plot(axis.position(np.array(ends)), [lowest] * 2, "|", color=MARK, markersize=9)
+    panel.text(
+        0.5,
+        0.95,
+        "{:.3g}  to  {:.3g}".format(*ends),
+        transform=panel.transAxes,
+        fontsize=6.5,
+        color=MARK,
+        ha="center",
+        va="top",
     )
-    figure.supylabel(
-        f"share of eigenvalues per decade\n(kernel of {density.width:g} decades)", fontsize=8
-    )
+
+
+def _share_ticks(panel: Axes, lowest: int) -> None:
+    """Powers of ten from 10^``lowest`` to 1."""
+    # a share is at most 2 a decade; then room for text
+    panel.set_ylim(10.0**lowest, 2 * 10 ** (-lowest / 4))
+    step = max(1, round(-lowest / 3))
+    panel.set_yticks([10.0**power for power in range(0, lowest - 1, -step)])
+    panel.yaxis.set_minor_locator(NullLocator())
+
+
+def js_matrices(js: JSHeterogeneity, *, title: str = "") -> Figure:
+    """Heat maps of the readings that are drawn, side by side."""
+    side = min(9.0, max(2.5, 0.155 * len(js.names)))
+    margin = LETTER * max(map(len, shortened(js.names)))
+    readings = [name for name in js.readings if READINGS[name].drawn]
+    size = (len(readings) * (side + 1.2) + margin, side + margin + 1.2)
+    figure = Figure(size, layout="compressed")
+    panels = figure.subplots(1, len(readings), sharey=True, squeeze=False)[0]
+    for panel, reading in zip(panels, readings, strict=True):
+        js_matrix(panel, js, reading)
+    titled(figure, title)
     return figure
 
 
 def js_matrix(axes: Axes, js: JSHeterogeneity, reading: str) -> None:
     """Heat map of one reading between all pairs of blocks, (B, B)."""
-    found, labels = js.readings[reading], shortened(js.names)
-    image = axes.imshow(found.matrix, cmap="viridis", interpolation="nearest")
+    result = js.readings[reading]
+    labels = shortened(js.names)
+    image = axes.imshow(result.matrix, cmap="viridis", interpolation="nearest")
     every = -(-len(labels) // MAX_LABELS)
     axes.set_xticks(range(0, len(labels), every), labels[::every], rotation=90, fontsize=6.5)
     axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=6.5)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
-    bar.set_label(found.unit, fontsize=8)
+    bar.set_label(result.unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    error = "" if math.isnan(found.standard_error) else f" ± {found.standard_error:.2g}"
-    axes.set_title(
-        f"{READINGS[reading].title}\nmean over pairs {found.mean:.3g}{error} {found.unit}",
-        fontsize=9,
-    )
+    is_known = not math.isnan(result.standard_error)
+    error = f" ± {result.standard_error:.2g}" if is_known else ""
+    mean = f"mean over pairs {result.mean:.3g}{error} {result.unit}"
+    axes.set_title(f"{READINGS[reading].title}\n{mean}", fontsize=9)
 
 
 def spectrum(axes: Axes, quadrature: Quadrature, *, num_outliers: int = 10) -> None:
-    """One spectrum: density over a linear eigenvalue axis, logarithmic upwards, outliers marked (see :func:`outliers`).
+    """One spectrum: density over a linear eigenvalue axis, logarithmic upwards.
 
-    The kernel is 0.6 of the mean distance of the nodes, so that the density shows none of the single nodes, but for
-    exact spectra not below 1/200 of the range.
+    :func:`outliers` are marked. The kernel is 0.6 of the mean distance of the nodes, so that the
+    density shows none of the single nodes, but for exact spectra not below 1/200 of the range.
     """
     span = float(np.ptp(quadrature.nodes))
     width = span * max(1 / 200, 0.6 / quadrature.nodes.shape[1]) or None
     density = spectral_density(quadrature, num_points=4_000, width=width)
-    floor = (
-        0.1 / quadrature.size / (density.width * math.sqrt(2 * math.pi))
-    )  # a tenth of one eigenvalue's peak
+    peak = 1 / quadrature.size / (density.width * math.sqrt(2 * math.pi))  # one eigenvalue's
+    floor = 0.1 * peak
     _filled(axes, density.grid, density.values[0], floor)
     marked = outliers(quadrature, num_outliers)
     if len(marked):
         label = f"{len(marked)} outliers, converged to 1 %"
-        axes.plot(
-            marked, np.full(len(marked), 2 * floor), "v", color=MARK, markersize=5, label=label
-        )
+        heights = np.full(len(marked), 2 * floor)
+        axes.plot(marked, heights, "v", color=MARK, markersize=5, label=label)
         axes.legend(fontsize=8, frameon=False)
     ends = f"smallest {quadrature.smallest.value:.4g}, largest {quadrature.largest.value:.4g}"
     axes.set_title(f"n = {quadrature.size:,}, {ends}", fontsize=9)
     axes.set_xlabel("eigenvalue of the mean loss's Hessian", fontsize=9)
-    axes.set_ylabel(
-        f"density per unit of eigenvalue\n(Gaussian kernel of {density.width:.2g})", fontsize=9
-    )
+    vertical = f"density per unit of eigenvalue\n(Gaussian kernel of {density.width:.2g})"
+    axes.set_ylabel(vertical, fontsize=9)
     axes.set_ylim(floor, None)
 
 
-def outliers(quadrature: Quadrature, count: int) -> np.ndarray:
+def outliers(quadrature: Quadrature, count: int) -> NDArray[np.float64]:
     """At most ``count`` single eigenvalues far outside the bulk, ascending.
 
-    They are Ritz values of the probe that reaches furthest: above 4 times the rms eigenvalue in magnitude (a
-    semicircle ends at 2), known to 1 % by their residual bound, of a weight that is one eigenvalue's (1/n on average,
-    up to 20/n by chance); the largest in magnitude, copies that differ by less than 1e-3 once.
+    They are Ritz values of the probe that reaches furthest: above 4 times the rms eigenvalue in
+    magnitude (a semicircle ends at 2), known to 1 % by their residual bound, of a weight that is
+    one eigenvalue's (1/n on average, up to 20/n by chance); the largest in magnitude, copies that
+    differ by less than 1e-3 once.
     """
     best = int(np.argmax(np.abs(quadrature.nodes).max(axis=1)))
-    nodes, residuals, weights = (
-        a[best] for a in (quadrature.nodes, quadrature.residuals, quadrature.weights)
-    )
+    nodes = quadrature.nodes[best]
+    weights = quadrature.weights[best]
     sizes = np.abs(nodes)
-    single = (weights > 0) & (weights < 20 / quadrature.size)
-    found = nodes[single & (residuals <= 0.01 * sizes) & (sizes > 4 * quadrature.rms.value)]
-    found = found[np.diff(found, prepend=-np.inf) > 1e-3 * np.abs(found)]
-    return np.sort(found[np.argsort(-np.abs(found))[:count]])
+    is_single = (weights > 0) & (weights < 20 / quadrature.size)
+    is_known = quadrature.residuals[best] <= 0.01 * sizes
+    is_far = sizes > 4 * quadrature.rms.value
+    values = nodes[is_single & is_known & is_far]
+    is_new = np.diff(values, prepend=-np.inf) > 1e-3 * np.abs(values)
+    values = values[is_new]
+    return np.sort(values[np.argsort(-np.abs(values))[:count]])
 
 
 def symlog_ticks(axes: Axes, axis: Axis, low: float, high: float) -> None:
-    """Ticks at powers of ten of the eigenvalue, on both sides of zero where there are any, on an axis in decades."""
+    """Ticks at powers of ten of the eigenvalue, on both sides of zero, on an axis in decades."""
     step = max(1, math.ceil((high - low) / 5))  # decades between labels, so that they do not touch
-    powers = 10.0 ** (math.ceil(math.log10(axis.linthresh)) + np.arange(max(high, -low) + 1))
+    first = math.ceil(math.log10(axis.linthresh))
+    powers = 10.0 ** (first + np.arange(max(high, -low) + 1))
     powers = powers[axis.position(powers) <= max(high, -low)]
     major = powers[axis.position(powers) >= 0.7 * step]
-    both = major[axis.position(major) <= min(high, -low)]  # the same labels left and right
-    major = (both if len(both) else major)[::-1][::step]
-    for values, minor in (
-        (np.concatenate([-major, [0.0], major]), False),
-        (np.concatenate([-powers, powers]), True),
-    ):
-        positions = axis.position(values)
-        inside = (positions >= low) & (positions <= high)
-        axes.set_xticks(
-            positions[inside], None if minor else [_power(v) for v in values[inside]], minor=minor
-        )
+    on_both_sides = major[axis.position(major) <= min(high, -low)]
+    if len(on_both_sides):  # the same labels left and right
+        major = on_both_sides
+    major = major[::-1][::step]
+    labelled = np.concatenate([-major, [0.0], major])
+    labelled = labelled[_is_between(axis, labelled, low, high)]
+    axes.set_xticks(axis.position(labelled), [_power(value) for value in labelled])
+    unlabelled = np.concatenate([-powers, powers])
+    unlabelled = unlabelled[_is_between(axis, unlabelled, low, high)]
+    axes.set_xticks(axis.position(unlabelled), minor=True)
+
+
+def _is_between(
+    axis: Axis,
+    eigenvalues: NDArray[np.float64],
+    low: float,
+    high: float,
+) -> NDArray[np.bool_]:
+    positions = axis.position(eigenvalues)
+    return (positions >= low) & (positions <= high)
 
 
 def shortened(names: Sequence[str]) -> list[str]:
     """Names without ``.weight``, if they stay different, and without what all share at the front."""
     bare = [name.replace(".weight", "") for name in names]
     names = bare if len(set(bare)) == len(bare) else names
-    prefix = names[0].split(".") if len(names) > 1 else []
-    while prefix and not all(name.startswith(".".join([*prefix, ""])) for name in names):
-        prefix.pop()
-    return [name[len(".".join([*prefix, ""])) if prefix else 0 :] for name in names]
+    if len(names) < 2:
+        return list(names)
+    pieces = names[0].split(".")
+    while pieces:
+        prefix = ".".join(pieces) + "."
+        if all(name.startswith(prefix) for name in names):
+            return [name[len(prefix) :] for name in names]
+        pieces.pop()
+    return list(names)
 
 
 def titled(figure: Figure, title: str) -> None:
@@ -214,11 +266,19 @@ def written(figure: Figure, path: Path) -> Path:
     return write_atomically(path, buffer.getvalue())
 
 
-def _filled(axes: Axes, grid: np.ndarray, values: np.ndarray, floor: float) -> None:
+def _filled(
+    axes: Axes,
+    grid: NDArray[np.float64],
+    values: NDArray[np.float64],
+    floor: float,
+) -> None:
     values = np.maximum(values, floor)
     axes.fill_between(grid, values, floor, color=FILL, linewidth=0)
     axes.semilogy(grid, values, color=LINE, linewidth=0.9)
 
 
 def _power(value: float) -> str:
-    return f"${'-' if value < 0 else ''}10^{{{round(math.log10(abs(value)))}}}$" if value else "0"
+    if not value:
+        return "0"
+    sign = "-" if value < 0 else ""
+    return f"${sign}10^{{{round(math.log10(abs(value)))}}}$"

@@ -34,7 +34,8 @@ from hessian_tools.curvature.engine.memory import format_bytes
 # bytes a second
 ASSUMED_RATES = {"float32": 50e12, "tf32": 400e12, "bfloat16": 790e12}
 BANDWIDTH = 4.3e12
-SHARE = 0.5  # of that rate that the matrix products alone are taken to reach; the rest is counted as traffic
+# of that rate that the matrix products alone are taken to reach; the rest is counted as traffic
+SHARE = 0.5
 GPT2_PRECISIONS = ("tf32", "bfloat16", "float32")
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("rates", "products", "launches", "gpt2", "llama")
@@ -143,11 +144,14 @@ def report(args: argparse.Namespace, run: gpu_js0.Settings, out: Path) -> str:
     measured = [row["rate"] for row in rows if row["precision"] == run.precision]
     note = "" if measured else "; rate and bandwidth are assumptions about an H200-class card"
     rate = max(measured, default=ASSUMED_RATES[run.precision])
-    plan = gpu_js0.plan(
-        replace(run, precision="float32") if run.precision == "tf32" else run
-    )  # tf32 moves as much
+    # TF32 moves as many bytes as float32
+    counted = replace(run, precision="float32") if run.precision == "tf32" else run
+    plan = gpu_js0.plan(counted)
     needed = plan.operations / (60 * run.goal_minutes) / rate
-    goal = f"the goal of {run.goal_minutes:g} minutes asks for {needed:.2%} of that rate, everything included{note}"
+    goal = (
+        f"the goal of {run.goal_minutes:g} minutes asks for {needed:.2%} of that rate, everything "
+        f"included{note}"
+    )
     return f"{plan.report(rate, args.share, BANDWIDTH)}\n{goal}"
 
 

@@ -156,8 +156,8 @@ def as_table(found: dict[str, Any]) -> str:
         "of the peak rate",
         "products alone, s",
     )
-    title = f"{found['runs']:,} runs of {found['steps']:,} steps, d = 90, float64, {named(found['hardware'])}; "
-    title += f"peak {found['peak_flop_per_second'] / 1e9:.0f} GFLOP/s"
+    title = f"{found['runs']:,} runs of {found['steps']:,} steps, d = 90, float64, "
+    title += f"{named(found['hardware'])}; peak {found['peak_flop_per_second'] / 1e9:.0f} GFLOP/s"
     return "\n".join(
         [title + (f" ({found['note']})" if found["note"] else ""), table(header, rows)]
     )

@@ -54,8 +54,8 @@ def main(
         "kappa": r"$\max_l\,\kappa_l$",
         **{name: title for name, (title, _) in TITLES.items() if name != "kappa"},
     }
-    title = "Adam's gain over GD on the same eigenvalues (κ = 2000) put into blocks in all ways; best predicted by: "
-    title += best[found["best"]]
+    title = "Adam's gain over GD on the same eigenvalues (κ = 2000) put into blocks in all ways; "
+    title += f"best predicted by: {best[found['best']]}"
     figure.suptitle(
         f"{title}\n(ρ: rank correlation with 95 % interval, in the order of the legend)",
         fontsize=10,

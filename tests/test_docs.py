@@ -1,4 +1,5 @@
-"""The documents: code blocks run, links and pictures exist, tables and the reference are current."""
+"""The documents: code blocks run, links and pictures exist, tables and the reference are
+current."""
 
 import importlib.util
 import os

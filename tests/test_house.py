@@ -4,6 +4,7 @@ README run."""
 import ast
 import graphlib
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -125,6 +126,20 @@ def test_import_loads_nothing_heavy():
     heavy = {"torchvision", "transformers", "matplotlib", "tokenizers", "PIL"}
     loaded = run(sys.executable, "-c", "import sys, hessian_tools; print(*sys.modules)").split()
     assert "torch" in loaded and not heavy & set(loaded)
+
+
+def test_the_figures_of_the_house():
+    """What benchmarks/house.py prints, held to the limits that the package has set itself."""
+    spec = importlib.util.spec_from_file_location("house", ROOT / "benchmarks" / "house.py")
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    figures = house.measured(ROOT)
+    assert int(figures["files in the largest folder"]) <= 14
+    assert float(figures["tokens a line of code"]) <= 9
+    assert int(figures["of complexity above 12"]) == 0
+    assert int(figures["lines above 100 columns"]) == 0
+    assert int(figures["circles among modules"]) == 0
+    assert int(figures["Any"]) < 60
 
 
 def test_no_file_is_named_after_nothing():

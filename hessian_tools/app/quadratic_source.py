@@ -1,4 +1,5 @@
-"""The quadratic that ``hessian-tools quadratic`` is asked for: a case, a file, a measured network."""
+"""The quadratic that ``hessian-tools quadratic`` is asked for: a case, a file, a measured
+network."""
 
 import argparse
 import json

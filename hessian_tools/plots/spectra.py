@@ -238,7 +238,8 @@ def _is_between(
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """Names without ``.weight``, if they stay different, and without what all share at the front."""
+    """Names without ``.weight``, if they stay different, and without what all share at the
+    front."""
     bare = [name.replace(".weight", "") for name in names]
     names = bare if len(set(bare)) == len(bare) else names
     if len(names) < 2:

@@ -37,7 +37,8 @@ def fixed_preconditioner(
     settings: Settings,
     starts: Tensor,
 ) -> Tensor | None:
-    """P as in :class:`hessian_tools.quadratic.methods.Rule`; None for a method without a fixed P."""
+    """P as in :class:`hessian_tools.quadratic.methods.Rule`; None for a method without a fixed
+    P."""
     # P does not depend on eta, which is 1 here
     gradient = starts @ problem.hessian
     rule = METHODS[method](problem, gradient, torch.ones_like(gradient[..., :1]), **settings)

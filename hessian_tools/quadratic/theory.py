@@ -110,7 +110,8 @@ def constants(
 @registered
 @dataclass(frozen=True)
 class Scorecard:
-    """How often "Adam beats GD when r max_l kappa_l <= kappa" was right over problems and starts."""
+    """How often "Adam beats GD when r max_l kappa_l <= kappa" was right over problems and
+    starts."""
 
     name: str  # which constant the prediction used
     predicted_and_won: int
@@ -166,7 +167,8 @@ def gd_and_adam_iterations(
     starts: Tensor,
     tolerance: float,
 ) -> tuple[Floats, Floats]:
-    """(N, S) iterations to ``tolerance`` of GD at 2 / (mu + L) and of the theorem's Adam at 1 / a_max.
+    """(N, S) iterations to ``tolerance`` of GD at 2 / (mu + L) and of the theorem's Adam at 1 /
+    a_max.
 
     They are those of :func:`linear_iterations`, so that no run ends too early.
     """

@@ -1,4 +1,5 @@
-"""Pictures: what is written on them, that nothing overlaps or is cut off, and that marked outliers are eigenvalues."""
+"""Pictures: what is written on them, that nothing overlaps or is cut off, and that marked outliers
+are eigenvalues."""
 
 import dataclasses
 import inspect

@@ -111,13 +111,17 @@ def arithmetic(model: nn.Module, precision: str = PRECISIONS[0]) -> Arithmetic:
         )
     trainable = [p for p in parameters if p.requires_grad]
     vectors = functools.reduce(torch.promote_types, (p.dtype for p in trainable), torch.float32)
-    convolves = any(isinstance(module, _ConvNd | nn.RNNBase) for module in model.modules())
-    chosen = Arithmetic(coarsest, vectors, trainable[0].device, precision, convolves)
+    device = trainable[0].device
+    chosen = Arithmetic(coarsest, vectors, device, precision, _convolves(model))
     if precision == "tf32" and chosen.name != "tf32":
         warnings.warn(
             f"{chosen}; products are what precision='ieee' gives", RuntimeWarning, stacklevel=3
         )
     return chosen
+
+
+def _convolves(model: nn.Module) -> bool:
+    return any(isinstance(module, _ConvNd | nn.RNNBase) for module in model.modules())
 
 
 def _refuse_narrow(parameters: Sequence[Tensor]) -> None:

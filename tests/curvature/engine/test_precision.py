@@ -1,4 +1,5 @@
-"""Low precision: float32 around a bfloat16 model, TF32 only inside products, errors bounded by what theory allows."""
+"""Low precision: float32 around a bfloat16 model, TF32 only inside products, errors bounded by what
+theory allows."""
 
 import copy
 import math
@@ -76,9 +77,11 @@ def test_vectors_are_never_narrower_than_float32(dtype):
 
 
 def test_products_keep_within_the_bound_of_rounding():
-    """Componentwise (Higham 2002, section 3.5): j roundings on the way give |error| <= ((1 + u)^j - 1) |X'| |X| |v| c.
+    """Componentwise (Higham 2002, section 3.5): j roundings on the way give |error| <= ((1 + u)^j -
+    1) |X'| |X| |v| c.
 
-    There are six at most: the vector, X v, its two factors, X' (.), the product; sums are float32 and N a power of 2.
+    There are six at most: the vector, X v, its two factors, X' (.), the product; sums are float32
+        and N a power of 2.
     """
     problem, x = linear_regression(32, 20, BF16)
     hessian = ht.HessianOperator(problem)
@@ -94,9 +97,11 @@ def test_products_keep_within_the_bound_of_rounding():
 
 @pytest.mark.parametrize("name", ["gpt", "batchnorm-batch"])
 def test_lanczos_on_noisy_products_keeps_within_the_noise(name):
-    """With E the errors of the products of Q: |T - Q'AQ| <= sqrt(2) |E|_F, so by Weyl's inequality every node too.
+    """With E the errors of the products of Q: |T - Q'AQ| <= sqrt(2) |E|_F, so by Weyl's inequality
+    every node too.
 
-    (Q' A^ Q is upper Hessenberg; T mirrors its lower half, Q'AQ is symmetric, and their lower halves differ by Q'E's.)
+    (Q' A^ Q is upper Hessenberg; T mirrors its lower half, Q'AQ is symmetric, and their lower
+    halves differ by Q'E's.)
     """
     problem = network(name, BF16)
     hessian, exact = ht.HessianOperator(problem), ht.HessianOperator(in_float64(problem))
@@ -133,7 +138,8 @@ def test_spectra_of_a_bfloat16_model_are_near_those_in_float64():
         for p in (problem, in_float64(problem))
     )
     for name, block in expected.items():
-        # one rounding of every entry costs 0.4 %; some forty lie on the way and add up like sqrt(40) where independent
+        # one rounding of every entry costs 0.4 %; some forty lie on the way and add up like
+        # sqrt(40) where independent
         assert found[name].rms.value == pytest.approx(
             block.rms.value, rel=math.sqrt(40) * ROUNDOFF
         ), name
@@ -143,7 +149,8 @@ def test_spectra_of_a_bfloat16_model_are_near_those_in_float64():
 
 
 def test_micro_batches_are_summed_in_float32():
-    """300 equal pieces: a sum in bfloat16 stops growing when a piece is below half a unit of its last digit."""
+    """300 equal pieces: a sum in bfloat16 stops growing when a piece is below half a unit of its
+    last digit."""
     x, y = torch.randn(1, 8, dtype=BF16), torch.ones(1, 1, dtype=BF16)
     model = nn.Linear(8, 1, dtype=BF16)
     many = ht.Problem(model, ht.mse, [(x.repeat(300, 1), y.repeat(300, 1))])
@@ -183,7 +190,8 @@ def test_casts_only_where_vectors_enter_and_products_leave():
 )
 @pytest.mark.parametrize("mode", ["full", "local", "none"])
 def test_noise_neither_ends_a_run_nor_spreads(eigenvalues, least_steps, mode):
-    """Exactly, the first two Krylov spaces end after 6 and 1 steps. Noise may hide that, but what follows is small."""
+    """Exactly, the first two Krylov spaces end after 6 and 1 steps. Noise may hide that, but what
+    follows is small."""
     operator = RoundedOperator(prescribed(eigenvalues, 200))
     settings = {
         "num_probes": 3,
@@ -277,7 +285,8 @@ SWITCHES = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backend
 
 
 def settings() -> list:
-    """All that PyTorch says about TF32; an interface that refuses to answer is an answer as well."""
+    """All that PyTorch says about TF32; an interface that refuses to answer is an answer as
+    well."""
     found = []
     for read in (
         lambda: torch.backends.cuda.matmul.allow_tf32,

@@ -1,4 +1,5 @@
-"""Segments: the same derivatives as the plain route, pruned, put back, and with a memory that is only the boundary."""
+"""Segments: the same derivatives as the plain route, pruned, put back, and with a memory that is
+only the boundary."""
 
 import functools
 
@@ -51,7 +52,8 @@ GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-DEEP_NETWORKS = {  # name -> (model, batches, Problem's keywords, number of layers, error that float64 reaches)
+# name -> (model, batches, Problem's keywords, number of layers, error that float64 reaches)
+DEEP_NETWORKS = {
     "gpt": (lambda: gpt(layers=3), lambda: _tokens((2, 1), 6, 11), {}, 3, 1e-12),
     "hf-gpt2": (lambda: hf("GPT2LMHeadModel", "GPT2Config", **GPT2), lambda: _tokens((2, 1), 6, 11), {}, 3, 1e-12),
     "hf-bert": (
@@ -211,7 +213,8 @@ def test_cross_entropy_by_chunks_is_cross_entropy(case):
 
 
 class Nested(nn.Module):
-    """Tensors in nested arguments, several outputs, one of them whole numbers, one without gradient, one no tensor."""
+    """Tensors in nested arguments, several outputs, one of them whole numbers, one without
+    gradient, one no tensor."""
 
     def forward(self, given, scale=None, flag=True):
         x, y = given["x"], given["more"][0]

@@ -68,7 +68,8 @@ class SymmetricOperator(ABC):
         self._validated(vector, ndim=1)
         return self.matmat(vector[None])[0]
 
-    def expect(self, num_matvecs: int, blocks: int = 1) -> None:  # noqa: B027 (a hook, empty by default)
+    # a hook that does nothing by default
+    def expect(self, num_matvecs: int, blocks: int = 1) -> None:  # noqa: B027
         """Announces how many products will follow, of this operator or of ``blocks`` blocks of it.
 
         An operator may prepare for a long run; this one does nothing. Algorithms that know how

@@ -55,7 +55,7 @@ def planned(
     """The plan of a simulation; missing settings take the method's defaults.
 
     Args:
-        num_recorded: about so many losses of each run are kept.
+        num_recorded: about how many losses of each run are kept.
     Raises:
         ValueError: for an unknown method or setting, or an argument out of range.
     """

@@ -90,13 +90,13 @@ def best_step(
     def tried(steps: Tensor) -> "_Tried":
         return _try(problem, plan, w0, steps.to(unit), progress)
 
-    found = tried(unit * _grid(lowest, highest).to(unit))
+    so_far = tried(unit * _grid(lowest, highest).to(unit))
     for _ in range(_EXTENSIONS):
-        if not found.at_edge():
+        if not so_far.at_edge():
             break
-        found = found.merged(tried(found.beyond()))
+        so_far = so_far.merged(tried(so_far.beyond()))
     for _ in range(_REFINEMENTS):
-        found = found.merged(tried(found.between()))
+        so_far = so_far.merged(tried(so_far.between()))
     kept = slice(None) if problem.batched else 0
     return Sweep(
         method,
@@ -104,12 +104,12 @@ def best_step(
         tolerance,
         w0.shape[1],
         num_steps,
-        steps=found.steps.numpy()[kept],
-        medians=found.medians.numpy()[kept],
-        losses=found.losses.numpy()[kept],
-        diverged=found.diverged.numpy()[kept],
-        best=np.asarray(found.best().numpy()[kept]),
-        at_edge=found.at_edge(),
+        steps=so_far.steps.numpy()[kept],
+        medians=so_far.medians.numpy()[kept],
+        losses=so_far.losses.numpy()[kept],
+        diverged=so_far.diverged.numpy()[kept],
+        best=np.asarray(so_far.best().numpy()[kept]),
+        at_edge=so_far.at_edge(),
     )
 
 

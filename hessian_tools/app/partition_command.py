@@ -377,7 +377,7 @@ def _drawn(this_run: _Run, report: PartitionReport) -> DenseBlock | Coupling | N
     hessian = this_run.hessian
     claimed = this_run.claimed
     probes = this_run.arguments.coupling
-    if sum(cut.num_blocks * cut.block_size for cut in claimed.cuts) <= MOST_DENSE:
+    if sum(cut.numel for cut in claimed.cuts) <= MOST_DENSE:
         return dense_block(hessian, claimed)
     if not probes:
         return None

@@ -117,7 +117,13 @@ def published_cuts(
             yield cut
 
 
-def _argument(survey: Survey, name: str, given: int | None, attribute: str, default: int) -> int:
+def _argument(
+    survey: Survey,
+    name: str,
+    given: int | None,
+    attribute: str,
+    default: int,
+) -> int:
     """``given``, or what the model's config says, or the package's default with a note."""
     if given is not None:
         if given < 1:
@@ -135,7 +141,8 @@ def _argument(survey: Survey, name: str, given: int | None, attribute: str, defa
 def _cut(site: Site, rule: str, run: int) -> tuple[Cut | None, str]:
     """(the cut, or None for a crash; a note or "")."""
     if rule == "adam":
-        return site.along(tuple(range(len(site.shape))), "element"), ""
+        every_axis = tuple(range(len(site.shape)))
+        return site.along(every_axis, "element"), ""
     if rule == "query_key":
         return _cut_into_runs(site, run)
     if not rule:
@@ -159,7 +166,8 @@ def _cut_into_slices(site: Site, rule: str) -> tuple[Cut | None, str]:
     if len(shape) < 2:
         return None, f"{crash} it has {len(shape)} axes, not 2"
     is_matrix = len(shape) == 2
-    if math.prod(shape[2:]) > 1 or (not is_matrix and shape[0] not in (1, shape[1])):
+    broadcasts = is_matrix or shape[0] in (1, shape[1])
+    if not broadcasts or math.prod(shape[2:]) > 1:
         return None, f"{crash} its shape is {shape}"
     # The rates, one a slice, are a matrix (slices, 1): broadcasting it against three axes pairs
     # them with the second.
@@ -172,11 +180,12 @@ def runs(site: Site, run: int) -> Cut:
 
     Splits axes rather than merging them where it can.
     """
-    inner = 1
+    inner = 1  # entries at one place of the axes up to this one
     for axis in reversed(range(len(site.shape))):
-        size = site.shape[axis]
-        if run % inner == 0 and (inner * size) % run == 0 and inner <= run:
-            view = (*site.shape[:axis], inner * size // run, run // inner, *site.shape[axis + 1 :])
+        around = inner * site.shape[axis]
+        if run % inner == 0 and around % run == 0 and inner <= run:
+            split = (around // run, run // inner)
+            view = (*site.shape[:axis], *split, *site.shape[axis + 1 :])
             return site.along(tuple(range(axis + 1)), "run", view)
-        inner *= size
+        inner = around
     return site.along((0,), "run", (inner // run, run))

@@ -7,13 +7,13 @@ It can cut a tensor into slices of the first axis of a matrix, into runs of entr
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import nn
 
 from hessian_tools.blocks.adam_mini import ATTRIBUTES, Keywords, adam_mini_names
 from hessian_tools.blocks.block import Cut, Part
-from hessian_tools.blocks.ownership import check_trained
+from hessian_tools.blocks.ownership import check_trained, trained_parameters
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.results import registered
 
@@ -53,7 +53,7 @@ def adam_mini_arguments(model: nn.Module, partition: Partition) -> AdamMiniArgum
     Raises:
         ValueError: for a partition of another model.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = trained_parameters(model)
     check_trained(partition.cuts, trained, "partition")
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
     wanted = _by_tensor(shapes, partition.cuts)
@@ -85,7 +85,7 @@ def _rules(
 ) -> tuple[dict[str, str], int]:
     """The published code's rule for each tensor, and the one length of runs."""
     # Heads for query and key, rows for value: the longer runs keep the former exact.
-    longest = {name: max(found, default=0) for name, found in lengths.items()}
+    longest = {name: max(several, default=0) for name, several in lengths.items()}
     rules = {
         name: _rule(shape, longest[name]) if wanted[name] else "adam"
         for name, shape in shapes.items()
@@ -102,7 +102,7 @@ def _rules(
 
 
 def _rule(shape: tuple[int, ...], length: int) -> str:
-    """The rule that makes such runs; "" for one block and for what none of them makes."""
+    """The rule that cuts a tensor into runs of ``length``; "" for one block and where none does."""
     if length in (0, math.prod(shape)):
         return ""
     if length == 1:
@@ -116,7 +116,7 @@ def _run_lengths(shape: tuple[int, ...], cuts: list[Cut]) -> set[int]:
     Empty for other blocks.
     """
     parts = [part for cut in cuts for part in cut.parts]
-    covers_all = sum(cut.num_blocks * cut.block_size for cut in cuts) == math.prod(shape)
+    covers_all = sum(cut.numel for cut in cuts) == math.prod(shape)
     is_joined = any(len(cut.parts) > 1 for cut in cuts)
     if is_joined or not covers_all or not all(map(_is_runs, parts)):
         return set()
@@ -125,49 +125,62 @@ def _run_lengths(shape: tuple[int, ...], cuts: list[Cut]) -> set[int]:
 
 def _is_runs(part: Part) -> bool:
     """Whether every piece is neighbouring entries that start at a multiple of their number."""
-    outer = [axis for axis in part.axes if part.view[axis] > 1]
-    inner = [a for a, size in enumerate(part.view) if size > 1 and a not in part.axes]
+    # Axes of one place move nothing.
+    moving = [axis for axis, size in enumerate(part.view) if size > 1]
+    outer = [axis for axis in moving if axis in part.axes]
+    inner = [axis for axis in moving if axis not in part.axes]
     if not inner:
         return True
     first = inner[0]
-    if min(inner) < max(outer, default=-1):
+    if outer and first < outer[-1]:
         return False
-    rest = math.prod(part.view[first + 1 :])
+    # One place of the first inner axis is a run of ``step`` entries.
+    step = math.prod(part.view[first + 1 :])
     span = part.index[first]
-    if part.block_size != rest * (span.stop - span.start):
+    if part.block_size != step * (span.stop - span.start):
         return False
-    starts = (part.view[first] * rest, span.start * rest)
+    # The first piece's start, and the distance to the next piece's.
+    starts = (span.start * step, part.view[first] * step)
     return all(start % part.block_size == 0 for start in starts)
 
 
 def _keywords(rules: Mapping[str, str]) -> Keywords:
     """Substrings that pick the tensors of each rule; none where no tensor has it."""
-    words: dict[str, tuple[str, ...]] = {field.name: () for field in fields(Keywords)}
-    for rule in ("adam", "query_key", "mlp"):
-        words[rule] = tuple(_endings(rule, rules))
-    return Keywords(**words)
+    return Keywords(
+        adam=_endings("adam", rules),
+        query_key=_endings("query_key", rules),
+        embedding=(),
+        output=(),
+        value=(),
+        mlp=_endings("mlp", rules),
+        attention_output=(),
+    )
 
 
-def _endings(rule: str, rules: Mapping[str, str]) -> list[str]:
-    """Short endings of the names with ``rule`` that are part of no name with another.
-
-    The full name where there is none.
-    """
-    names = [name.lower() for name, other in rules.items() if other == rule]
-    others = [name.lower() for name, other in rules.items() if other != rule]
+def _endings(rule: str, rules: Mapping[str, str]) -> tuple[str, ...]:
+    """Short endings of the names with ``rule`` that are part of no name with another rule."""
+    # The package lower-cases names before it looks for substrings.
+    names = [name.lower() for name in rules if rules[name] == rule]
+    others = [name.lower() for name in rules if rules[name] != rule]
     endings: list[str] = []
     for name in names:
-        if any(word in name for word in endings):
-            continue
-        pieces = name.split(".")
-        ending = name
-        for count in range(min(2, len(pieces)), len(pieces) + 1):
-            shorter = ".".join(pieces[-count:])
-            if not any(shorter in other for other in others):
-                ending = shorter
-                break
-        endings.append(ending)
-    return endings
+        if not any(word in name for word in endings):
+            endings.append(_ending(name, others))
+    return tuple(endings)
+
+
+def _ending(name: str, others: Sequence[str]) -> str:
+    """The shortest ending of ``name`` that is part of none of ``others``.
+
+    At least two pieces of the name, "o_proj.weight", which is what layers have in common; the full
+    name if every ending is part of another.
+    """
+    pieces = name.split(".")
+    for count in range(2, len(pieces)):
+        ending = ".".join(pieces[-count:])
+        if not any(ending in other for other in others):
+            return ending
+    return name
 
 
 def _why(wanted: list[Cut], made: list[Cut]) -> str:

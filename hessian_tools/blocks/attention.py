@@ -66,9 +66,11 @@ def _layout(
     """The projections of one module by their names inside it; empty if it is no attention."""
     if isinstance(module, nn.MultiheadAttention):
         return _of_torch(module)
-    linears = {
-        name: inner for name, inner in module.named_modules() if name and linear_features(inner)[1]
-    }
+    linears = {}
+    for name, inner in module.named_modules():
+        _, outputs = linear_features(inner)
+        if name and outputs:
+            linears[name] = inner
     is_known = all(join(path, f"{name}.weight") in known for name in linears)
     if is_known or not _may_be_attention(module, linears):
         return {}
@@ -80,7 +82,8 @@ def _marked_but_unread(model: nn.Module, read: list[str]) -> list[str]:
     unread = []
     for path, module in model.named_modules():
         is_marked = any(name in vars(module) for name in ATTENTION_MARKS)
-        if is_marked and not any(is_inside(path, r) or is_inside(r, path) for r in read):
+        is_read = any(is_inside(path, other) or is_inside(other, path) for other in read)
+        if is_marked and not is_read:
             unread.append(path)
     return unread
 
@@ -88,6 +91,7 @@ def _marked_but_unread(model: nn.Module, read: list[str]) -> list[str]:
 def _transformer_layers(model: nn.Module, attention: list[str]) -> tuple[str, ...]:
     """Members of the innermost lists of modules whose every member holds one of ``attention``."""
     stacks = _stacks(model, attention)
+    # A list of one layer counts only in a model that has none of several: it may be any wrapper.
     several = {path: members for path, members in stacks.items() if len(members) > 1}
     stacks = several or stacks
     layers: list[str] = []
@@ -115,17 +119,24 @@ def _holds_any(path: str, inner: list[str]) -> bool:
 
 
 def _of_torch(module: nn.MultiheadAttention) -> dict[str, Projection]:
+    """The layout that PyTorch documents, whether or not key and value have widths of their own."""
     width = module.embed_dim
     size = module.head_dim
     fused = Projection(("q", "k", "v"), (width,) * 3, size)
-    separate = {f"{role}_proj_weight": Projection((role,), (width,), size) for role in "qkv"}
-    output = {"out_proj.weight": Projection(("o",), (width,), size)}
-    return {"in_proj_weight": fused, "in_proj_bias": fused} | separate | output
+    layout = {"in_proj_weight": fused, "in_proj_bias": fused}
+    for role in ("q", "k", "v"):
+        layout[f"{role}_proj_weight"] = Projection((role,), (width,), size)
+    layout["out_proj.weight"] = Projection(("o",), (width,), size)
+    return layout
 
 
 def _may_be_attention(module: nn.Module, linears: dict[str, nn.Module]) -> bool:
     """Whether it is worth running: a few linear layers hold most of its parameters."""
     if not 1 < len(linears) <= MOST_LINEARS:
         return False
-    inside = sum(p.numel() for linear in linears.values() for p in linear.parameters())
-    return 2 * inside > sum(p.numel() for p in module.parameters())
+    inside = sum(_size(linear) for linear in linears.values())
+    return 2 * inside > _size(module)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -10,10 +10,9 @@ Letters: T tokens, F features of all linear layers together, d features of the a
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby, islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,11 +92,17 @@ class _Functional(TorchFunctionMode):
         super().__init__()
         self.leaves = {id(leaf.weight): leaf for leaf in leaves}
 
-    def __torch_function__(  # torch's own signature, untyped
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is nn.functional.linear and len(args) > 1 and id(args[1]) in self.leaves:
-            return self.leaves[id(args[1])](args[0])
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if func is nn.functional.linear and len(args) > 1:
+            leaf = self.leaves.get(id(args[1]))
+            if leaf is not None:
+                return leaf(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -151,7 +156,8 @@ class _Trial:
             allow_unused=True,
             materialize_grads=True,
         )
-        return torch.cat([gradient.flatten(1, -2) for gradient in gradients], dim=-1)[0].abs()
+        by_token = [gradient.flatten(1, -2) for gradient in gradients]  # (1, T, .) each
+        return torch.cat(by_token, dim=-1)[0].abs()
 
 
 def _twin(
@@ -162,7 +168,9 @@ def _twin(
 ) -> nn.Module:
     """A copy of ``module`` in float64 with the stand-ins in place of its linear layers."""
     # What deepcopy believes to have copied already, it does not copy: so leaves take their place.
-    replaced: dict[int, object] = {id(linears[name]): leaf for name, leaf in stand_ins.items()}
+    replaced: dict[int, object] = {}
+    for name, leaf in stand_ins.items():
+        replaced[id(linears[name])] = leaf
     twin = copy.deepcopy(module, replaced)
     twin = twin.to("cpu", torch.float64).eval().requires_grad_(False)
     # A gain that starts at zero would hide what it multiplies.
@@ -176,10 +184,11 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
 
     Its other arguments are neutral.
     """
-    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
-    required = [
-        p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-    ]
+    _, *parameters = inspect.signature(module.forward).parameters.values()
+    required = []
+    for p in parameters:
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD:
+            required.append(p.name)
     ones = torch.ones(1, x.shape[1], 1, dtype=x.dtype)
     zeros = torch.zeros(1, 1, 1, dtype=x.dtype)
     # What the transformers library calls its arguments: no rotation (cos, sin), positions, and
@@ -188,8 +197,9 @@ def _forward(module: nn.Module, x: Tensor) -> Tensor:
         "position_embeddings": (ones, 0 * ones),
         "position_ids": torch.arange(x.shape[1])[None],
     }
-    usual = {p.name: known[p.name] for p in parameters if p.name in known}
-    attended = {p.name: x for p in parameters if p.name == "encoder_hidden_states"}
+    names = {p.name for p in parameters}
+    usual = {name: value for name, value in known.items() if name in names}
+    attended = {name: x for name in ("encoder_hidden_states",) if name in names}
     for extra in ({}, attended):
         for value in (None, x, zeros):
             with suppress(Exception):  # the next arguments may fit
@@ -223,7 +233,8 @@ def _head_size(trial: _Trial, roles: Sequence[str]) -> int:
     is_query = torch.tensor([role == "q" for role in roles])
 
     def queries_behind(feature: int) -> list[int]:
-        reach = trial.reach((torch.arange(width) == feature).double())[-1]
+        unit = (torch.arange(width) == feature).double()
+        reach = trial.reach(unit)[-1]
         reached = reach[is_query] > TOLERANCE * reach.max()
         return reached.nonzero().flatten().tolist()
 
@@ -238,19 +249,26 @@ def _head_size(trial: _Trial, roles: Sequence[str]) -> int:
     return size
 
 
-def _layout(trial: _Trial, roles: Sequence[str], head_size: int) -> dict[str, Projection]:
+def _layout(
+    trial: _Trial,
+    roles: Sequence[str],
+    head_size: int,
+) -> dict[str, Projection]:
     """Projections by parameter; empty unless there is query, key and value."""
     features = iter(roles)
     layout: dict[str, Projection] = {}
     for name, leaf in trial.leaves.items():
-        projection = _projection(list(islice(features, leaf.shape[-1])), head_size)
+        inside = list(islice(features, leaf.shape[-1]))
+        projection = _projection(inside, head_size)
         if projection is not None:
             layout[f"{name}.weight"] = projection
             layout[f"{name}.bias"] = projection
-    if not {"q", "k", "v"} <= {role for p in layout.values() for role in p.roles}:
+    seen = {role for projection in layout.values() for role in projection.roles}
+    if not {"q", "k", "v"} <= seen:
         return {}
     if trial.output:
-        layout[f"{trial.output}.weight"] = Projection(("o",), (trial.result.shape[-1],), head_size)
+        width = trial.result.shape[-1]
+        layout[f"{trial.output}.weight"] = Projection(("o",), (width,), head_size)
     return layout
 
 
@@ -263,14 +281,16 @@ def _projection(roles: Sequence[str], head_size: int) -> Projection | None:
     repeats = runs == runs[:count] * groups
     if "" in names or not repeats:
         return None
-    divides = head_size > 0 and all(size % head_size == 0 for size in sizes)
-    # grouped queries: in each group several query heads share one head of key and of value
-    is_grouped = divides and names[:3] == ("q", "k", "v") and sizes[1] == sizes[2] == head_size
-    if groups > 1 and not is_grouped:
-        return None
+    if head_size and any(size % head_size for size in sizes):
+        head_size = 0
+    if groups > 1:
+        # Grouped queries: in each group several query heads share one head of key and of value.
+        are_shared = names[:3] == ("q", "k", "v") and sizes[1] == sizes[2] == head_size
+        if not are_shared:
+            return None
     return Projection(
-        names[:count],
-        tuple(size * groups for size in sizes[:count]),
-        head_size if divides else 0,
-        groups,
+        roles=names[:count],
+        sizes=tuple(size * groups for size in sizes[:count]),
+        head_size=head_size,
+        groups=groups,
     )

@@ -36,9 +36,14 @@ class Part:
     window: tuple[int, int] | None = None  # the run of these pieces that is meant, if not all
 
     @property
+    def _region(self) -> tuple[int, ...]:
+        """The shape of the region inside the view."""
+        return tuple(picked.stop - picked.start for picked in self.index)
+
+    @property
     def _grid(self) -> tuple[int, ...]:
         """How many pieces there are along each of ``axes``, whatever the window."""
-        return tuple(self.index[axis].stop - self.index[axis].start for axis in self.axes)
+        return tuple(self._region[axis] for axis in self.axes)
 
     @property
     def num_blocks(self) -> int:
@@ -50,12 +55,17 @@ class Part:
     @property
     def block_shape(self) -> tuple[int, ...]:
         """The shape of one piece."""
-        return tuple(s.stop - s.start for axis, s in enumerate(self.index) if axis not in self.axes)
+        return tuple(size for axis, size in enumerate(self._region) if axis not in self.axes)
 
     @property
     def block_size(self) -> int:
         """n."""
         return math.prod(self.block_shape)
+
+    @property
+    def numel(self) -> int:
+        """Entries of all pieces, B n."""
+        return self.num_blocks * self.block_size
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The pieces of ``tensor``, (..., *shape) -> (..., B, n); a view where torch allows it.
@@ -77,8 +87,9 @@ class Part:
         # view, not reshape: what is written into a copy would be lost.
         pieces = self._pieces(out.view((*batch, *self.view)))
         grid = self._grid if self.window is None else (self.num_blocks,)
-        values = rows.reshape((*rows.shape[:-2], *grid, *self.block_shape))
-        pieces[self._picked(len(batch), out.device)] = values.to(out.dtype)
+        shape = (*rows.shape[:-2], *grid, *self.block_shape)
+        picked = self._picked(len(batch), out.device)
+        pieces[picked] = rows.reshape(shape).to(out.dtype)
 
     def chunk(self, first: int, last: int) -> "Part":
         """Pieces ``first`` to ``last - 1`` alone."""
@@ -101,8 +112,9 @@ class Part:
         rank = viewed.ndim - len(self.view)
         whole = (slice(None),) * rank
         region = viewed[(*whole, *self.index)]
-        source = [rank + axis for axis in self.axes]
-        return region.movedim(source, list(range(rank, rank + len(self.axes))))
+        enumerating = [rank + axis for axis in self.axes]
+        front = list(range(rank, rank + len(self.axes)))
+        return region.movedim(enumerating, front)
 
     def _picked(self, rank: int, device: torch.device) -> tuple[slice | Tensor, ...]:
         """The index of the window in :meth:`_pieces` with ``rank`` batch axes."""
@@ -141,6 +153,11 @@ class Cut:
     def block_size(self) -> int:
         """n."""
         return sum(part.block_size for part in self.parts)
+
+    @property
+    def numel(self) -> int:
+        """Entries of all blocks, B n."""
+        return self.num_blocks * self.block_size
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -183,7 +200,8 @@ class Cut:
 
     def rows(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(B, n) from tensors by parameter name, each (*shape)."""
-        return torch.cat([part.rows(tensors[part.parameter]) for part in self.parts], dim=-1)
+        pieces = [part.rows(tensors[part.parameter]) for part in self.parts]
+        return torch.cat(pieces, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -215,7 +233,9 @@ class Block:
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape in its tensor; (n,) if it is made of several parts."""
-        return self.cut.parts[0].block_shape if len(self.cut.parts) == 1 else (self.numel,)
+        if len(self.cut.parts) > 1:
+            return (self.numel,)
+        return self.cut.parts[0].block_shape
 
     @property
     def numel(self) -> int:

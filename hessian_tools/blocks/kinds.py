@@ -67,13 +67,24 @@ class Site:
         """Whether it has fewer than two dimensions."""
         return len(self.shape) < 2
 
+    @property
+    def owner(self) -> str:
+        """The path of its module."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is an (in, out) matrix where PyTorch's linear layers have (out, in)."""
+        return not self.is_vector and is_transposed(self.module)
+
     def cut(self, axis: int, region: Region, counter: str = "") -> Cut:
         """``region`` of one axis."""
         before = self.shape[:axis]
         after = self.shape[axis + 1 :]
         index = (*whole(before), *region.index, *whole(after))
         axes = tuple(axis + a for a in region.axes)
-        part = Part(self.name, self.shape, (*before, *region.view, *after), index, axes)
+        view = (*before, *region.view, *after)
+        part = Part(self.name, self.shape, view, index, axes)
         per_label = part.num_blocks // len(region.labels)
         return Cut((part,), self.name, region.labels, counter, per_label)
 
@@ -95,7 +106,9 @@ class Site:
 
 def together(sites: Iterable[Site], name: str) -> Cut:
     """One block of all of ``sites``."""
-    parts = [Part(site.name, site.shape, site.shape, whole(site.shape)) for site in sites]
+    parts = []
+    for site in sites:
+        parts.append(Part(site.name, site.shape, site.shape, whole(site.shape)))
     return Cut(tuple(parts), name)
 
 
@@ -115,7 +128,8 @@ class Anatomy:
         for name, p in model.named_parameters():
             if not p.numel():  # no block can lie in it
                 continue
-            site = Site(name, tuple(p.shape), model.get_submodule(name.rpartition(".")[0]))
+            module = model.get_submodule(name.rpartition(".")[0])
+            site = Site(name, tuple(p.shape), module)
             self.all.append(site)
             if p.requires_grad:
                 self.sites.append(site)
@@ -146,6 +160,7 @@ class Anatomy:
         kinds = {site.name: self._kind(site) for site in self.all}
         outputs = self._outputs(kinds)
         kinds |= {site.name: "output" for site in outputs}
+        # The bias belongs to the last layer if its matrix does, so matrices come first.
         owners = {site.module for site in outputs}
         for site in self.all:
             if kinds[site.name] == "bias" and site.module in owners:
@@ -156,11 +171,12 @@ class Anatomy:
         """The axes that enumerate outputs (experts before neurons); () if not known."""
         if site.is_vector:
             return ()
-        if is_transposed(site.module):
+        if site.is_transposed:
             return (1,)
         if isinstance(site.module, (*WITH_ROWS, *EMBEDDINGS)):
             return (0,)
-        axis = self._unknown_axes(site.module).get(site.name.rpartition(".")[2])
+        leaf = site.name.rpartition(".")[2]
+        axis = self._unknown_axes(site.module).get(leaf)
         if axis is None:
             return ()
         return (0, axis) if len(site.shape) == 3 else (axis,)
@@ -170,10 +186,15 @@ class Anatomy:
         if "tied" in kinds.values():
             return []
         tokens = {site.shape[0] for site in self._of_kind("embedding", kinds)}
-        matrices = [
-            site for site in self._of_kind("mlp", kinds) if self.layer_of(site.name) is None
-        ]
-        outputs = [site for site in matrices if site.shape[self.row_axes(site)[-1]] in tokens]
+        matrices = []
+        outputs = []
+        for site in self._of_kind("mlp", kinds):
+            if self.layer_of(site.name) is not None:
+                continue
+            matrices.append(site)
+            rows = site.shape[self.row_axes(site)[-1]]
+            if rows in tokens:
+                outputs.append(site)
         if outputs and self.attention.layers:
             return outputs
         # Without known layers a row count may agree by accident, so one matrix is all there is.
@@ -187,6 +208,7 @@ class Anatomy:
         projection = self.attention.projections.get(site.name)
         if projection is not None and not site.is_vector:
             return "/".join(projection.roles)
+        # A tied table belongs to an nn.Embedding as well, so it is asked for first.
         if site.name in self._tied:
             return "tied"
         if isinstance(site.module, EMBEDDINGS):
@@ -200,8 +222,8 @@ class Anatomy:
         """Also a matrix beside 3-D tensors: a vector an expert."""
         if len(site.shape) == 1:
             return True
-        beside_experts = any(p.ndim == 3 for p in site.module.parameters(recurse=False))
-        return len(site.shape) == 2 and beside_experts
+        siblings = site.module.parameters(recurse=False)
+        return len(site.shape) == 2 and any(p.ndim == 3 for p in siblings)
 
     def _vector_kind(self, site: Site) -> str:
         module = site.module
@@ -227,7 +249,9 @@ class Anatomy:
     @staticmethod
     def _loose_kind(site: Site) -> str:
         """The kind of a tensor that is no matrix: one (1, T, d) may be added to tokens."""
-        if len(site.shape) != 3 or site.shape[0] != 1 or _is_leaf(site.module):
+        # The shape in which vision transformers hold what they add to, or put before, the tokens.
+        may_be_added = len(site.shape) == 3 and site.shape[0] == 1
+        if not may_be_added or _is_leaf(site.module):
             return "other"
         return "class token" if site.shape[1] == 1 else "position"
 
@@ -251,6 +275,7 @@ class Anatomy:
     @cached_property
     def _tied(self) -> set[str]:
         """Names of the tensors that a table shares with a linear layer."""
+        # The same object: equal values may be chance or initialisation.
         modules = list(self.model.modules())
         in_tables = {id(m.weight) for m in modules if isinstance(m, EMBEDDINGS)}
         in_linears = {id(m.weight) for m in modules if isinstance(m, nn.Linear)}

@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from hessian_tools.blocks.block import Cut, Part
 
@@ -19,6 +20,11 @@ class Shaped(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that blocks may lie in, by name; a tied one has its first name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def check_blocks(cuts: Sequence[Cut], trained: Mapping[str, Shaped], source: str) -> None:
@@ -37,12 +43,12 @@ def check_trained(cuts: Iterable[Cut], trained: Mapping[str, Shaped], source: st
     for cut in cuts:
         for part in cut.parts:
             parameter = trained.get(part.parameter)
-            if parameter is not None and tuple(parameter.shape) == part.shape:
-                continue
             if parameter is None:
                 has = "does not train such a tensor"
-            else:
+            elif tuple(parameter.shape) != part.shape:
                 has = f"has it in shape {tuple(parameter.shape)}"
+            else:
+                continue
             raise ValueError(
                 f"{source} holds {cut.name!r}, which lies in no trainable parameter of this model: "
                 f"it cuts {part.parameter!r} of shape {part.shape}, and the model {has}"
@@ -84,30 +90,34 @@ def _may_overlap(a: Part, b: Part) -> bool:
     """Whether two parts of a tensor may share an entry: exact if their views agree, else True."""
     if a.view != b.view:
         return True
-    for s, t in zip(a.index, b.index, strict=True):
-        if not _meet((s.start, s.stop), (t.start, t.stop)):
-            return False
-    if a.index == b.index and a.axes == b.axes and a.window and b.window:
-        return _meet(a.window, b.window)
+    pairs = zip(a.index, b.index, strict=True)
+    if not all(_meet(s.start, s.stop, t.start, t.stop) for s, t in pairs):
+        return False
+    # Windows of one enumeration can be compared; those of two cannot.
+    is_same_grid = a.index == b.index and a.axes == b.axes
+    if is_same_grid and a.window and b.window:
+        return _meet(*a.window, *b.window)
     return True
 
 
-def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether two ranges (start, stop) have a number in common."""
-    return max(a[0], b[0]) < min(a[1], b[1])
+def _meet(start: int, stop: int, other_start: int, other_stop: int) -> bool:
+    """Whether two ranges have a number in common."""
+    return max(start, other_start) < min(stop, other_stop)
 
 
 def _check_entries(owners: Sequence[tuple[Cut, Part]], source: str) -> None:
     """:func:`check_disjoint` for parts of one tensor, entry by entry."""
     # Blocks are numbered from 1 across all parts; an entry holds the number of its block, or 0.
-    numbers = torch.zeros(owners[0][1].shape, dtype=torch.int32)
+    shape = owners[0][1].shape
+    numbers = torch.zeros(shape, dtype=torch.int32)
     starts: list[int] = []  # the number of each part's first block
     start = 1
     for cut, part in owners:
         taken, position = part.rows(numbers).amax(dim=1).max(dim=0)
         if taken:
-            earlier = bisect_right(starts, int(taken)) - 1
-            first = owners[earlier][0].block_name(int(taken) - starts[earlier])
+            number = bisect_right(starts, int(taken)) - 1
+            earlier, _ = owners[number]
+            first = earlier.block_name(int(taken) - starts[number])
             second = cut.block_name(int(position))
             raise ValueError(
                 f"{source} has blocks {first!r} and {second!r}, which overlap; blocks must be "

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hessian_tools.blocks.block import Cut, Part
-from hessian_tools.blocks.ownership import check_trained
+from hessian_tools.blocks.ownership import check_trained, trained_parameters
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.results import registered
 
@@ -34,7 +34,7 @@ def param_groups(model: nn.Module, partition: Partition) -> list[ParamGroup]:
         ValueError: a block that joins parts of several tensors, or a part of a tensor that is not
             whole in its cuts.
     """
-    parameters = _trained(model)
+    parameters = trained_parameters(model)
     check_trained(partition.cuts, parameters, "partition")
     parts: dict[str, list[Part]] = {}  # by tensor that is cut
     groups: list[ParamGroup] = []
@@ -53,10 +53,12 @@ def param_groups(model: nn.Module, partition: Partition) -> list[ParamGroup]:
             groups.append(_group(name, [name], parameters))
         parts[name].append(cut.parts[0])
     for group in groups:
-        group["cuts"] = [_plain(part) for part in parts.get(group["block"], [])]
-    left = set(parameters).difference(*(group["names"] for group in groups))
+        cut_parts = parts.get(group["block"], [])
+        group["cuts"] = [_plain(part) for part in cut_parts]
+    grouped = {name for group in groups for name in group["names"]}
+    left = [name for name in parameters if name not in grouped]
     if left:
-        groups.append(_group("(no block)", [n for n in parameters if n in left], parameters))
+        groups.append(_group("(no block)", left, parameters))
     return groups
 
 
@@ -74,24 +76,23 @@ def _group(
     }
 
 
-def _plain(part: Part) -> dict[str, Any]:
-    index = [(s.start, s.stop) for s in part.index]
-    window = {"window": part.window} if part.window else {}
-    return {
+def _plain(part: Part) -> dict[str, object]:
+    plain: dict[str, object] = {
         "view": part.view,
-        "index": index,
+        "index": [(picked.start, picked.stop) for picked in part.index],
         "axes": part.axes,
         "num_blocks": part.num_blocks,
-    } | window
+    }
+    if part.window is not None:
+        plain["window"] = part.window
+    return plain
 
 
 def _holds_whole_tensors(cut: Cut) -> bool:
     """Whether the cut is one block of whole tensors."""
-    return cut.num_blocks == 1 and all(p.block_size == math.prod(p.shape) for p in cut.parts)
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if cut.num_blocks > 1:
+        return False
+    return all(part.block_size == math.prod(part.shape) for part in cut.parts)
 
 
 @registered
@@ -122,11 +123,11 @@ class StateSavings:
 
 
 def state_savings(model: nn.Module, partition: Partition) -> StateSavings:
-    """What Adam-mini on this partition keeps, in the parameters' own dtype (arXiv 2406.16793).
+    """What Adam-mini on this partition keeps, in the dtype of the parameters (arXiv 2406.16793).
 
     A block over tensors of several dtypes counts in that of the first.
     """
-    parameters = _trained(model)
+    parameters = trained_parameters(model)
     check_trained(partition.cuts, parameters, "partition")
     left = {name: p.numel() for name, p in parameters.items()}
     blocks = 0
@@ -135,11 +136,18 @@ def state_savings(model: nn.Module, partition: Partition) -> StateSavings:
         blocks += cut.num_blocks
         moments += cut.num_blocks * parameters[cut.parameters[0]].element_size()
         for part in cut.parts:
-            left[part.parameter] -= part.num_blocks * part.block_size
-    first = sum(p.numel() * p.element_size() for p in parameters.values())
-    rest = sum(count * parameters[name].element_size() for name, count in left.items())
-    total = sum(p.numel() for p in parameters.values())
-    return StateSavings(total, blocks + sum(left.values()), 2 * first, first + moments + rest)
+            left[part.parameter] -= part.numel
+    first_moments = 0
+    for name, p in parameters.items():
+        first_moments += p.numel() * p.element_size()
+        # Entries in no block keep a second moment each.
+        moments += left[name] * p.element_size()
+    return StateSavings(
+        num_parameters=sum(p.numel() for p in parameters.values()),
+        num_blocks=blocks + sum(left.values()),
+        adam_bytes=2 * first_moments,
+        state_bytes=first_moments + moments,
+    )
 
 
 def patterns(partition: Partition) -> dict[str, str]:
@@ -175,5 +183,8 @@ def _counted(cut: Cut) -> str:
 
 
 def _expression(name: str) -> str:
-    pieces = (r"\d+" if piece.isdigit() else re.escape(piece) for piece in name.split("."))
+    """``name`` as a regular expression, with any number in place of a number."""
+    pieces = []
+    for piece in name.split("."):
+        pieces.append(r"\d+" if piece.isdigit() else re.escape(piece))
     return "^" + r"\.".join(pieces) + "$"

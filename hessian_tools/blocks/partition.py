@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from hessian_tools.blocks.block import Block, Cut, Part
-from hessian_tools.blocks.ownership import check_blocks
+from hessian_tools.blocks.ownership import check_blocks, trained_parameters
 from hessian_tools.results import registered, write_atomically
 
 FORMAT = 1  # of the JSON
@@ -88,8 +88,7 @@ class Partition:
             raise ValueError(
                 f"{path} is no partition written by Partition.to_json: {error!r}"
             ) from error
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        check_blocks(partition.cuts, trained, str(path))
+        check_blocks(partition.cuts, trained_parameters(model), str(path))
         return partition
 
     def __repr__(self) -> str:
@@ -134,7 +133,8 @@ def _read_cut(plain: Plain) -> Cut:
 def _read_part(plain: Plain) -> Part:
     window = None
     if plain["window"]:
-        window = (int(plain["window"][0]), int(plain["window"][1]))
+        first, last = _integers(plain["window"])
+        window = (first, last)
     part = Part(
         parameter=str(plain["parameter"]),
         shape=_integers(plain["shape"]),
@@ -162,9 +162,11 @@ def _check_part(part: Part) -> None:
             f"the view {part.view} and index of {part.parameter!r} do not fit its shape "
             f"{part.shape}"
         )
-    if not set(part.axes) <= set(range(len(part.view))) or len(set(part.axes)) < len(part.axes):
+    known = set(range(len(part.view)))
+    distinct = set(part.axes)
+    if not distinct <= known or len(distinct) < len(part.axes):
         raise ValueError(
-            f"the axes {part.axes} of {part.parameter!r} are none of its view {part.view}"
+            f"{part.axes} are no distinct axes of the view {part.view} of {part.parameter!r}"
         )
     if part.window is None:
         return
@@ -182,5 +184,6 @@ def examples(cuts: Iterable[Cut]) -> Iterator[str]:
 
 def close_names(name: str, known: Iterable[str]) -> str:
     """The end of an error's sentence: those of ``known`` that resemble ``name``."""
-    near = get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.5)
+    candidates = list(dict.fromkeys(known))
+    near = get_close_matches(name, candidates, n=3, cutoff=0.5)
     return f"; close: {', '.join(near)}" if near else ""

@@ -16,7 +16,6 @@ from hessian_tools.blocks.adam_mini import published_cuts
 from hessian_tools.blocks.block import Cut
 from hessian_tools.blocks.kinds import MATRICES, Site, together
 from hessian_tools.blocks.partition import Partition, close_names
-from hessian_tools.blocks.projection import is_transposed
 from hessian_tools.blocks.specification import SEMANTIC, Spec, chosen, specified_cuts
 from hessian_tools.blocks.survey import Survey
 
@@ -46,7 +45,7 @@ class Preset:
 
 
 def _layer(survey: Survey) -> Iterable[Cut]:
-    for path, sites in groupby(survey.sites, key=lambda site: site.name.rpartition(".")[0]):
+    for path, sites in groupby(survey.sites, key=lambda site: site.owner):
         yield together(sites, path or "(root)")
 
 
@@ -74,7 +73,7 @@ def _is_matrix_in(survey: Survey, site: Site, layers: set[int | None]) -> bool:
     """Whether it is a layer's matrix, in one of ``layers``; None stands for outside of them."""
     if site.is_vector or survey.layer_of(site.name) not in layers:
         return False
-    return isinstance(site.module, MATRICES) or is_transposed(site.module)
+    return site.is_transposed or isinstance(site.module, MATRICES)
 
 
 def _model(survey: Survey) -> Iterable[Cut]:
@@ -221,8 +220,12 @@ def partition(
             "model has no parameter that requires grad; call requires_grad_() on those to be "
             "studied"
         )
-    preset = spec if isinstance(spec, str) else ""
-    cuts = _preset_cuts(survey, spec) if isinstance(spec, str) else specified_cuts(survey, spec)
+    if isinstance(spec, str):
+        preset = spec
+        cuts = _preset_cuts(survey, spec)
+    else:
+        preset = ""
+        cuts = specified_cuts(survey, spec)
     if only is not None:
         cuts = chosen(cuts, [only] if isinstance(only, str) else only)
     return Partition(tuple(cuts), preset, tuple(survey.notes))

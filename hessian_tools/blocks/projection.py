@@ -5,14 +5,18 @@ Letters: H heads, G groups of key/value heads, h head size.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, compress, pairwise
+from itertools import accumulate, compress
 
 from torch import nn
 
 ROLES = ("q", "k", "v", "o")
-# What the axes of the full view (groups, roles, units, features of a unit) enumerate, by what the
-# features are cut by: "" is by role alone.
-_ENUMERATED = {"": (1,), "head": (1, 0, 2), "row": (1, 0, 2, 3)}
+# Which axes of the view (groups, roles, units, features of a unit) enumerate blocks, by what the
+# features are cut by; "" is by role alone. Roles come first, as in the names of blocks.
+_ENUMERATED = {
+    "": (1,),
+    "head": (1, 0, 2),
+    "row": (1, 0, 2, 3),
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Region:
 
 @dataclass(frozen=True)
 class _Span:
-    """Roles that lie side by side, as a box in the view (groups, roles, units, unit)."""
+    """Roles that lie side by side, as a box in the view (groups, roles, units, features)."""
 
     roles: slice
     units: slice
@@ -36,12 +40,17 @@ class _Span:
 
 @dataclass(frozen=True)
 class Projection:
-    """The feature axis of one tensor: G groups, in each every role's heads side by side."""
+    """The feature axis of one tensor: G groups in a row, each with the heads of every role."""
 
     roles: tuple[str, ...]  # of ROLES
     sizes: tuple[int, ...]  # features of each role, over all groups
     head_size: int = 0  # 0 unless every role is known to consist of whole heads
     groups: int = 1  # more only where head_size is known
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one tensor holds several roles."""
+        return len(self.roles) > 1
 
     def regions(self, by: str, chosen: Sequence[str]) -> Iterator[Region]:
         """Cuts of the ``chosen`` roles.
@@ -49,8 +58,9 @@ class Projection:
         ``by``: "" by role alone; "head" by role and head, if ``head_size`` is known; "row" by role
         and feature. Neighbouring roles are cut together if all roles are of equal size.
         """
+        # In several groups a role's features are no single run: heads are what groups consist of.
         unit = self.head_size if by == "head" or self.groups > 1 else 1
-        counts = [size // (self.groups * unit) for size in self.sizes]  # units of a role in a group
+        counts = self._per_group(unit)
         positions = [self.roles.index(role) for role in chosen]
         if len(set(counts)) == 1:
             view = (self.groups, len(counts), counts[0], unit)
@@ -58,13 +68,17 @@ class Projection:
         else:
             view = (self.groups, 1, sum(counts), unit)
             spans = self._unequal_spans(positions, counts)
-        # axes of one place would only make the same cut look like another
+        # Axes of one place would only make the same cut look like another.
         kept = [size > 1 for size in view]
         axes = tuple(sum(kept[:axis]) for axis in _ENUMERATED[by] if kept[axis])
         for span in spans:
-            index = (slice(0, view[0]), span.roles, span.units, slice(0, view[3]))
-            labels = span.labels if len(self.roles) > 1 else ("",)
-            yield Region(tuple(compress(view, kept)), tuple(compress(index, kept)), axes, labels)
+            index = (slice(0, self.groups), span.roles, span.units, slice(0, unit))
+            yield Region(
+                view=tuple(compress(view, kept)),
+                index=tuple(compress(index, kept)),
+                axes=axes,
+                labels=span.labels if self.is_fused else ("",),
+            )
 
     def heads(self) -> Region:
         """Every head of every role in the order in which they lie, if ``head_size`` is known.
@@ -72,35 +86,45 @@ class Projection:
         Named by role and head if there are several roles.
         """
         view = (sum(self.sizes) // self.head_size, self.head_size)
-        in_group = [size // (self.groups * self.head_size) for size in self.sizes]
-        labels = tuple(
-            f"{role},head={group * count + head}"
-            for group in range(self.groups)
-            for role, count in zip(self.roles, in_group, strict=True)
-            for head in range(count)
-        )
-        return Region(view, whole(view), (0,), labels if len(self.roles) > 1 else ("",))
+        labels = self._head_labels() if self.is_fused else ("",)
+        return Region(view, whole(view), (0,), labels)
+
+    def _head_labels(self) -> tuple[str, ...]:
+        counts = self._per_group(self.head_size)
+        labels = []
+        for group in range(self.groups):
+            for role, count in zip(self.roles, counts, strict=True):
+                first = group * count
+                labels += [f"{role},head={first + head}" for head in range(count)]
+        return tuple(labels)
+
+    def _per_group(self, unit: int) -> list[int]:
+        """How many units of so many features each role has in a group."""
+        return [size // (self.groups * unit) for size in self.sizes]
 
     def _equal_spans(self, positions: Sequence[int], count: int) -> list[_Span]:
         """Runs of neighbouring roles, all of ``count`` units."""
-        starts = [i for i, (last, first) in enumerate(pairwise(positions), 1) if first != last + 1]
-        runs = [positions[a:b] for a, b in pairwise([0, *starts, len(positions)])]
-        return [
-            _Span(
-                slice(run[0], run[-1] + 1),
-                slice(0, count),
-                tuple(self.roles[position] for position in run),
-            )
-            for run in runs
-        ]
+        runs: list[list[int]] = []
+        for position in positions:
+            if runs and position == runs[-1][-1] + 1:
+                runs[-1].append(position)
+            else:
+                runs.append([position])
+        spans = []
+        for run in runs:
+            roles = slice(run[0], run[-1] + 1)
+            spans.append(_Span(roles, slice(0, count), self.roles[roles]))
+        return spans
 
     def _unequal_spans(self, positions: Sequence[int], counts: Sequence[int]) -> list[_Span]:
-        """Each role by itself."""
+        """Each role by itself: its units lie between others' on one axis."""
         stops = list(accumulate(counts))
-        return [
-            _Span(slice(0, 1), slice(stops[i] - counts[i], stops[i]), (self.roles[i],))
-            for i in positions
-        ]
+        spans = []
+        for position in positions:
+            stop = stops[position]
+            units = slice(stop - counts[position], stop)
+            spans.append(_Span(slice(0, 1), units, (self.roles[position],)))
+        return spans
 
 
 def whole(view: tuple[int, ...]) -> tuple[slice, ...]:
@@ -113,7 +137,8 @@ def is_transposed(module: nn.Module) -> bool:
 
     It is known by its class's name, without an import of transformers.
     """
-    return hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+    bases = {base.__name__ for base in type(module).__mro__}
+    return "Conv1D" in bases and hasattr(module, "nf")
 
 
 def linear_features(module: nn.Module) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import TypeGuard
 
 from torch import nn
 from torch.optim import Optimizer
@@ -33,13 +33,10 @@ from hessian_tools.blocks.partition import close_names, examples
 from hessian_tools.blocks.projection import whole
 from hessian_tools.blocks.survey import Survey
 
-Axis = str | int | tuple[int, ...] | None
-Spec = (
-    Mapping[str, Any]
-    | Iterable[str | Block]
-    | Callable[[str, nn.Parameter, nn.Module], Axis | Cut]
-    | Optimizer
-)
+Axis = str | int | tuple[int, ...] | None  # of the table above
+Choice = Callable[[str, nn.Parameter, nn.Module], Axis | Cut]
+# A dict holds axes, or parameter names with or without slices: what it is shows on looking.
+Spec = Mapping[str, object] | Iterable[str | Block] | Choice | Optimizer
 SEMANTIC = {"else": "roles"}
 AXES = ("whole", "role", "head", "row", "column", "expert", "element")
 
@@ -81,18 +78,21 @@ def along(survey: Survey, site: Site, axis: Axis) -> list[Cut]:
 
 def _along_numbers(site: Site, axis: int | tuple[int, ...]) -> list[Cut]:
     axes = axis if isinstance(axis, tuple) else (axis,)
-    if not axes or not all(isinstance(a, int) and not isinstance(a, bool) for a in axes):
+    # type(), not isinstance: True and False are integers to Python, but no axes.
+    if {type(number) for number in axes} != {int}:
         raise TypeError(
             f"spec cuts {site.name} by {axis!r}; axes are {', '.join(AXES)}, numbers and None"
         )
     rank = len(site.shape)
-    exist = all(-rank <= a < rank for a in axes)
-    if not exist or len({a % rank for a in axes}) < len(axes):
+    exist = all(-rank <= number < rank for number in axes)
+    if exist:
+        axes = tuple(number % rank for number in axes)
+    if not exist or len(set(axes)) < len(axes):
         raise ValueError(
             f"spec cuts {site.name} by axis {axis}; its shape {site.shape} has axes 0 to {rank - 1}"
         )
-    axes = tuple(a % rank for a in axes)
-    return [site.along(axes, "axis" + "x".join(map(str, axes)))]
+    counter = "axis" + "x".join(str(number) for number in axes)
+    return [site.along(axes, counter)]
 
 
 def _along_word(survey: Survey, site: Site, axis: str) -> list[Cut]:
@@ -103,6 +103,7 @@ def _along_word(survey: Survey, site: Site, axis: str) -> list[Cut]:
         )
     if word == "whole":
         return survey.cuts(site, {"else": "whole"})
+    # No preset cuts by these two, so rules do not know them.
     if word in ("column", "expert"):
         cut = dict(survey.equal_cuts(site)).get(f"{word}s")
         if cut is None:
@@ -113,22 +114,28 @@ def _along_word(survey: Survey, site: Site, axis: str) -> list[Cut]:
     return survey.cuts(site, {"else": f"{word}s"})
 
 
-def _of_dict(survey: Survey, spec: Mapping[str, Any]) -> list[Cut]:
+def _of_dict(survey: Survey, spec: Mapping[str, object]) -> list[Cut]:
     """Either {glob: axis} or {block name: parameter or slices of it}."""
     sites = _by_name(survey)
-    axes = {key: value for key, value in spec.items() if _is_axis(value, sites)}
-    if not axes:
-        return [_sliced(sites, name, value) for name, value in spec.items()]
-    for key in spec:
-        if key not in axes:
-            raise ValueError(
-                f"spec has axes for globs ({next(iter(axes))!r}) and a named block ({key!r}); put "
-                "them into two dicts"
-            )
-    return _of_globs(survey, axes)
+    axes: dict[str, Axis] = {}
+    named: list[str] = []
+    for key, value in spec.items():
+        if _is_axis(value, sites):
+            axes[key] = value
+        else:
+            named.append(key)
+    if axes and named:
+        raise ValueError(
+            f"spec has axes for globs ({next(iter(axes))!r}) and a named block ({named[0]!r}); put "
+            "them into two dicts"
+        )
+    if axes:
+        return _of_globs(survey, axes)
+    return [_sliced(sites, name, spec[name]) for name in named]
 
 
-def _is_axis(value: object, sites: Mapping[str, Site]) -> bool:
+def _is_axis(value: object, sites: Mapping[str, Site]) -> TypeGuard[Axis]:
+    # A tensor may be called "row": then its name is meant.
     if isinstance(value, str):
         return value.removesuffix("s") in AXES and value not in sites
     if isinstance(value, tuple):
@@ -158,10 +165,7 @@ def _of_globs(survey: Survey, axes: Mapping[str, Axis]) -> list[Cut]:
     return cuts
 
 
-def _of_function(
-    survey: Survey,
-    choose: Callable[[str, nn.Parameter, nn.Module], Axis | Cut],
-) -> list[Cut]:
+def _of_function(survey: Survey, choose: Choice) -> list[Cut]:
     parameters = dict(survey.model.named_parameters())
     cuts: list[Cut] = []
     for site in survey.sites:
@@ -169,7 +173,8 @@ def _of_function(
         if not isinstance(answer, Cut):
             cuts += along(survey, site, answer)
             continue
-        if any(part.parameter != site.name or part.shape != site.shape for part in answer.parts):
+        # A cut of another tensor might overlap what the function gives for that one.
+        if {(part.parameter, part.shape) for part in answer.parts} != {(site.name, site.shape)}:
             raise ValueError(
                 f"spec gives for {site.name!r} a cut of {', '.join(answer.parameters)}; cut the "
                 "tensor asked for"
@@ -180,6 +185,7 @@ def _of_function(
 
 def _of_groups(survey: Survey, optimizer: Optimizer) -> list[Cut]:
     """A block a group: what shares one learning rate."""
+    # By identity: tensors cannot be compared, and an optimizer does not know their names.
     names = {id(p): name for name, p in survey.model.named_parameters()}
     sites = _by_name(survey)
     cuts: list[Cut] = []
@@ -190,11 +196,12 @@ def _of_groups(survey: Survey, optimizer: Optimizer) -> list[Cut]:
                 f"spec is an optimizer whose group {number} holds a tensor that is no parameter of "
                 "the model"
             )
-        trained = [names[id(p)] for p in group["params"] if names[id(p)] in sites]
-        seen |= set(trained)
+        members = [names[id(p)] for p in group["params"]]
+        trained = [sites[name] for name in members if name in sites]
+        seen |= set(members)
         if trained:
             label = str(group.get("name", f"group {number}"))
-            cuts.append(together([sites[name] for name in trained], label))
+            cuts.append(together(trained, label))
     missed = [name for name in sites if name not in seen]
     if missed:
         survey.notes.append(
@@ -239,11 +246,15 @@ def _sliced(sites: Mapping[str, Site], name: str, value: object) -> Cut:
         )
     picked = tuple(slice(start, stop) for start, stop, _ in bounds)
     rest = whole(shape[len(picked) :])
-    return Cut((Part(parameter, shape, shape, (*picked, *rest)),), name)
+    part = Part(parameter, shape, shape, (*picked, *rest))
+    return Cut((part,), name)
 
 
 def _parameter_and_slices(name: str, value: object) -> tuple[str, tuple[slice, ...]]:
-    parameter, index = value if isinstance(value, tuple) and len(value) == 2 else (value, ())
+    parameter: object = value
+    index: object = ()
+    if isinstance(value, tuple) and len(value) == 2:
+        parameter, index = value
     slices = index if isinstance(index, tuple) else (index,)
     if not isinstance(parameter, str) or not all(isinstance(i, slice) for i in slices):
         raise TypeError(
@@ -261,7 +272,7 @@ def chosen(cuts: Iterable[Cut], patterns: Sequence[str]) -> list[Cut]:
     cuts = list(cuts)
     matched: list[set[int]] = [set() for _ in cuts]  # positions in each cut
     for pattern in patterns:
-        # names have brackets, so these are no wildcards
+        # Names of blocks have brackets, so these are no wildcards.
         glob = partial(fnmatchcase, pat=pattern.replace("[", "[[]"))
         hits = [_matching(cut, glob) for cut in cuts]
         if not any(hits):
@@ -285,7 +296,7 @@ def _matching(cut: Cut, glob: Callable[[str], bool]) -> set[int]:
 
 
 def _runs(cut: Cut, positions: set[int]) -> Iterator[Cut]:
-    """Runs of neighbouring blocks among ``positions``."""
+    """Runs of neighbouring blocks among ``positions``, each a cut whose blocks go together."""
     for is_wanted, run in groupby(range(cut.num_blocks), key=positions.__contains__):
         if is_wanted:
             first, *rest = run

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from hessian_tools.blocks.block import Cut
 from hessian_tools.blocks.kinds import CONVOLUTIONS, TRANSPOSED, Anatomy, Site
-from hessian_tools.blocks.projection import Projection, is_transposed
+from hessian_tools.blocks.projection import Projection
 
 # Ways to cut a tensor by its kind's rule.
 WAYS: dict[str, str] = {
@@ -77,7 +77,9 @@ class Survey(Anatomy):
             self.notes.append(
                 f"{site.name}: its {features} features are not known to divide into heads"
             )
-            ways = {role: "roles" if way == "heads" else way for role, way in ways.items()}
+            for role in projection.roles:
+                if ways[role] == "heads":
+                    ways[role] = "roles"
         axis = _feature_axis(site, projection)
         cuts = []
         for way in dict.fromkeys(ways.values()):
@@ -106,11 +108,13 @@ class Survey(Anatomy):
         projection = self.attention.projections.get(site.name)
         if projection is not None:
             axis = _feature_axis(site, projection)
-            several = len(projection.roles) > 1
-            if several and len(set(projection.sizes)) == 1:
-                yield "roles", site.cut(axis, next(projection.regions("", projection.roles)))
+            if projection.is_fused and len(set(projection.sizes)) == 1:
+                (region,) = projection.regions("", projection.roles)
+                yield "roles", site.cut(axis, region)
             if projection.head_size:
-                yield "heads", site.cut(axis, projection.heads(), "" if several else "head")
+                # The heads of a fused tensor have names with their roles instead of a number.
+                counter = "" if projection.is_fused else "head"
+                yield "heads", site.cut(axis, projection.heads(), counter)
         yield from self._feature_cuts(site)
         yield "elements", self.elements(site)
 
@@ -126,7 +130,8 @@ class Survey(Anatomy):
             for axis in range(len(site.shape)):
                 yield f"axis {axis}", site.along((axis,), f"axis{axis}")
             return
-        inputs = tuple(axis for axis in range(len(site.shape)) if axis != outputs[-1])
+        every = range(len(site.shape))
+        inputs = tuple(axis for axis in every if axis != outputs[-1])
         if len(outputs) > 1:
             yield "experts", site.along((0,), "expert")
         yield "rows", site.along(outputs, "row")
@@ -138,9 +143,8 @@ def _feature_axis(site: Site, projection: Projection) -> int:
 
     An output projection's features are its inputs.
     """
-    is_turned = not site.is_vector and is_transposed(site.module)
     is_output = projection.roles == ("o",)
-    return int(is_turned != is_output)
+    return int(site.is_transposed != is_output)
 
 
 def _convolution_cuts(site: Site) -> Iterator[tuple[str, Cut]]:

@@ -77,7 +77,9 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
         return {}
     weights = {}
     for name, p in direct.items():
-        if p.ndim in (2, 3) and min(p.shape[-2:]) > FEATURE + 1:
+        # A single other feature would not show that FEATURE is reached alone.
+        is_large_enough = min(p.shape[-2:], default=0) > FEATURE + 1
+        if p.ndim in (2, 3) and is_large_enough:
             weights[name] = p
     return weights
 
@@ -88,7 +90,8 @@ def _arguments(weights: Weights, width: int) -> Iterator[tuple[Tensor, ...]]:
     The routing is an index (T, 1) and a weight (T, 1).
     """
     like = next(iter(weights.values()))
-    experts = max((p.shape[0] for p in weights.values() if p.ndim == 3), default=1)
+    counts = [p.shape[0] for p in weights.values() if p.ndim == 3]
+    experts = max(counts, default=1)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * experts, width, generator=generator).to(like)
     yield (x,)
@@ -132,6 +135,7 @@ def _random_parameters(module: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     trial = {}
     for name, p in module.named_parameters():
+        # Of the usual size, so that no activation saturates.
         entries = torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1])
         trial[name] = entries.to(p).requires_grad_()
     return trial

@@ -225,7 +225,7 @@ class Columns:
         self.curvature = curvature
         self.cuts = tuple(cuts)
         self.names = list(dict.fromkeys(name for cut in cuts for name in cut.parameters))
-        self.size = sum(cut.num_blocks * cut.block_size for cut in cuts)
+        self.size = sum(cut.numel for cut in cuts)
 
     @property
     def rows(self) -> int:

@@ -117,7 +117,7 @@ def block_conditioning(
     chosen = _chosen_runs(cuts, max_size, num_blocks, seed)
     operator, arithmetic = in_float64(curvature, memory)
     gradient = mean_gradient(operator.problem)
-    total = sum(run.num_blocks * run.block_size for run in chosen)
+    total = sum(run.numel for run in chosen)
     values: list[AdamConditioning] = []
     errors: list[Floats] = []
     with product_bar(total, shown=progress) as bar:

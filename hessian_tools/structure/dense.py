@@ -119,7 +119,7 @@ def dense_block(
         NumericalError: for a product with NaN or inf, naming the block.
     """
     cuts = cuts_of(blocks, problem_of(curvature), partition)
-    size = sum(cut.num_blocks * cut.block_size for cut in cuts)
+    size = sum(cut.numel for cut in cuts)
     file = None if path is None else Path(path)
     _refuse_too_large(size, max_size, file)
     operator, arithmetic = in_float64(curvature, memory)

@@ -61,7 +61,7 @@ class BlockGrid:
 
     @property
     def num_entries(self) -> int:
-        return sum(cut.num_blocks * cut.block_size for cut in self.cuts)
+        return sum(cut.numel for cut in self.cuts)
 
     def draws(self, seed: int, pilot: NDArray[np.float64] | None) -> list[Draw]:
         """The columns to be estimated, all blocks of a group or drawn ones.

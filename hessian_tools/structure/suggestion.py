@@ -13,7 +13,6 @@ from torch import nn
 from hessian_tools.blocks.block import Block, Cut, Part
 from hessian_tools.blocks.kinds import Site
 from hessian_tools.blocks.partition import Partition
-from hessian_tools.blocks.projection import is_transposed
 from hessian_tools.blocks.survey import Survey
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE
 
@@ -57,7 +56,7 @@ def _cuts(
 
 
 def _cuts_of_role(survey: Survey, site: Site, region: Block, way: str) -> list[Cut]:
-    transposed = len(site.shape) > 1 and is_transposed(site.module)
+    transposed = site.is_transposed
     if way not in _COUNTERS:
         return [_cut_of_region(site, region, way, transposed)]
     projection = survey.attention.projections[site.name]

@@ -183,7 +183,7 @@ def test_roles_of_a_fused_tensor_are_judged_apart_unless_blocks_cross_them():
 def test_the_suggestion_covers_what_was_judged_and_makes_a_partition():
     problem = network("hf-gpt2")
     report = ht.check_partition(problem, "adam_mini", exact=True)
-    entries = sum(cut.num_blocks * cut.block_size for cut in report.suggestion.cuts)
+    entries = sum(cut.numel for cut in report.suggestion.cuts)
     assert entries == problem.num_parameters == report.savings.num_parameters
     assert report.savings.num_blocks == len(report.suggestion)
     assert len(set(report.suggestion.names)) == len(report.suggestion)

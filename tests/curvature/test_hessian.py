@@ -140,9 +140,7 @@ def test_fused_and_plain_attention_have_one_hessian(dense):
 def test_groupnorm_falls_back_and_says_so():
     hessian = ht.HessianOperator(network("groupnorm"))
     hessian.to_dense()
-    if (
-        "one by one" not in hessian.route
-    ):  # a torch that batches GroupNorm has nothing to fall back from
+    if "one by one" not in hessian.route:  # a torch that batches GroupNorm needs no fallback
         assert "batched over probes" in hessian.route
 
 
@@ -162,9 +160,10 @@ def test_a_route_that_fails_is_left_for_the_next(monkeypatch):
     assert "one by one" in hessian.route and "made_up" in hessian.route
 
 
-@pytest.mark.parametrize(
-    "loss_fn", [ht.mse, lambda model, batch: model(batch[0]).sum()]
-)  # a varying, a constant gradient
+VARYING_OR_CONSTANT_GRADIENT = [ht.mse, lambda model, batch: model(batch[0]).sum()]
+
+
+@pytest.mark.parametrize("loss_fn", VARYING_OR_CONSTANT_GRADIENT)
 def test_a_function_without_second_derivative_is_named(loss_fn):
     x = torch.randn(4, 3, dtype=torch.float64)
     problem = ht.Problem(Cubed(OnceOnly), loss_fn, [(x, torch.zeros(4, 2, dtype=torch.float64))])
@@ -416,7 +415,7 @@ def test_products_on_cuda_are_those_of_the_cpu(name):
 
 
 @pytest.mark.parametrize("name", ["gpt", "batchnorm-batch", "hf-gpt2", "hf-vit"])
-def test_a_linear_program_takes_over_once_it_pays(name, monkeypatch):
+def test_a_tangent_program_takes_over_once_it_pays(name, monkeypatch):
     """All of the Hessian and a head's blocks, over uneven batches, before and after the change of
     route."""
     problem = network(name)
@@ -480,7 +479,7 @@ class Detached(nn.Module):
         return y * y.detach()
 
 
-def test_a_linear_program_with_another_product_is_refused():
+def test_a_tangent_program_with_another_product_is_refused():
     batches = [(torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64))]
     problem = ht.Problem(Detached(), ht.mse, batches)
     operator = ht.HessianOperator(problem, memory="1GiB")
@@ -496,7 +495,7 @@ def test_a_linear_program_with_another_product_is_refused():
         ht.HessianOperator(problem, route="fast")
 
 
-def test_a_linear_program_that_runs_out_of_memory_gives_way(monkeypatch):
+def test_a_tangent_program_that_runs_out_of_memory_gives_way(monkeypatch):
     problem = network("gpt")
     vectors = torch.randn(4, problem.num_parameters, dtype=torch.float64)
     operator = ht.HessianOperator(problem, memory="1GiB", route="tangent program")

@@ -12,7 +12,8 @@ parameters require grad meanwhile, so nothing else is kept. Probes go through as
 
 import contextlib
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from hessian_tools.problem.batches import Batch
 from hessian_tools.problem.problem import Problem
 
 Gradients = dict[str, Tensor]  # by the parameter's name, each with its graph
+Grad = Callable[..., tuple[Tensor | None, ...]]  # torch.autograd.grad of given outputs and inputs
 
 
 class DoubleBackward:
@@ -164,51 +166,35 @@ class DoubleBackward:
         vectors: Sequence[Tensor],
     ) -> Sequence[Tensor | None]:
         """The derivatives of <outputs, v> for all rows v of ``vectors``, at once if possible."""
+        # The graph stays for the next probes; not every parameter lies behind every output.
+        grad = partial(torch.autograd.grad, outputs, inputs, retain_graph=True, allow_unused=True)
         if self.batched:
             try:
-                return _at_once(outputs, inputs, vectors)
+                return _at_once(grad, vectors)
             except RuntimeError as error:  # NotImplementedError is one as well
                 if is_out_of_memory(error):
                     raise
                 self.batched = False
                 self.fallback = _first_line(error)
         try:
-            return _one_by_one(outputs, inputs, vectors)
+            return _one_by_one(grad, vectors)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             raise _refusal(_first_line(error), outputs) from error
 
 
-def _at_once(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-) -> Sequence[Tensor | None]:
+def _at_once(grad: Grad, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """The derivatives for all rows of ``vectors`` as one batch."""
     with warnings.catch_warnings():
         # An operation without a batching rule is looped over: still correct.
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        return torch.autograd.grad(
-            outputs,
-            inputs,
-            vectors,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=True,
-        )
+        return grad(vectors, is_grads_batched=True)
 
 
-def _one_by_one(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-) -> Sequence[Tensor | None]:
+def _one_by_one(grad: Grad, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """The same in a pass for each row."""
-    rows = [
-        torch.autograd.grad(outputs, inputs, row, retain_graph=True, allow_unused=True)
-        for row in zip(*vectors, strict=True)
-    ]
+    rows = [grad(row) for row in zip(*vectors, strict=True)]
     columns = zip(*rows, strict=True)
     return [None if column[0] is None else torch.stack(column) for column in columns]
 

@@ -11,7 +11,6 @@ same product. Another route is another class with ``products``, ``holds``, ``rel
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,20 +65,8 @@ class Engine:
         self.no_tangent = ""  # why no tangent program is used
         self._made = 0.0  # operations of products, by counted cost
         self._expected = 0.0  # the same of those announced
-        refused = self.trials.refused
-        if request.segments and not self.trials.usable(request.segments):
-            raise ValueError(
-                f"segments is {request.segments!r}, but layers cannot be: "
-                f"{refused[request.segments]}"
-            )
         self._keep_freed_memory()
-        plan = choose(self.trials, request)
-        reasons = [
-            f"layers cannot be recomputed: {reason}"
-            for segments, reason in refused.items()
-            if reason and segments.layers
-        ]
-        self._adopt(replace(plan, notes=tuple(reasons)))
+        self._adopt(choose(self.trials, request))
 
     def products(self, names: Sequence[str], count: int, spread: Spread, collect: Collect) -> None:
         """sum_b H_ab v_b for all a and b among ``names``, for ``count`` rows v, a part at a time.
@@ -93,11 +80,11 @@ class Engine:
             self._take_tangent()
         work: Sequence[Work] = [Work(weight, batch) for weight, batch in self.plan.pieces]
         while work and count:
-            failure = self._work(work[0], names, count, spread, collect)
+            failure = self._advance(work[0], names, count, spread, collect)
             # By now the exception, and with it what the failed pass held, is gone.
             work = self._retreat(work, count, failure) if failure else work[1:]
 
-    def _work(
+    def _advance(
         self,
         work: Work,
         names: Sequence[str],
@@ -106,8 +93,9 @@ class Engine:
         collect: Collect,
     ) -> str:
         """Does the rows of one micro-batch that are left; how memory ran out, or ""."""
-        step = self.plan.rows
-        parts = [slice(i, min(i + step, count)) for i in range(work.rows_done, count, step)]
+        together = self.plan.rows
+        starts = range(work.rows_done, count, together)
+        parts = [slice(start, min(start + together, count)) for start in starts]
         try:
             chunks = self.route.products(work.batch, names, map(spread, parts))
             with self.arithmetic.active(), closing(chunks) as products:
@@ -159,7 +147,7 @@ class Engine:
         step = retreat(Setback(before, work, left, held, self.trials), failure)
         if not any(note.startswith("out of memory") for note in step.plan.notes[:-1]):
             words = f"{failure}: goes on with {step.words}; `route` tells of further steps"
-            warnings.warn(words, RuntimeWarning, stacklevel=5)
+            warnings.warn(words, RuntimeWarning, stacklevel=6)  # at the caller of matmat
         if step.plan.pieces is not before.pieces:  # graphs are kept by micro-batch
             self.route.release()
         self._adopt(step.plan)
@@ -175,13 +163,13 @@ class Engine:
         if self.wanted == "tangent program":
             return True
         if not self.plan.recorded or self.plan.segments:
-            return False  # memory is short already
+            return False  # memory is short already, and a tangent program keeps its constants
         self._made += self._cost(rows, whole)
         worth = _WORTH_TRACING.get(self.problem.device.type, _WORTH_TRACING["cpu"])
         return max(self._made, self._expected) > worth
 
     def _cost(self, rows: int, whole: bool) -> float:
-        """Floating-point operations of products."""
+        """Floating-point operations of products, as double backward makes them."""
         examples = sum(batch_length(batch) or 1 for _, batch in self.plan.pieces)
         passes = 6 if whole else 1.3
         return rows * examples * self.trials.example_operations * passes

@@ -86,7 +86,7 @@ def format_bytes(number: float) -> str:
 
 
 class OverBudget(Exception):
-    """More bytes were live than :func:`measuring` was told to allow."""
+    """More bytes were live than :func:`measuring` allows."""
 
 
 class ByteCounter(Protocol):

@@ -16,7 +16,7 @@ each with whole batches or with micro-batches.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hessian_tools.curvature.engine.footprint import Footprint, Needs
 from hessian_tools.curvature.engine.memory import format_bytes
@@ -44,11 +44,6 @@ class PlanRequest:
     record: bool | None = None
     microbatch: int | None = None
     segments: Segments | None = None
-
-    @property
-    def insists(self) -> bool:
-        """Whether the user's choice holds even beyond the budget."""
-        return bool(self.record) or self.microbatch is not None
 
 
 @dataclass(frozen=True)
@@ -123,13 +118,8 @@ class Candidate:
     segments: Segments
     size: int | None
     footprint: Footprint
-    lengths: Sequence[int]  # examples of each micro-batch
+    peak: int  # bytes of products with one probe
     share: float  # of the budget that it may take
-
-    @property
-    def peak(self) -> int:
-        """Bytes of products with one probe."""
-        return self.footprint.needs(self.lengths, self.recorded).peak()
 
     def plan(self, problem: Problem, budget: int) -> Plan:
         """The plan that carries it out.
@@ -157,20 +147,34 @@ def planned(
 
 
 def choose(trials: Trials, request: PlanRequest) -> Plan:
-    """The cheapest plan within the budget of ``trials``.
+    """The cheapest plan within the budget of ``trials``; its notes say what was not possible.
 
     With ``record=True`` or a ``microbatch`` nothing is refused: of what is left the way with the
     lowest peak is taken.
 
     Raises:
-        ValueError: a budget too small for one example; a batch that must but cannot be cut.
+        ValueError: a budget too small for one example; a batch that must but cannot be cut; layers
+            that must but cannot be segments.
     """
+    asked = request.segments
+    if asked and not trials.usable(asked):
+        raise ValueError(f"segments is {asked!r}, but layers cannot be: {trials.refused[asked]}")
+    plan = _cheapest(trials, request)
+    reasons = [
+        f"layers cannot be recomputed: {reason}"
+        for segments, reason in trials.refused.items()
+        if reason and segments.layers
+    ]
+    return replace(plan, notes=tuple(reasons))
+
+
+def _cheapest(trials: Trials, request: PlanRequest) -> Plan:
     problem, budget = trials.problem, trials.budget
     tried: list[Candidate] = []
     uncuttable = ""
     for candidate in _candidates(trials, request):
         if uncuttable and candidate.size is not None:
-            continue
+            continue  # what forbade one size forbids all
         tried.append(candidate)
         if candidate.peak > candidate.share * budget:
             continue
@@ -180,7 +184,7 @@ def choose(trials: Trials, request: PlanRequest) -> Plan:
             if request.microbatch is not None:
                 raise
             uncuttable = str(error)
-    if tried and request.insists:
+    if tried and (request.record or request.microbatch is not None):
         return min(tried, key=lambda candidate: candidate.peak).plan(problem, budget)
     raise ValueError(uncuttable or _too_little(trials, request, tried))
 
@@ -196,8 +200,8 @@ def _candidates(trials: Trials, request: PlanRequest) -> Iterator[Candidate]:
             if footprint is None:
                 continue
             for size in _sizes(trials.problem, request.microbatch, most_pieces):
-                lengths = _lengths(trials.problem, size)
-                yield Candidate(recorded, segments, size, footprint, lengths, share)
+                peak = footprint.needs(_lengths(trials.problem, size), recorded).peak()
+                yield Candidate(recorded, segments, size, footprint, peak, share)
 
 
 def _ways(request: PlanRequest) -> list[tuple[bool, Segments]]:

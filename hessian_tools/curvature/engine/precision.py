@@ -18,12 +18,12 @@ well, keeps float32.
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 # Of float32 products; the first is the default, the last is what the process is set to.
@@ -102,8 +102,7 @@ def arithmetic(model: nn.Module, precision: str = PRECISIONS[0]) -> Arithmetic:
         allowed = ", ".join(map(repr, PRECISIONS))
         raise ValueError(f"precision is {precision!r}; allowed are {allowed}")
     parameters = [p for p in model.parameters() if p.is_floating_point()]
-    _refuse_narrow(parameters)
-    coarsest = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
+    coarsest = _coarsest({p.dtype for p in parameters})
     if precision == "tf32" and coarsest != torch.float32:
         raise ValueError(
             "precision is 'tf32', which is about products in float32, but model has parameters in "
@@ -124,8 +123,9 @@ def _convolves(model: nn.Module) -> bool:
     return any(isinstance(module, _ConvNd | nn.RNNBase) for module in model.modules())
 
 
-def _refuse_narrow(parameters: Sequence[Tensor]) -> None:
-    for dtype in {p.dtype for p in parameters} - {torch.float64, torch.float32, torch.bfloat16}:
+def _coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The coarsest of the parameters' dtypes; ValueError for one that is too narrow."""
+    for dtype in dtypes - {torch.float64, torch.float32, torch.bfloat16}:
         tiny = torch.finfo(dtype).tiny
         largest = torch.finfo(dtype).max
         raise ValueError(
@@ -133,6 +133,7 @@ def _refuse_narrow(parameters: Sequence[Tensor]) -> None:
             "derivatives and unit vectors leave that range; use model.to(torch.bfloat16), which "
             "has the range of float32, or float32"
         )
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @contextlib.contextmanager

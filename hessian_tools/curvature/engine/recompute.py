@@ -27,7 +27,7 @@ class Segments:
 
     layers: bool = False  # each of two or more siblings of one class in a ModuleList or Sequential
     queries: int = 0  # queries in a block of scaled_dot_product_attention; 0: all at once
-    logits: int = 0  # about so many logits in a chunk of cross_entropy's rows; 0: all at once
+    logits: int = 0  # of a chunk of cross_entropy's rows, approximately; 0: all at once
 
     def __bool__(self) -> bool:
         return self.layers or self.queries > 0 or self.logits > 0
@@ -44,6 +44,7 @@ class Segments:
 
 
 NONE = Segments()
+# In float32 the scores of 128 queries and 1,024 keys are 0.5 MiB a head, the logits 16 MiB.
 STREAMED = Segments(queries=128, logits=1 << 22)
 LAYERED = Segments(layers=True, queries=128, logits=1 << 22)
 

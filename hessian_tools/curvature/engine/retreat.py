@@ -104,6 +104,7 @@ class Setback:
         return replace(plan, needs=counted.needs, krylov_bytes=counted.krylov_bytes)
 
 
+# In order: what costs the least time first.
 _WAYS_OUT: tuple[Callable[[Setback], Step | None], ...] = (
     Setback.fewer_probes,
     Setback.double_backward,
@@ -114,7 +115,7 @@ _WAYS_OUT: tuple[Callable[[Setback], Step | None], ...] = (
 
 
 def retreat(setback: Setback, failure: str) -> Step:
-    """The first way out, as the numbers of products and the model allow.
+    """The first way out that the plan and the model allow; the plan's notes tell of it.
 
     Raises:
         MemoryError: there is nothing left to give up; it quotes ``failure``.

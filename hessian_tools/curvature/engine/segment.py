@@ -168,7 +168,7 @@ class _Inner(torch.autograd.Function):
                 for position, t in enumerate(tensors[ctx.count :], ctx.count)
             ]
             gradients = _gradients(outputs, [leaves[i] for i in wanted], first, create_graph=True)
-            del outputs
+            del outputs  # the first pass is over: free what only it needs
             second = _gradients(gradients, [(leaves + first)[i] for i in needed], cotangents)
         return (None, None, None, *_spread(second, needed, len(tensors)))
 
@@ -198,7 +198,9 @@ def _gradients(
 
 def _asked_for(ctx: _Context) -> list[int]:
     """Positions among the saved tensors of those whose gradient the running pass uses."""
-    following = iter(ctx.next_functions)  # one entry a tensor; None was none
+    # ``needs_input_grad`` says which inputs require grad, not which this pass is about; only the
+    # engine knows that, by node. A tensor has one entry among the next functions, None has none.
+    following = iter(ctx.next_functions)
     nodes = [None if tensor is None else next(following)[0] for tensor in ctx.saved_tensors]
     return [
         position

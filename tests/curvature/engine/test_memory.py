@@ -59,9 +59,8 @@ def test_live_bytes_see_what_a_graph_keeps_and_a_batched_backward_pass():
     model, x = nn.Linear(3, 4), torch.randn(5, 3)
     with LiveBytes() as live:
         y = torch.tanh(model(x)).exp()
-        assert (
-            live.now == 2 * 5 * 4 * 4
-        )  # tanh's result, exp's; the input and the weights are not new
+        # tanh's result and exp's; the input and the weights are not new
+        assert live.now == 2 * 5 * 4 * 4
         torch.autograd.grad(y, [model.weight], torch.zeros(7, 5, 4), is_grads_batched=True)
         assert live.peak >= live.now + 7 * 5 * 4 * 4
 

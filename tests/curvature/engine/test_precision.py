@@ -1,5 +1,4 @@
-"""Low precision: float32 around a bfloat16 model, TF32 only inside products, errors bounded by what
-theory allows."""
+"""Low precision: float32 around a bfloat16 model, TF32 only inside products, bounded errors."""
 
 import copy
 import math
@@ -77,11 +76,12 @@ def test_vectors_are_never_narrower_than_float32(dtype):
 
 
 def test_products_keep_within_the_bound_of_rounding():
-    """Componentwise (Higham 2002, section 3.5): j roundings on the way give |error| <= ((1 + u)^j -
-    1) |X'| |X| |v| c.
+    """Componentwise (Higham 2002, section 3.5), with j roundings on the way:
+
+        |error| <= ((1 + u)^j - 1) |X'| |X| |v| c
 
     There are six at most: the vector, X v, its two factors, X' (.), the product; sums are float32
-        and N a power of 2.
+    and N is a power of 2.
     """
     problem, x = linear_regression(32, 20, BF16)
     hessian = ht.HessianOperator(problem)
@@ -90,18 +90,16 @@ def test_products_keep_within_the_bound_of_rounding():
     bound = ((1 + ROUNDOFF) ** 6 - 1) * 2 / 32 * vectors.double().abs() @ x.abs().T @ x.abs()
     error = (hessian.matmat(vectors).double() - exact).abs()
     assert (error <= bound).all()
-    assert (
-        relative_error(hessian.matmat(vectors).double(), exact) > 1e-4
-    )  # float32 in disguise would be exact
+    # float32 in disguise would be exact
+    assert relative_error(hessian.matmat(vectors).double(), exact) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["gpt", "batchnorm-batch"])
 def test_lanczos_on_noisy_products_keeps_within_the_noise(name):
-    """With E the errors of the products of Q: |T - Q'AQ| <= sqrt(2) |E|_F, so by Weyl's inequality
-    every node too.
+    """With E the errors of the products of Q: |T - Q'AQ| <= sqrt(2) |E|_F.
 
-    (Q' A^ Q is upper Hessenberg; T mirrors its lower half, Q'AQ is symmetric, and their lower
-    halves differ by Q'E's.)
+    Q' A^ Q is upper Hessenberg; T mirrors its lower half, Q'AQ is symmetric, and their lower halves
+    differ by Q'E's. By Weyl's inequality every node keeps to the same bound.
     """
     problem = network(name, BF16)
     hessian, exact = ht.HessianOperator(problem), ht.HessianOperator(in_float64(problem))
@@ -119,9 +117,8 @@ def test_lanczos_on_noisy_products_keeps_within_the_noise(name):
         )
         assert (tridiagonal - q @ products.T).norm() <= math.sqrt(2) * noise + slack
         assert float(torch.linalg.eigvalsh(tridiagonal).max()) <= top + math.sqrt(2) * noise + slack
-        first = float(
-            (noisy[row, 0] - products[0]).norm()
-        )  # trace and rms hang on the first product alone
+        # trace and rms depend on the first product alone
+        first = float((noisy[row, 0] - products[0]).norm())
         assert abs(found.alphas[row, 0] - float(q[0] @ products[0])) <= first + slack
         assert (
             abs(math.hypot(found.alphas[row, 0], found.betas[row, 0]) - float(products[0].norm()))
@@ -138,19 +135,17 @@ def test_spectra_of_a_bfloat16_model_are_near_those_in_float64():
         for p in (problem, in_float64(problem))
     )
     for name, block in expected.items():
-        # one rounding of every entry costs 0.4 %; some forty lie on the way and add up like
-        # sqrt(40) where independent
-        assert found[name].rms.value == pytest.approx(
-            block.rms.value, rel=math.sqrt(40) * ROUNDOFF
-        ), name
+        # One rounding of every entry costs 0.4 %; some forty lie on the way and add up like
+        # sqrt(40) where they are independent.
+        relative = math.sqrt(40) * ROUNDOFF
+        assert found[name].rms.value == pytest.approx(block.rms.value, rel=relative), name
         assert found[name].largest.value == pytest.approx(
             block.largest.value, abs=0.1 * block.rms.value + 0.05
         ), name
 
 
 def test_micro_batches_are_summed_in_float32():
-    """300 equal pieces: a sum in bfloat16 stops growing when a piece is below half a unit of its
-    last digit."""
+    """300 equal pieces: a bfloat16 sum stops growing once a piece is below half its last digit."""
     x, y = torch.randn(1, 8, dtype=BF16), torch.ones(1, 1, dtype=BF16)
     model = nn.Linear(8, 1, dtype=BF16)
     many = ht.Problem(model, ht.mse, [(x.repeat(300, 1), y.repeat(300, 1))])
@@ -190,8 +185,10 @@ def test_casts_only_where_vectors_enter_and_products_leave():
 )
 @pytest.mark.parametrize("mode", ["full", "local", "none"])
 def test_noise_neither_ends_a_run_nor_spreads(eigenvalues, least_steps, mode):
-    """Exactly, the first two Krylov spaces end after 6 and 1 steps. Noise may hide that, but what
-    follows is small."""
+    """Exactly, the first two Krylov spaces end after 6 and 1 steps.
+
+    Noise may hide that, but what follows is small.
+    """
     operator = RoundedOperator(prescribed(eigenvalues, 200))
     settings = {
         "num_probes": 3,
@@ -205,9 +202,8 @@ def test_noise_neither_ends_a_run_nor_spreads(eigenvalues, least_steps, mode):
         least_steps < 30 or quadrature.status == "complete"
     )
     spectrum = np.array([*eigenvalues, 0.0] if len(eigenvalues) < 200 else eigenvalues)
-    noise = (
-        2.01 * ROUNDOFF * np.abs(spectrum).max()
-    )  # of a product: its vector's rounding and its own
+    # of a product: the rounding of its vector and of itself
+    noise = 2.01 * ROUNDOFF * np.abs(spectrum).max()
     span = quadrature.nodes.min() - spectrum.min(), spectrum.max() - quadrature.nodes.max()
     assert min(span) >= -math.sqrt(2 * 30) * noise  # sqrt(2) |E|_F over 30 products
     distance = np.abs(quadrature.nodes[..., None] - spectrum).min(axis=-1)
@@ -226,10 +222,8 @@ def test_a_vanishing_hessian_is_still_found_in_bfloat16():
     class Linear(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight, self.square = (
-                nn.Parameter(torch.ones(60, dtype=BF16)),
-                nn.Parameter(torch.ones(3, dtype=BF16)),
-            )
+            self.weight = nn.Parameter(torch.ones(60, dtype=BF16))
+            self.square = nn.Parameter(torch.ones(3, dtype=BF16))
 
         def forward(self, x):
             return x @ self.weight + (self.square**2).sum()
@@ -253,7 +247,8 @@ def test_verification_in_bfloat16_finds_a_broken_gradient():
     class Padded(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table, self.last = nn.Embedding(9, 3, padding_idx=0), nn.Linear(3, 2)
+            self.table = nn.Embedding(9, 3, padding_idx=0)
+            self.last = nn.Linear(3, 2)
 
         def forward(self, tokens):
             return self.last(torch.tanh(self.table(tokens)).mean(1))
@@ -285,9 +280,8 @@ SWITCHES = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backend
 
 
 def settings() -> list:
-    """All that PyTorch says about TF32; an interface that refuses to answer is an answer as
-    well."""
-    found = []
+    """All that PyTorch says about TF32; that an interface refuses to answer counts as well."""
+    values = []
     for read in (
         lambda: torch.backends.cuda.matmul.allow_tf32,
         lambda: torch.backends.cudnn.allow_tf32,
@@ -295,10 +289,10 @@ def settings() -> list:
         *[lambda s=s: s.fp32_precision for s in (*SWITCHES, torch.backends.mkldnn.matmul)],
     ):
         try:
-            found.append(read())
+            values.append(read())
         except RuntimeError:
-            found.append("refused")
-    return found
+            values.append("refused")
+    return values
 
 
 @pytest.fixture(params=["default", "high", "medium", "cudnn off", "by operation"])
@@ -338,9 +332,8 @@ def test_tf32_is_on_inside_products_only(monkeypatch):
         return ht.cross_entropy(model, batch)
 
     model, batch = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
-    card = Arithmetic(
-        torch.float32, torch.float32, torch.device("cuda"), "tf32", False
-    )  # flags need no card to move
+    # The flags can be moved without a card.
+    card = Arithmetic(torch.float32, torch.float32, torch.device("cuda"), "tf32", False)
     monkeypatch.setattr("hessian_tools.curvature.hessian.arithmetic", lambda model, precision: card)
     hessian = ht.HessianOperator(ht.Problem(model, loss_fn, [batch]), record=False)
     seen.clear()
@@ -357,9 +350,8 @@ def test_tf32_is_on_inside_products_only(monkeypatch):
 def test_the_arithmetic_in_effect_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     card, single = torch.device("cuda"), (torch.float32, torch.float32)
-    assert (
-        Arithmetic(*single, card, "as given", convolves=False).name == "float32"
-    )  # PyTorch's defaults
+    # PyTorch's defaults
+    assert Arithmetic(*single, card, "as given", convolves=False).name == "float32"
     assert Arithmetic(*single, card, "as given", convolves=True).name == "tf32"
     assert Arithmetic(*single, card, "ieee", convolves=True).name == "float32"
     assert Arithmetic(*single, card, "tf32", convolves=False).name == "tf32"
@@ -371,7 +363,7 @@ def test_the_arithmetic_in_effect_is_named(monkeypatch):
     assert arithmetic(network("batchnorm-batch", torch.float32).model).convolves
 
 
-def test_tf32_where_there_is_none_is_told():
+def test_a_warning_says_that_there_is_no_tf32():
     problem = network("mlp", torch.float32)
     with pytest.warns(RuntimeWarning, match=r"TF32 asked for and not to be had \(device cpu\)"):
         hessian = ht.HessianOperator(problem, precision="tf32")
@@ -384,12 +376,10 @@ def test_true_float32_is_the_default(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     card, single = torch.device("cuda"), (torch.float32, torch.float32)
     default = arithmetic(network("batchnorm-batch", torch.float32).model).precision
-    assert (
-        default == "ieee" and Arithmetic(*single, card, default, convolves=True).name == "float32"
-    )
-    assert (
-        arithmetic(network("mlp", BF16).model).name == "bfloat16"
-    )  # whatever the default says about float32
+    assert default == "ieee"
+    assert Arithmetic(*single, card, default, convolves=True).name == "float32"
+    # whatever the default says about float32
+    assert arithmetic(network("mlp", BF16).model).name == "bfloat16"
 
 
 def test_a_model_of_mixed_dtypes_is_as_coarse_as_its_coarsest():

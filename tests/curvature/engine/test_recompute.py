@@ -1,5 +1,4 @@
-"""Segments: the same derivatives as the plain route, pruned, put back, and with a memory that is
-only the boundary."""
+"""Segments: the plain route's derivatives, pruned, put back, in the memory of the boundaries."""
 
 import functools
 
@@ -213,8 +212,7 @@ def test_cross_entropy_by_chunks_is_cross_entropy(case):
 
 
 class Nested(nn.Module):
-    """Tensors in nested arguments, several outputs, one of them whole numbers, one without
-    gradient, one no tensor."""
+    """Nested arguments and outputs: whole numbers, no gradient, and no tensor among them."""
 
     def forward(self, given, scale=None, flag=True):
         x, y = given["x"], given["more"][0]
@@ -322,19 +320,16 @@ def test_only_boundaries_are_kept():
             kept[layers] = live.now
     weights = sum(p.numel() for p in model.blocks[0].parameters())
     boundary = 2 * 16 * 8  # what comes in, and the gradient of what goes out
-    assert (
-        kept[8] - kept[4]
-    ) / 4 / 4 <= weights + 2.5 * boundary  # floats a layer: its gradient and its boundary
+    floats_a_layer = (kept[8] - kept[4]) / 4 / 4
+    assert floats_a_layer <= weights + 2.5 * boundary  # its gradient and its boundary
 
 
 def test_layers_that_read_more_than_their_arguments_are_not_segments():
     class Reading(nn.Module):
         def __init__(self, shared):
             super().__init__()
-            self.inner, self.shared = (
-                nn.Linear(3, 3),
-                [shared],
-            )  # not registered: no parameter of the layer
+            self.inner = nn.Linear(3, 3)
+            self.shared = [shared]  # not registered: no parameter of the layer
 
         def forward(self, x):
             return torch.tanh(self.inner(x)) * self.shared[0]

@@ -156,6 +156,7 @@ EXPERIMENTS = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", EXPERIMENTS)
 def test_experiments_run_and_their_figures_draw(script, tmp_path):
     run(sys.executable, f"experiments/{script}", "--smoke", "--out", str(tmp_path))

@@ -17,16 +17,16 @@ def spectra_table(spectra: BlockSpectra) -> str:
     return table(header, [_spectrum_row(name, quadrature) for name, quadrature in spectra.items()])
 
 
-def readings_table(found: Mapping[str, JSHeterogeneity]) -> str:
+def readings_table(compared: Mapping[str, JSHeterogeneity]) -> str:
     """A row a reading, a column a model: mean over pairs of blocks, with its standard error."""
-    first = next(iter(found.values()))
+    first = next(iter(compared.values()))
     rows = []
     for name, reading in first.every_reading.items():
-        results = [js.every_reading[name] for js in found.values()]
+        results = [js.every_reading[name] for js in compared.values()]
         values = [plus_minus(result.mean, result.standard_error) for result in results]
         rows.append([f"{READINGS[name].label} [{reading.unit}]", *values])
-    rows.append(["verdict", *(js.verdict.decision for js in found.values())])
-    return table(("reading (mean over pairs ± standard error)", *found), rows)
+    rows.append(["verdict", *(js.verdict.decision for js in compared.values())])
+    return table(("reading (mean over pairs ± standard error)", *compared), rows)
 
 
 def verdict_text(label: str, js: JSHeterogeneity) -> str:

@@ -250,7 +250,7 @@ class KeptVectors:
         return self.states.pop(name, [])
 
     def fits(self, further: int) -> bool:
-        """Whether so many bytes fit beside what is kept."""
+        """Whether this many bytes fit beside what is kept."""
         return self.nbytes + further <= self.curvature.krylov_bytes
 
     def make_room(self, further: int, but: str = "") -> None:

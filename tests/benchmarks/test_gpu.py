@@ -22,6 +22,8 @@ import gpu_throughput
 from gpu_measure import Clock, ResultFile, launches, matmul_rate, operations, seconds
 from gpu_plan import BlockCost, Plan, counted
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TINY = replace(
     gpu_js0.LLAMA_SMOKE, layers=1, chosen_layers=(0,), width=8, mlp=12, steps=2, precision="float32"

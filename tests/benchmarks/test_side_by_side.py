@@ -27,6 +27,8 @@ from contest.jobs import Bench  # noqa: E402
 from contest.processes import Process  # noqa: E402
 from contest.tables import markdown, spread, summarise  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # PyHessian's gradients, and an import of curvlinops
 THEIR_WARNINGS = pytest.mark.filterwarnings(
     "ignore:Using backward", "ignore:.torch.jit:DeprecationWarning"

@@ -126,6 +126,11 @@ def stated_batch_stats(model: nn.Module, batch_stats: bool | None) -> bool | Non
     if not norms:
         return None
     if batch_stats is not None:
+        if not isinstance(batch_stats, bool):  # a word such as "running" would count as True
+            raise ValueError(
+                f"batch_stats is {batch_stats!r}; pass True (each batch's own statistics, as in "
+                "training) or False (the running ones)"
+            )
         return batch_stats
     if any(norm.track_running_stats for norm in norms.values()):
         first = next(iter(norms)) or "the model itself"

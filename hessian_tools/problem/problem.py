@@ -69,7 +69,7 @@ class Problem:
         batches: Iterable[Batch],
         *,
         batch_stats: bool | None = None,
-        num_examples: Callable[[Batch], int] | None = None,
+        num_examples: Callable[[Batch], float] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
@@ -102,7 +102,7 @@ class Problem:
         """The mean loss of one batch, a scalar; call it inside :meth:`evaluating`."""
         return self.loss_fn(self.model, batch)
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: Batch) -> float:
         """n_b, the examples of a batch that count; 0 for a piece that holds ignored tokens only."""
         if self.num_examples is not None:
             return self.num_examples(batch)
@@ -166,12 +166,14 @@ class Problem:
                 f"piece of it ({reason}): raise `memory` or pass smaller batches"
             ) from error
 
-    def _checked_count(self, index: int) -> int:
+    def _checked_count(self, index: int) -> float:
         with self._explaining(index):
             count = self.count(self.batches[index])
-        if not isinstance(count, int) or count < 1:
+        is_number = isinstance(count, int | float) and not isinstance(count, bool)
+        if not is_number or not 0 < count < math.inf:
             raise ValueError(
-                f"batch {index} has {count!r} valid examples; a whole number, at least 1, is needed"
+                f"batch {index} has {count!r} valid examples; a positive number is needed (a sum "
+                "of weights where the loss is a weighted mean)"
             )
         return count
 

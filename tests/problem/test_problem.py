@@ -137,7 +137,6 @@ def test_num_examples_can_be_said(linear):
             "0 valid examples",
         ),
         ({"loss_fn": ht.mse}, ValueError, "make them equal"),
-        ({"num_examples": lambda b: 1.5}, ValueError, "1.5 valid examples"),
     ],
 )
 def test_bad_input_gets_one_clear_error(linear, change, error, words):
@@ -267,3 +266,38 @@ def test_a_loss_that_fails_on_a_piece_is_refused_to_be_cut():
     verification = ht.HessianOperator(problem).verify()
     assert verification.passed
     assert any("cut batches" in reason for reason in verification.skipped)
+
+
+def test_weighted_means_are_weighted_by_the_sum_of_weights():
+    """The mean of a class-weighted loss is over a sum of weights, which need not be whole."""
+    weights = torch.tensor([0.2, 1.0, 5.0])
+    model, x, y = nn.Linear(4, 3), torch.randn(40, 4), torch.randint(3, (40,))
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], weight=weights)
+
+    cut = ht.Problem(
+        model,
+        loss,
+        [(x[:30], y[:30]), (x[30:], y[30:])],
+        num_examples=lambda batch: float(weights[batch[1]].sum()),
+    )
+    assert cut.loss == pytest.approx(loss(model, (x, y)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, -1.5, float("nan"), float("inf"), True, "3"])
+def test_counts_are_positive_numbers(count):
+    with pytest.raises(ValueError, match="valid examples; a positive number is needed"):
+        ht.Problem(
+            nn.Linear(2, 2),
+            ht.mse,
+            [(torch.ones(3, 2), torch.ones(3, 2))],
+            num_examples=lambda batch: count,
+        )
+
+
+@pytest.mark.parametrize("word", ["running", "batch", 1])
+def test_batch_stats_is_true_or_false(word):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    with pytest.raises(ValueError, match=r"pass True .* or False"):
+        ht.Problem(model, ht.mse, [(torch.ones(3, 4), torch.ones(3, 8))], batch_stats=word)

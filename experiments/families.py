@@ -182,6 +182,9 @@ def _problem(setting: Setting) -> ht.Problem:
 
 def _is_own(error: Exception) -> bool:
     """Whether the package raised it itself, rather than let it through."""
+    named = isinstance(error, ValueError | TypeError | ht.NumericalError)
+    if not named and not type(error).__module__.startswith("hessian_tools"):
+        return False
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).is_relative_to(ROOT / "hessian_tools")
 

@@ -154,7 +154,7 @@ def sparse_embedding() -> Setting:
 def bags() -> Setting:
     model = nn.Sequential(nn.EmbeddingBag(20, 8, mode="mean"), nn.Tanh(), nn.Linear(8, CLASSES))
     batches = [(torch.randint(20, (n, 4)), torch.randint(CLASSES, (n,))) for n in (6, 3)]
-    return classifier(model, batches)
+    return Setting(model, cross_entropy, batches, [6.0, 3.0], refusal="embedding_bag")
 
 
 @configuration("embedding/padding-index")
@@ -163,7 +163,7 @@ def padding_index() -> Setting:
     model = nn.Sequential(nn.Embedding(20, 8, padding_idx=0), nn.Tanh(), nn.Linear(8, 20))
     batches = tokens()
     batches[0][0][:, -2:] = 0
-    return classifier(model, batches)
+    return Setting(model, cross_entropy, batches, lengths(batches), refusal="gradient")
 
 
 @configuration("embedding/renormalised-rows")

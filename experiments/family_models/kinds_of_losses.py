@@ -359,7 +359,7 @@ def margin() -> Setting:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return nn.functional.multi_margin_loss(model(batch[0]), batch[1], p=2)
 
-    return Setting(mlp(nn.Tanh()), loss, vectors(), [9.0, 5.0])
+    return Setting(mlp(nn.Tanh()), loss, vectors(), [9.0, 5.0], refusal="multi_margin")
 
 
 @configuration("classification/connectionist-temporal")

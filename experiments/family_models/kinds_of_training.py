@@ -99,7 +99,8 @@ def peft_lora() -> Setting:
 
 @configuration("adapters/peft-dora")
 def peft_dora() -> Setting:
-    return _language(_lora(use_dora=True))
+    """It detaches a norm, so its gradient is not that of the loss."""
+    return _refused(_language(_lora(use_dora=True)), "gradient")
 
 
 @configuration("adapters/peft-lora-checkpointed")
@@ -118,12 +119,13 @@ def peft_reentrant() -> Setting:
     return _with(_language(model), refusal="checkpoint", redirected=False)
 
 
-@configuration("adapters/peft-prefix-tuning")
-def prefix_tuning() -> Setting:
+@configuration("adapters/peft-prompt-tuning")
+def prompt_tuning() -> Setting:
     import peft
 
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    return _language(peft.get_peft_model(built(*CAUSAL["gpt2"]), config).eval())
+    model = peft.get_peft_model(built(*CAUSAL["gpt2"]), config).eval()
+    return _language(model, shifted=False)  # the prompt predicts the first label
 
 
 @configuration("adapters/peft-ia3")
@@ -276,9 +278,9 @@ def traced() -> Setting:
     original = mlp(nn.Tanh())
     setting = classifier(torch.jit.trace(original, vectors()[0][0]))
 
-    def plain(model: nn.Module) -> nn.Module:  # a copy of the trace has no leaves to differentiate
-        original.load_state_dict(model.state_dict())
-        return original
+    # a copy of the trace has no leaves to differentiate; the original shares its parameters
+    def plain(model: nn.Module) -> nn.Module:
+        return copy.deepcopy(original)
 
     return _with(setting, plain=plain)
 
@@ -322,7 +324,7 @@ def spectral_norm_training() -> Setting:
     """A power iteration each call: no function of the weights alone."""
     layer = parametrizations.spectral_norm(nn.Linear(6, 8), n_power_iterations=1)
     model = nn.Sequential(layer, nn.Tanh(), nn.Linear(8, CLASSES))
-    return _refused(classifier(model), "evaluations")
+    return _refused(classifier(model), "gradient")
 
 
 @configuration("reparametrised/own-symmetric")
@@ -505,11 +507,11 @@ def _with_function(function: Any) -> nn.Module:
     return Between()
 
 
-def _language(model: nn.Module) -> Setting:
+def _language(model: nn.Module, shifted: bool = True) -> Setting:
     import hessian_tools as ht
 
     batches = text_batches()
-    counts = [labelled(batch["labels"], True) for batch in batches]
+    counts = [labelled(batch["labels"], shifted) for batch in batches]
     return Setting(model, own_loss, batches, counts, given=ht.huggingface, prepare=eager_experts)
 
 

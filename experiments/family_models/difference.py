@@ -9,6 +9,8 @@ five points,
 whose error is of order t^4, so that long steps are exact where the loss is smooth. Several steps
 are tried; the one that agrees best with its neighbour is taken, and their distance is its
 uncertainty. Where long steps disagree with it the loss has kinks (ReLU, max-pooling) within reach.
+Distances are those of the worst parameter tensor, so that a fault in a small one is not lost in a
+large one.
 
 Letters: P variables.
 """
@@ -17,7 +19,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +34,15 @@ from family_models.setting import Setting, batch_norms
 STEPS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 AGREED = 1e-8  # two steps that agree so well settle it
 LONG = 1e-3  # the step at which kinks are looked for
+SHARE = 0.01  # of the whole product, to which a tensor with a small part of it is held
 KINKED = 1e-3  # how far the difference at the long step lies from the one taken
 
 
 @dataclass(frozen=True)
 class Difference:
     product: Tensor  # (P,), float64
-    uncertainty: float  # relative to the product's norm
+    sizes: tuple[int, ...]  # of the parameter tensors
+    uncertainty: float  # as :func:`apart` measures
     step: float
     kinks: bool
 
@@ -70,13 +74,21 @@ def difference(setting: Setting, direction: Tensor) -> Difference:
     products[STEPS[0]] = gradient.five_points(v, float(STEPS[0] * scale))
     for longer, step in itertools.pairwise(STEPS):
         products[step] = gradient.five_points(v, float(step * scale))
-        apart = _apart(products[longer], products[step])
-        if apart < best:
-            best, taken = apart, step
+        distance = apart(products[longer], products[step], gradient.sizes)
+        if distance < best:
+            best, taken = distance, step
         if best < AGREED:
             break
-    kinks = _apart(products[LONG], products[taken]) > max(KINKED, 10 * best)
-    return Difference(products[taken], best, taken, kinks)
+    kinks = apart(products[LONG], products[taken], gradient.sizes) > max(KINKED, 10 * best)
+    return Difference(products[taken], gradient.sizes, best, taken, kinks)
+
+
+def apart(product: Tensor, reference: Tensor, sizes: Sequence[int]) -> float:
+    """|a - b| over |b| + SHARE |whole of b| for the worst parameter tensor; 0 where both vanish."""
+    a, b = product.double().split(list(sizes)), reference.split(list(sizes))
+    whole = SHARE * float(reference.norm())
+    pairs = [(float((x - y).norm()), float(y.norm()) + whole) for x, y in zip(a, b, strict=True)]
+    return max((far / size if size else float(far > 0) for far, size in pairs), default=0.0)
 
 
 class Gradient:
@@ -94,12 +106,13 @@ class Gradient:
         total = sum(setting.counts)
         self.weights = [count / total for count in setting.counts]
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.sizes = tuple(p.numel() for p in self.parameters)
         self.start = torch.cat([p.detach().flatten() for p in self.parameters])
 
     def at(self, point: Tensor) -> Tensor:
         """(P,) at ``point`` (P,)."""
-        sizes = [p.numel() for p in self.parameters]
-        for parameter, values in zip(self.parameters, point.split(sizes), strict=True):
+        pieces = point.split(list(self.sizes))
+        for parameter, values in zip(self.parameters, pieces, strict=True):
             parameter.data.copy_(values.view_as(parameter))
             parameter.grad = None
         with _in_float64(self.redirected):
@@ -150,11 +163,6 @@ def _gradient_of(parameter: Tensor) -> Tensor:
         return torch.zeros(parameter.numel(), dtype=torch.float64)
     dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
     return dense.detach().flatten().clone()
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    larger = max(a.norm(), b.norm())
-    return float((a - b).norm() / larger) if larger else 0.0
 
 
 def _wider(argument: Any) -> Any:

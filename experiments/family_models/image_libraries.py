@@ -86,7 +86,7 @@ TIMM: dict[str, tuple[str, dict[str, Any], int, bool | None]] = {
     ),
     "resnetv2-weight-standardised": (
         "resnetv2.ResNetV2",
-        {"layers": (1,), "channels": (32,), "stem_chs": 32},
+        {"layers": (1,), "channels": (32,), "stem_chs": 32, "bottle_ratio": 1.0},
         16,
         None,
     ),

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -79,8 +81,15 @@ def own_lora_reentrant() -> Setting:
     return _refused(classifier(AdaptedLanguageModel(True), tokens()), "checkpoint")
 
 
+def _peft() -> ModuleType:
+    from hessian_tools.problem.vision import repair
+
+    repair()  # peft imports transformers, which looks for torchvision
+    return importlib.import_module("peft")
+
+
 def _lora(use_dora: bool = False) -> nn.Module:
-    import peft
+    peft = _peft()
 
     model = built(*CAUSAL["llama"])
     config = peft.LoraConfig(
@@ -121,7 +130,7 @@ def peft_reentrant() -> Setting:
 
 @configuration("adapters/peft-prompt-tuning")
 def prompt_tuning() -> Setting:
-    import peft
+    peft = _peft()
 
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(built(*CAUSAL["gpt2"]), config).eval()
@@ -130,7 +139,7 @@ def prompt_tuning() -> Setting:
 
 @configuration("adapters/peft-ia3")
 def ia3() -> Setting:
-    import peft
+    peft = _peft()
 
     config = peft.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"],

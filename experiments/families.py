@@ -221,13 +221,13 @@ class Worker:
         self._start()
 
     def tried(self, name: str) -> Line:
-        self.pipe.send(name)
         try:
+            self.pipe.send(name)
             if self.pipe.poll(LIMIT):
                 line: Line = self.pipe.recv()
                 return line
             message = f"took more than {LIMIT} s"
-        except EOFError:
+        except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
             message = f"the process died with exit code {self.process.exitcode}"
         self.stop()

@@ -126,3 +126,14 @@ def test_a_line_torn_by_a_kill_is_left_out_and_the_last_counts(families, tmp_pat
     kept = families.Lines(path).put_in_order(["a", "b", "c"])
     assert kept == [{"name": "a"}, {"name": "b", "n": 2}]
     assert [json.loads(text) for text in path.read_text().splitlines()] == kept
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_no_other_configuration_with_it(families):
+    worker = families.Worker()
+    worker.process.kill()
+    worker.process.join()
+    line = worker.tried("mlp/smooth")
+    assert line["outcome"] == "crashed" and "died" in line["message"]
+    assert worker.tried("mlp/smooth")["outcome"] == "right"
+    worker.stop()

@@ -25,7 +25,7 @@ Protocol, fixed before any result:
   referee fails or is uncertain; *skipped*: a library is not installed (timm, peft and diffusers are
   the extra ``families``).
 
-`python experiments/families.py [--smoke] [--only GLOB]` prints a line a configuration and at the
+`python experiments/families.py [--smoke] [--only GLOB ...]` prints a line a configuration and at the
 end the counts, and writes results/families: lines.jsonl (everything measured), table.txt and
 result.json. Each configuration runs in a process that a crash or a hang of one does not take the
 others with. What is in lines.jsonl for the present code and libraries is not computed again, so an
@@ -76,7 +76,7 @@ OUTCOMES = (
     "skipped",
 )
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "peft", "diffusers")
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(ht.__file__).parent
 Line = dict[str, Any]  # what is known of a configuration, JSON-able
 
 
@@ -187,7 +187,7 @@ def _is_own(error: Exception) -> bool:
     if not named and not type(error).__module__.startswith("hessian_tools"):
         return False
     frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(ROOT / "hessian_tools")
+    return Path(frames[-1].filename).is_relative_to(PACKAGE)
 
 
 def _told(error: BaseException) -> str:
@@ -283,8 +283,8 @@ class Lines:
 
 def code() -> str:
     """A name for all that a line depends on: the package, this experiment, the libraries."""
-    sources = sorted((ROOT / "hessian_tools").rglob("*.py"))
-    sources += [Path(__file__), *sorted((ROOT / "experiments/family_models").glob("*.py"))]
+    sources = sorted(PACKAGE.rglob("*.py"))
+    sources += [Path(__file__), *sorted((Path(__file__).parent / "family_models").glob("*.py"))]
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.read_bytes())
@@ -353,16 +353,17 @@ def table(lines: list[Line]) -> str:
 
 def main() -> None:
     script = Script(__doc__, OUT, smoke="three configurations: under a minute")
-    script.add_argument("--only", metavar="GLOB", help="such as 'hf/*'; computed in any case")
+    told = "such as 'hf/*' 'graph/*'; computed in any case"
+    script.add_argument("--only", metavar="GLOB", nargs="+", help=told)
     run = script.run()
     run.out.mkdir(parents=True, exist_ok=True)
     names = [
         name
         for name in (SMOKE if run.smoke else CONFIGURATIONS)
-        if fnmatch.fnmatch(name, run.options.only or "*")
+        if any(fnmatch.fnmatch(name, glob) for glob in run.options.only or "*")
     ]
     if not names:
-        script.error(f"--only {run.options.only!r} names none of {len(CONFIGURATIONS)}")
+        script.error(f"--only {run.options.only} names none of {len(CONFIGURATIONS)}")
     lines = Lines(run.out / "lines.jsonl")
     present = code()
     worker = Worker()

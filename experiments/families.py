@@ -25,10 +25,10 @@ Protocol, fixed before any result:
   referee fails or is uncertain; *skipped*: a library is not installed (timm, peft and diffusers are
   the extra ``families``).
 
-`python experiments/families.py [--smoke] [--only GLOB ...]` prints a line a configuration and at the
-end the counts, and writes results/families: lines.jsonl (everything measured), table.txt and
-result.json. Each configuration runs in a process that a crash or a hang of one does not take the
-others with. What is in lines.jsonl for the present code and libraries is not computed again, so an
+`python experiments/families.py [--smoke] [--only GLOB ...]` prints a line a configuration and at
+the end the counts, and writes results/families: lines.jsonl (everything measured), table.txt and
+result.json. Configurations run in a process of their own, which another replaces when it dies or
+hangs. What is in lines.jsonl for the present code and libraries is not computed again, so an
 interrupted run goes on; ``--only`` computes what it names in any case.
 """
 

@@ -8,6 +8,8 @@ Letters: P parameters.
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from hessian_tools.blocks.block import Block
 from hessian_tools.curvature.engine.engine import ROUTES, Collect, Engine, Spread
 from hessian_tools.curvature.engine.plan import Plan, PlanRequest
-from hessian_tools.curvature.engine.precision import PRECISIONS, arithmetic
+from hessian_tools.curvature.engine.precision import PRECISIONS, arithmetic, dtype_inside
 from hessian_tools.curvature.engine.recompute import Segments
 from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.curvature.referees import Reference, finite_difference, float64_copy
@@ -72,7 +74,8 @@ class HessianOperator(CurvatureOperator):
             raise TypeError(
                 f"problem is a {type(problem).__name__}; pass ht.Problem(model, loss_fn, batches)"
             )
-        super().__init__(problem, arithmetic(problem.model, precision))
+        chosen = arithmetic(problem.model, precision)
+        super().__init__(problem, replace(chosen, inside=dtype_inside(problem)))
         if route not in ROUTES:
             allowed = ", ".join(map(repr, ROUTES))
             raise ValueError(f"route is {route!r}; allowed are {allowed}")
@@ -115,6 +118,9 @@ class HessianOperator(CurvatureOperator):
         With ``route="auto"`` it is decided now whether compiling pays.
         """
         self._engine.expect(num_matvecs, blocks == 1)
+
+    def steady(self) -> AbstractContextManager[None]:
+        return self._engine.steady()
 
     def verify(self, blocks: Sequence[Block] = (), *, seed: int = 0) -> Verification:
         """Holds this operator against finite differences and a Hessian's properties.

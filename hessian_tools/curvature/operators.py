@@ -12,6 +12,7 @@ batch.
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -161,6 +162,9 @@ class StackedBlocks(SymmetricOperator):
         self.cut = cut
         self.num_blocks = cut.num_blocks
         self.names = cut.names
+
+    def steady(self) -> AbstractContextManager[None]:
+        return self.curvature.steady()
 
     def _matmat(self, vectors: Tensor) -> Tensor:
         if vectors.shape[0] % self.num_blocks:

@@ -2,19 +2,23 @@
 
 For the Hessian, a central difference of the gradient,
     H v ~ (g(w + t v) - g(w - t v)) / 2t,
-at the step t that agrees best with its neighbour. How well they agree is its uncertainty.
+and for the gradient itself, which that takes from autograd, one of the loss,
+    <g, v> ~ (L(w + t v) - L(w - t v)) / 2t,
+each at the step t that agrees best with its neighbour. How well they agree is its uncertainty.
 
 Letters: P parameters.
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hessian_tools.curvature.engine.precision import dtype_inside
 from hessian_tools.problem.batches import to_device
 from hessian_tools.problem.gradient import mean_gradient
 from hessian_tools.problem.problem import Problem
@@ -40,16 +44,75 @@ def finite_difference(problem: Problem, direction: Sequence[Tensor]) -> Referenc
 
     ``direction`` holds v as a tensor for each parameter. The parameters are as before on return.
     """
+
+    def difference(step: float) -> list[Tensor]:
+        with _moved(problem, direction, step):
+            ahead = list(mean_gradient(problem).values())
+        with _moved(problem, direction, -step):
+            behind = list(mean_gradient(problem).values())
+        return [a.sub_(b).div_(2 * step) for a, b in zip(ahead, behind, strict=True)]
+
+    return _at_the_best_step(problem, norm(direction), difference)
+
+
+def slopes(problem: Problem, directions: Sequence[Sequence[Tensor]]) -> Reference:
+    """<g, v> for each direction v, g the gradient of the mean loss: differences of the loss alone.
+
+    ``product`` holds them in one float64 tensor, (directions,). The parameters are as before on
+    return.
+    """
+
+    def difference(step: float) -> list[Tensor]:
+        rises = [_rise(problem, direction, step) for direction in directions]
+        return [torch.tensor(rises, dtype=torch.float64)]
+
+    # what two values of the loss may differ by without any slope
+    dtype = dtype_inside(problem) or problem.dtype
+    rounding = torch.finfo(dtype).eps * abs(problem.loss) * len(directions) ** 0.5
+    return _at_the_best_step(problem, norm(directions[0]), difference, rounding)
+
+
+def _rise(problem: Problem, direction: Sequence[Tensor], step: float) -> float:
+    """(L(w + t v) - L(w - t v)) / 2t at the step t."""
+    with _moved(problem, direction, step):
+        ahead = mean_loss(problem)
+    with _moved(problem, direction, -step):
+        behind = mean_loss(problem)
+    return (ahead - behind) / (2 * step)
+
+
+def mean_loss(problem: Problem) -> float:
+    """L at the present weights."""
+    total = 0.0
+    for weight, batch in zip(problem.weights, problem.batches, strict=True):
+        # a loss may differentiate inside, so gradients stay on
+        with problem.evaluating(), torch.enable_grad():
+            total += weight * float(problem.batch_loss(batch).detach())
+    return total
+
+
+def _at_the_best_step(
+    problem: Problem,
+    length: float,
+    difference: Callable[[float], list[Tensor]],
+    rounding: float = 0.0,
+) -> Reference:
+    """``difference(t)`` along a vector of this ``length``, at the step that agrees best.
+
+    ``rounding`` is the error of what is subtracted, as far as the agreement of steps may not show
+    it: values that are equal by rounding agree perfectly.
+    """
     scale = norm([p.detach() for p in problem.parameters.values()]) or 1.0
     best = Reference([], float("inf"), "")
     previous: list[Tensor] = []
     for relative_step in STEPS:
-        step = relative_step * scale / norm(direction)
-        ahead = _gradient_at(problem, direction, step)
-        behind = _gradient_at(problem, direction, -step)
-        product = [a.sub_(b).div_(2 * step) for a, b in zip(ahead, behind, strict=True)]
+        step = relative_step * scale / length
+        product = difference(step)
         if previous:
             agreement = relative_difference(previous, product)
+            if rounding:
+                unseen = rounding / step / (norm(product) or math.ulp(0.0))
+                agreement = max(agreement, unseen)
             if agreement < best.uncertainty:
                 remark = f"step {relative_step:.0e}, its own uncertainty {agreement:.0e}"
                 best = Reference(product, agreement, remark)
@@ -95,15 +158,16 @@ def relative_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return norm([x.to(y.dtype) - y for x, y in zip(a, b, strict=True)]) / larger
 
 
-def _gradient_at(problem: Problem, direction: Sequence[Tensor], step: float) -> list[Tensor]:
-    """The gradient of the mean loss at w + ``step`` v."""
+@contextlib.contextmanager
+def _moved(problem: Problem, direction: Sequence[Tensor], step: float) -> Iterator[None]:
+    """Within it the weights are w + ``step`` v."""
     parameters = list(problem.parameters.values())
     kept = [p.detach().clone() for p in parameters]
     try:
         with torch.no_grad():
             for p, d in zip(parameters, direction, strict=True):
                 p.add_(d.to(p.dtype), alpha=step)
-        return list(mean_gradient(problem).values())
+        yield
     finally:
         with torch.no_grad():
             for p, value in zip(parameters, kept, strict=True):

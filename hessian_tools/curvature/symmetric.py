@@ -5,6 +5,7 @@ Shapes: n size of the operator, k probes. A batch of vectors is always ``(k, n)`
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -76,6 +77,14 @@ class SymmetricOperator(ABC):
         many products they will ask for call it (:func:`hessian_tools.slq` does).
         """
 
+    def steady(self) -> AbstractContextManager[None]:
+        """Within it, whatever the matrix is made of is taken not to change.
+
+        An operator may look at it once, on entering; this one has nothing to look at. Algorithms
+        that ask for many products one after the other enter it.
+        """
+        return nullcontext()
+
     def to_scipy(self) -> "LinearOperator":
         """The operator for scipy's solvers, in numpy's float of the same width."""
         from scipy.sparse.linalg import LinearOperator
@@ -95,8 +104,9 @@ class SymmetricOperator(ABC):
     def to_dense(self, rows_per_call: int = 64) -> Tensor:
         """The whole matrix, (n, n), from products with ``rows_per_call`` unit vectors at a time."""
         dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        for numbers, products in unit_products(self, rows=rows_per_call):
-            dense[numbers] = products[0]
+        with self.steady():
+            for numbers, products in unit_products(self, rows=rows_per_call):
+                dense[numbers] = products[0]
         return dense
 
     def _validated(self, vectors: object, ndim: int) -> Tensor:

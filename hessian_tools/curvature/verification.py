@@ -21,16 +21,18 @@ from hessian_tools.curvature.referees import (
     norm,
     per_parameter,
     relative_difference,
+    slopes,
 )
 from hessian_tools.problem.batches import batch_length
+from hessian_tools.problem.gradient import mean_gradient
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
 
 # By arithmetic. Wrong mathematics shows as 1e-2 and more, and rounding of the first two lies far
-# below these; models that cast to float32 inside limit float64. The last two are coarse: about 20
-# and 12 roundings.
-TOLERANCE = {"float64": 1e-6, "float32": 2e-3, "tf32": 2e-2, "bfloat16": 0.1}
-COARSE = ("tf32", "bfloat16")
+# below these; models that cast to float32 inside limit float64. The others are coarse: about 20
+# roundings, and 12 of bfloat16.
+TOLERANCE = {"float64": 1e-6, "float32": 2e-3, "tf32": 2e-2, "float16": 2e-2, "bfloat16": 0.1}
+COARSE = ("tf32", "float16", "bfloat16")
 # What rounding may do where its size does not tell it from mathematics: a rounded forward pass
 # takes the other side of some kinks of ReLU and max-pooling, which changes a product by a quarter
 # and its spectrum by a few percent (experiments/precision.py). The mathematics is then held against
@@ -38,6 +40,7 @@ COARSE = ("tf32", "bfloat16")
 ROUNDED = 0.5
 CONCLUSIVE = 0.05  # a referee whose own uncertainty is larger decides nothing
 REFEREE = "finite difference"  # of the gradient, for the Hessian
+SLOPES = 3  # directions in which the gradient is held against differences of the loss
 
 
 @registered
@@ -91,6 +94,9 @@ def verify(
 ) -> Verification:
     """Holds ``operator`` against its referee, symmetry, linearity, its blocks, and cut batches.
 
+    The gradient, which referee and operator both take from autograd, is itself held against
+    differences of the loss.
+
     The referee works in a float64 copy of model and data where one can be made. In TF32 and
     bfloat16 all other checks are coarse, so there the referee is held against this operator's own
     product in that copy, to float64's tolerance; a further check, "rounding", says how far the
@@ -114,7 +120,7 @@ def verify(
         checks.append(_block_check(operator, block, v, tolerance))
     outcomes = [_cut_batches(operator, v, hv, tolerance)]
     operator.release()
-    outcomes += _against_referee(operator, v, hv, tolerance)
+    outcomes += _against_referee(operator, v, hv, seed)
     checks += [outcome for outcome in outcomes if isinstance(outcome, Check)]
     skipped = [outcome for outcome in outcomes if isinstance(outcome, str)]
     return Verification(tuple(checks), tuple(skipped))
@@ -182,24 +188,49 @@ def _against_referee(
     operator: CurvatureOperator,
     v: Tensor,
     hv: Tensor,
-    tolerance: float,
+    seed: int,
 ) -> list[Check | str]:
     problem = operator.problem
     copied = float64_copy(problem)
     is_coarse = copied is not None and operator.arithmetic.name in COARSE
     try:
         referee = copied or problem
+        judged = operator.rebuilt(referee) if is_coarse else operator
+        tolerance = TOLERANCE[judged.arithmetic.name]
+        slope = _gradient_check(referee, tolerance, seed)
         reference = operator.reference(referee, per_parameter(problem, v))
-        product = operator.rebuilt(referee) @ v.double() if is_coarse else hv
+        product = judged @ v.double() if is_coarse else hv
     except (RuntimeError, ValueError, TypeError) as error:  # no referee is no verdict
         return [f"{REFEREE}: {type(error).__name__}: {_first_line(error)}"]
     where = "float64 copy" if copied else f"in {problem.dtype}: no float64 copy could be made"
-    allowed = TOLERANCE["float64"] if is_coarse else tolerance
-    outcomes = [_compared(per_parameter(problem, product), reference, allowed, where)]
+    compared = _compared(per_parameter(problem, product), reference, tolerance, where)
+    outcomes = [slope, compared]
     if is_coarse:
         name = f"rounding of {operator.arithmetic.name}"
         outcomes.append(Check(name, relative_difference([hv], [product]), ROUNDED, where))
     return outcomes
+
+
+def _gradient_check(problem: Problem, tolerance: float, seed: int) -> Check | str:
+    """Slopes by autograd's gradient against those of the loss."""
+    gradient = list(mean_gradient(problem).values())
+    generator = torch.Generator().manual_seed(seed)
+    directions = [
+        [torch.randn(g.shape, generator=generator).to(g) for g in gradient] for _ in range(SLOPES)
+    ]
+    reference = slopes(problem, directions)
+    if not reference.uncertainty < CONCLUSIVE:
+        own = f"its own uncertainty is {reference.uncertainty:.0e}"
+        return f"gradient: inconclusive against differences of the loss, {own}"
+    by_gradient = torch.stack([_inner(gradient, direction) for direction in directions])
+    distance = relative_difference([by_gradient.cpu()], reference.product)
+    allowed = max(tolerance, 5 * reference.uncertainty)
+    return Check("gradient against differences of the loss", distance, allowed, reference.remark)
+
+
+def _inner(one: Sequence[Tensor], two: Sequence[Tensor]) -> Tensor:
+    pairs = zip(one, two, strict=True)
+    return torch.stack([_dot(a.flatten(), b.flatten()).squeeze() for a, b in pairs]).sum()
 
 
 def _compared(

@@ -5,13 +5,14 @@ exception; :func:`evaluating` enters them all.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import checkpoint
 
 # attention kernels of transformers that have no second derivative
 ONCE_DIFFERENTIABLE_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
@@ -25,6 +26,7 @@ def evaluating(model: nn.Module, batch_stats: bool | None) -> Iterator[None]:
         stack.enter_context(batch_norm_mode(model, batch_stats))
         stack.enter_context(twice_differentiable_attention(model))
         stack.enter_context(fast_path_off())
+        stack.enter_context(reentrant_checkpoints_off())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(cudnn_off())
         # the fused kernels of scaled_dot_product_attention have no second derivative
@@ -90,6 +92,31 @@ def fast_path_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+class _NotReentrant:
+    """Stands for torch's Function of reentrant checkpointing, and checkpoints the other way."""
+
+    @staticmethod
+    def apply(function: Callable[..., object], keep_random_state: bool, *args: object) -> object:
+        return checkpoint.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=keep_random_state
+        )
+
+
+@contextlib.contextmanager
+def reentrant_checkpoints_off() -> Iterator[None]:
+    """``torch.utils.checkpoint`` without reentrant passes, even where a model asks for them.
+
+    Their backward is a pass of its own, of which ``autograd.grad`` and second derivatives see
+    nothing.
+    """
+    reentrant = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _NotReentrant  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
 
 
 @contextlib.contextmanager

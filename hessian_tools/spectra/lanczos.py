@@ -211,10 +211,11 @@ def _run(
     # Vectors that are no longer needed hold the next residual: fresh memory costs more than the
     # arithmetic. The first two that fall free are those of ``given``.
     free: Tensor | None = None
-    for j in range(done, num_steps):
-        retiring = state.previous
-        _step(operator, state, j, free)
-        free = retiring if overwrite or j >= done + 2 else None
+    with operator.steady():
+        for j in range(done, num_steps):
+            retiring = state.previous
+            _step(operator, state, j, free)
+            free = retiring if overwrite or j >= done + 2 else None
     return state
 
 

@@ -12,7 +12,7 @@ parameters require grad meanwhile, so nothing else is kept. Probes go through as
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -25,6 +25,7 @@ from hessian_tools.curvature.engine.memory import is_out_of_memory
 from hessian_tools.curvature.engine.recompute import NONE, Segments, recomputing
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
 from hessian_tools.problem.batches import Batch
+from hessian_tools.problem.gradient import gradient_of_backward
 from hessian_tools.problem.problem import Problem
 
 Gradients = dict[str, Tensor]  # by the parameter's name, each with its graph
@@ -53,7 +54,7 @@ class DoubleBackward:
         self._checked: set[str] = set()  # parameters whose gradient was seen to be finite
         # By the batch's id; the batch is kept so that no other takes its id.
         self._graphs: dict[int, tuple[Batch, Gradients]] = {}
-        self._versions: tuple[int, ...] = ()
+        self._recomputes = False  # whether passes over recorded graphs may run the model again
 
     @property
     def name(self) -> str:
@@ -80,7 +81,6 @@ class DoubleBackward:
         in both; only what the cotangents given lead to is computed. Closing the generator puts the
         model back as it was; without chunks it only records.
         """
-        self._forget_stale()
         with self._context(batch, names):
             gradients = self._graph(batch, names)
             for cotangents in chunks:
@@ -100,16 +100,10 @@ class DoubleBackward:
         names: Sequence[str],
     ) -> contextlib.AbstractContextManager[None]:
         """The state of the model in which graphs are recorded and segments run again."""
-        if self.recorded and not self.segments and self.holds(batch):
+        if self.recorded and self.holds(batch) and not (self.segments or self._recomputes):
             return contextlib.nullcontext()  # the model is not called
         live = None if self.recorded else names
         return recomputing(self.problem, self.segments, live)
-
-    def _forget_stale(self) -> None:
-        versions = tuple(p._version for p in self.problem.parameters.values())
-        if versions != self._versions:  # a step of an optimizer makes recorded graphs stale
-            self.release()
-            self._versions = versions
 
     def _graph(self, batch: Batch, names: Sequence[str]) -> Gradients:
         """The gradient with its graph: of all parameters and kept, or of ``names`` for one call."""
@@ -122,7 +116,9 @@ class DoubleBackward:
     def _gradients(self, batch: Batch, names: Sequence[str]) -> Gradients:
         parameters = [self.problem.parameters[name] for name in names]
         with torch.enable_grad():
-            loss = self.problem.batch_loss(batch)
+            with _saving_seen() as seen:
+                loss = self.problem.batch_loss(batch)
+            self._recomputes |= bool(seen)
             if not loss.requires_grad:  # it depends on none of these
                 return {}
             gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
@@ -184,6 +180,27 @@ class DoubleBackward:
             raise _refusal(_first_line(error), outputs) from error
 
 
+@contextlib.contextmanager
+def _saving_seen() -> Iterator[list[object]]:
+    """A list that is filled where the model replaces what autograd saves, as checkpointing does.
+
+    What was saved so may be computed again in every later pass.
+    """
+    seen: list[object] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    enter = hooks.__enter__
+
+    def entered(self: torch.autograd.graph.saved_tensors_hooks) -> None:
+        seen.append(self)
+        enter(self)
+
+    hooks.__enter__ = entered  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
 def _at_once(grad: Grad, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """The derivatives for all rows of ``vectors`` as one batch."""
     with warnings.catch_warnings():
@@ -209,6 +226,44 @@ def refuse_once_differentiable(loss: Tensor) -> None:
         if _is_once_differentiable(function):
             reason = f"the backward of {function.__name__} is once_differentiable"
             raise _refusal(reason, [])
+
+
+def refuse_unlike_backward(problem: Problem) -> None:
+    """Refuses custom Functions that run a backward pass of their own (reentrant checkpointing).
+
+    Their parameters get a gradient in ``.grad``, but ``autograd.grad`` does not see them, so that
+    their curvature would silently be zero.
+
+    Raises:
+        NotTwiceDifferentiable: naming the Functions and a parameter whose gradients differ.
+    """
+    _, batch = problem.samples[0]
+    parameters = list(problem.parameters.values())
+    with problem.evaluating(), torch.enable_grad():
+        loss = problem.batch_loss(batch)
+        functions = _custom_functions([loss])
+        if not functions:
+            return  # torch's own operations have no such thing
+        named = ", ".join(function.__name__ for function in functions)
+        advice = "checkpoint with use_reentrant=False, or not at all, for the curvature"
+        try:
+            seen = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise NotTwiceDifferentiable(
+                f"torch.autograd.grad cannot differentiate the loss: {_first_line(error)}; it uses "
+                f"the custom autograd Function(s) {named}: where one of them checkpoints, {advice}"
+            ) from error
+    left = gradient_of_backward(problem, batch)
+    allowed = torch.finfo(problem.dtype).eps ** 0.5
+    for (name, ordinary), gradient in zip(left.items(), seen, strict=True):
+        if (ordinary - gradient).norm() > allowed * ordinary.norm():
+            raise NotTwiceDifferentiable(
+                f"loss.backward() and torch.autograd.grad give different gradients for {name}: the "
+                f"custom autograd Function(s) {named} run a backward pass of their own, as "
+                f"reentrant checkpointing does, and second derivatives cannot see it; {advice}"
+            )
 
 
 def _custom_functions(outputs: Sequence[Tensor]) -> list[type[torch.autograd.Function]]:

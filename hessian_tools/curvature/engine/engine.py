@@ -9,13 +9,13 @@ same product. Another route is another class with ``products``, ``holds``, ``rel
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 
 import torch
 from torch import Tensor
 
-from hessian_tools.curvature.engine.double_backward import DoubleBackward
+from hessian_tools.curvature.engine.double_backward import DoubleBackward, refuse_unlike_backward
 from hessian_tools.curvature.engine.memory import (
     budget_bytes,
     is_out_of_memory,
@@ -30,6 +30,7 @@ from hessian_tools.curvature.engine.trials import Trials
 from hessian_tools.curvature.tangent.graph import Untraceable
 from hessian_tools.problem.batches import batch_length
 from hessian_tools.problem.problem import Problem
+from hessian_tools.problem.weights import Watch
 
 Spread = Callable[[slice], Sequence[Tensor | None]]  # rows -> v_b by parameter; None: zero
 Collect = Callable[[slice, Sequence[Tensor | None], float], None]  # rows, products, weight in L
@@ -63,9 +64,12 @@ class Engine:
         self.double_backward = DoubleBackward(problem)
         self.route: Route = self.double_backward
         self.no_tangent = ""  # why no tangent program is used
+        self._watch = Watch(problem)
+        self._steady = False  # whether nothing changes for the time being
         self._made = 0.0  # operations of products, by counted cost
         self._expected = 0.0  # the same of those announced
         self._keep_freed_memory()
+        refuse_unlike_backward(problem)
         self._adopt(choose(self.trials, request))
 
     def products(self, names: Sequence[str], count: int, spread: Spread, collect: Collect) -> None:
@@ -76,6 +80,8 @@ class Engine:
         is collected is kept when memory runs out; the rest is done in another way.
         """
         self._keep_freed_memory()
+        if not self._steady:
+            self._forget_stale()
         if self._tangent_is_due(count, len(names) == len(self.problem.parameters)):
             self._take_tangent()
         work: Sequence[Work] = [Work(weight, batch) for weight, batch in self.plan.pieces]
@@ -83,6 +89,32 @@ class Engine:
             failure = self._advance(work[0], names, count, spread, collect)
             # By now the exception, and with it what the failed pass held, is gone.
             work = self._retreat(work, count, failure) if failure else work[1:]
+        self._watch.look_away()
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Within it, model and data are taken not to change: they are looked at once, on entering.
+
+        A look costs a pass over the weights, and on a device makes the host wait.
+        """
+        if self._steady:
+            yield
+            return
+        self._forget_stale()
+        self._steady = True
+        try:
+            yield
+        finally:
+            self._steady = False
+
+    def _forget_stale(self) -> None:
+        """Frees what was kept for other weights or data than those that are there now."""
+        change = self._watch.change()
+        if change:
+            self.route.release()
+        if change == "tensors" and self.plan.fallback is not None:
+            # a tangent program holds the tensors that it was traced with
+            self._adopt(self.plan.fallback)
 
     def _advance(
         self,
@@ -134,7 +166,6 @@ class Engine:
         if plan.fallback is None and self.route is not self.double_backward:
             self.route.release()
             self.route = self.double_backward
-            self.no_tangent = "out of memory"
         if plan.fallback is None:
             self.double_backward.configure(plan.recorded, plan.segments)
         self.plan = plan
@@ -150,6 +181,8 @@ class Engine:
             warnings.warn(words, RuntimeWarning, stacklevel=6)  # at the caller of matmat
         if step.plan.pieces is not before.pieces:  # graphs are kept by micro-batch
             self.route.release()
+        if step.plan.fallback is None and self.route is not self.double_backward:
+            self.no_tangent = "out of memory"
         self._adopt(step.plan)
         if self.problem.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -178,11 +211,16 @@ class Engine:
         """Changes to a tangent program if there is one that fits and gives the same product."""
         try:
             program = tangent_program(self.trials, self.double_backward, self.plan)
-        except Untraceable as reason:
+        except Exception as error:
+            # a model may do anything when it is traced; double backward shows what is really wrong
+            reason = str(error).strip().split("\n")[0][:200]
+            if not isinstance(error, Untraceable):
+                reason = f"{type(error).__name__}: {reason}"
             if self.wanted == "tangent program":
                 raise ValueError(
                     f"route='tangent program' cannot be had: {reason}; pass route='auto'"
-                ) from reason
-            self.no_tangent = str(reason)
+                ) from error
+            self.double_backward.release()
+            self.no_tangent = reason
             return
         self.route, self.plan = program

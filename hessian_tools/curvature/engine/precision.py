@@ -20,11 +20,14 @@ import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hessian_tools.problem.problem import Problem
 
 # Of float32 products; the first is the default, the last is what the process is set to.
 PRECISIONS = ("ieee", "tf32", "as given")
@@ -43,10 +46,14 @@ class Arithmetic:
     device: torch.device
     precision: str  # of float32 matrix products and convolutions: one of PRECISIONS
     convolves: bool  # whether PyTorch's setting for convolutions matters
+    inside: torch.dtype | None = None  # coarser than ``model``: what autocast or the model casts to
 
     @property
     def name(self) -> str:
-        """The coarsest that a product passes through: "float64", "float32", "tf32", "bfloat16"."""
+        """The coarsest that a product passes through: one of "float64", "float32", "tf32",
+        "float16", "bfloat16"."""
+        if self.inside is not None:
+            return _dtype_name(self.inside)
         if self.model != torch.float32:
             return _dtype_name(self.model)
         return "tf32" if self._tf32 else "float32"
@@ -55,6 +62,8 @@ class Arithmetic:
         if self._tf32 and self.model == torch.float32:
             return "TF32 products, float32 vectors and sums"
         words = f"{_dtype_name(self.model)} products"
+        if self.inside is not None:
+            words += f" with {_dtype_name(self.inside)} inside"
         if self.model != self.vectors:
             words += f", {_dtype_name(self.vectors)} vectors and sums"
         if self.precision == "tf32":
@@ -117,6 +126,36 @@ def arithmetic(model: nn.Module, precision: str = PRECISIONS[0]) -> Arithmetic:
             f"{chosen}; products are what precision='ieee' gives", RuntimeWarning, stacklevel=3
         )
     return chosen
+
+
+class _Dtypes(TorchDispatchMode):
+    """Collects the floating dtypes of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    # types and arguments are torch's own, of any kind
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        results = result if isinstance(result, tuple | list) else [result]
+        self.seen |= {r.dtype for r in results if isinstance(r, Tensor) and r.is_floating_point()}
+        return result
+
+
+def dtype_inside(problem: Problem) -> torch.dtype | None:
+    """The coarsest dtype in which the loss computes, where that is coarser than its parameters'.
+
+    Found in a forward pass over one example; autocast and explicit casts show there alike.
+    """
+    _, batch = problem.samples[0]
+    with problem.evaluating(), torch.enable_grad(), _Dtypes() as dtypes:
+        problem.batch_loss(batch)
+    own = torch.finfo(problem.dtype).eps
+    coarser = {dtype for dtype in dtypes.seen if torch.finfo(dtype).eps > own}
+    return max(coarser, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
 
 def _convolves(model: nn.Module) -> bool:

@@ -114,9 +114,16 @@ def traced_gradient(problem: Problem, batch: Batch) -> fx.Graph:
     graph.set_codegen(fx.graph.CodeGen())
     for node in graph.find_nodes(op="get_attr"):
         node.meta["constant"] = getattr(traced, node.target)
+    if any(_depends_on_values(value) for node in graph.nodes for value in values_of(node)):
+        raise Untraceable("a tensor's shape depends on the values of others")
     _make_functional(graph)
     graph.eliminate_dead_code()
     return graph
+
+
+def _depends_on_values(value: Tensor) -> bool:
+    """Whether a shape is known only once the data is (boolean indexing, nonzero, unique)."""
+    return any(isinstance(length, torch.SymInt) for length in value.shape)
 
 
 def _trace(problem: Problem, batch: Batch) -> fx.GraphModule:

@@ -45,7 +45,6 @@ class TangentRoute:
         self._programs: dict[tuple[str, tuple[str, ...]], Program] = {}
         # by the batch's id; the batch is kept, so that no other takes its id
         self._constants: dict[int, tuple[Batch, Mapping[Node, Tensor]]] = {}
-        self._versions: tuple[int, ...] = ()
         examples = {_signature(batch): batch for batch in batches}
         count = len(examples)
         if count > MOST_SHAPES:
@@ -112,10 +111,6 @@ class TangentRoute:
         return self._programs[key]
 
     def _values(self, batch: Batch) -> Mapping[Node, Tensor]:
-        versions = tuple(p._version for p in self.problem.parameters.values())
-        if versions != self._versions:  # a step of an optimizer makes the constants stale
-            self.release()
-            self._versions = versions
         if not self.holds(batch):
             parameters = [p.detach() for p in self.problem.parameters.values()]
             constants = self._constants_of(batch)

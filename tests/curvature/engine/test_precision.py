@@ -264,7 +264,7 @@ def test_verification_in_bfloat16_finds_a_broken_gradient():
     ]
     for problem in broken:
         failures = [check.name for check in ht.HessianOperator(problem).verify().failures]
-        assert failures == ["finite difference of the gradient"]
+        assert "finite difference of the gradient" in failures
 
 
 def test_verification_finds_what_is_wrong_in_low_precision_only():

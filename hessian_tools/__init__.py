@@ -5,6 +5,8 @@ problem, blocks, curvature, spectra, heterogeneity, structure, quadratic. Heavy 
 (torchvision, transformers, matplotlib) are imported only when a model or a figure asks for them.
 """
 
+# first of all, for the imports take seconds in which Ctrl-C has to be answered
+from hessian_tools import interruption as interruption  # isort: skip
 from hessian_tools import blocks as blocks
 from hessian_tools import curvature as curvature
 from hessian_tools import heterogeneity as heterogeneity

@@ -4,19 +4,23 @@ No pickle is read or written.
 
 A result type registers itself where it is defined, by :func:`registered`; this module knows none of
 them. ``save(result, "out/js0")`` writes ``out/js0.npz`` and then ``out/js0.json``, each to a
-temporary file that is renamed into place; the JSON carries the checksum of the npz, so a pair torn
-by a crash is found out. :class:`Journal` keeps the finished parts of a run, a line each, so that a
-killed run goes on where it was.
+temporary file that is renamed into place. The JSON carries its own checksum and that of the npz, so
+a pair torn by a crash, and a single changed character, are found out. :class:`Journal` keeps the
+finished parts of a run, a line each with a checksum, so that a killed run goes on where it was.
 """
 
 import base64
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import math
 import os
 import platform
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,6 +83,7 @@ def save(
         "arrays_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "result": encoded,
     }
+    document["checksum"] = _checksum(document)
     text = json.dumps(document, indent=1, allow_nan=False)
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(_suffixed(stem, ".npz"), buffer.getvalue())
@@ -94,32 +99,78 @@ def load(path: str | os.PathLike[str]) -> Json:
             together.
     """
     stem = _stem(path)
-    document = load_json(_suffixed(stem, ".json"))
+    document = _checked_document(_suffixed(stem, ".json"))
+    content = _checked_arrays(stem, document)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return _decoded(document["result"], lambda reference: arrays[reference["array"]])
+    except (KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{stem}.json was written by another version of this package: {error}"
+        ) from error
+
+
+def _checked_document(file: Path) -> JsonObject:
+    document = load_json(file)
     if document.get("format") != FORMAT:
         raise ValueError(
-            f"{stem}.json is not a saved result of format {FORMAT}; write it again with this "
-            "version"
+            f"{file} is not a saved result of format {FORMAT}; give the file of a result, or "
+            "write it again with this version"
         )
-    content = _suffixed(stem, ".npz").read_bytes()
-    if hashlib.sha256(content).hexdigest() != document.get("arrays_sha256"):
+    # version 0.1.0 wrote none
+    if "checksum" in document and document["checksum"] != _checksum(document):
         raise ValueError(
-            f"{stem}.json and {stem}.npz do not belong together (a crash between the two?); run "
-            "again"
+            f"{file} is not as it was written: its checksum does not match its content; restore "
+            "it from a copy, or delete it and run again"
         )
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        try:
-            return _decoded(document["result"], lambda reference: arrays[reference["array"]])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{stem}.json was written by another version of this package: {error}"
-            ) from error
+    return document
+
+
+def _checked_arrays(stem: Path, document: JsonObject) -> bytes:
+    """The npz file's content, which must be that of the time when the JSON file was written."""
+    file = _suffixed(stem, ".npz")
+    if not file.exists():
+        raise FileNotFoundError(
+            errno.ENOENT, f"{stem.name}.json is there, but not the arrays beside it", str(file)
+        )
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() == document.get("arrays_sha256"):
+        return content
+    way_out = "restore it from a copy, or delete both and run again"
+    if _is_whole(content):
+        raise ValueError(
+            f"{stem}.json and {stem}.npz do not belong together: the npz is not the one that the "
+            f"JSON file was written with; {way_out}"
+        )
+    raise ValueError(f"{file} is damaged: its checksum is not the one in {stem}.json; {way_out}")
+
+
+def _is_whole(content: bytes) -> bool:
+    """Whether these are a zip file's bytes, with every member's own checksum right."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError):
+        return False
+    except RuntimeError:  # a flag says that the member is encrypted
+        return False
+
+
+def _checksum(document: Mapping[str, Json]) -> str:
+    """Of all but the checksum itself, whatever the layout of the file."""
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    return _digest(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def load_json(file: Path) -> JsonObject:
     """The JSON object in ``file``. Raises ValueError for other content."""
     try:
         document = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise ValueError(f"{file} holds a {type(document).__name__}, not a JSON object")
@@ -129,31 +180,132 @@ def load_json(file: Path) -> JsonObject:
 class Journal:
     """Finished parts of a run, a line each, appended as they come; ``finished`` holds them by name.
 
-    What follows the last whole line, torn by a kill, is cut off on reading.
+    A line is a JSON list: the run's id, a name, the result, and a checksum of all before it. What
+    follows the last whole line, torn by a kill, is cut off on reading, and ``notes`` say so.
+
+    Args:
+        path: the file; need not exist.
+        run: id of the run. "" continues whatever run wrote the file.
+        check: called before every line is written, to raise where that must not be.
+    Raises:
+        ValueError: a line that is not as it was written, or of another run, by its number.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        run: str = "",
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.path = path
+        self.run = run
         self.finished: JsonObject = {}
+        self.notes: list[str] = []
+        self._check = check
         content = path.read_bytes() if path.exists() else b""
-        kept = 0
-        for line in content.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                name, encoded = json.loads(line)
-                self.finished[name] = _decoded(encoded, _inline_array)
-            except (ValueError, TypeError, KeyError):
-                break
-            kept += len(line)
-        if kept < len(content):
-            os.truncate(path, kept)
+        self._read(content)
+        self._size = path.stat().st_size if path.exists() else 0
 
     def append(self, name: str, result: Json) -> None:
-        line = json.dumps([name, _encoded(result, _as_inline)], allow_nan=False)
-        # once closed, the line is the system's, and survives the death of this process
-        with self.path.open("a") as file:
-            file.write(line + "\n")
+        """Writes a line.
+
+        Raises:
+            ValueError: somebody else has written to the file, or taken it away.
+            OSError: it cannot be written; it is as it was before then.
+        """
+        self._check()
+        line = self._line(name, result)
+        try:
+            self._write(line)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(
+                f"{self.path} cannot be written ({reason}); the parts finished before stand in "
+                "it: make room, or see to the folder, and the same command goes on"
+            ) from error
+        self._size += len(line)
+
+    def _line(self, name: str, result: Json) -> bytes:
+        encoded = _encoded(result, _as_inline)
+        sealed = json.dumps([self.run, name, encoded], allow_nan=False)[:-1].encode()
+        return sealed + f', "{_digest(sealed)}"]\n'.encode()
+
+    def _write(self, line: bytes) -> None:
+        # once written, the line is the system's, and survives the death of this process
+        with self.path.open("ab", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != self._size:
+                raise ValueError(
+                    f"{self.path} was changed while this run wrote to it, by another process or "
+                    "by hand; let one process alone use it, and give the command again"
+                )
+            left = memoryview(line)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    file.truncate(self._size)
+                raise
+
+    def _read(self, content: bytes) -> None:
+        *lines, rest = content.split(b"\n")
+        if rest:
+            content = content[: -len(rest)]
+            self.notes.append(
+                f"the last line of {self.path} was cut short and is dropped; what it held is "
+                "computed again"
+            )
+        is_old = bool(lines) and all(map(_is_of_first_version, lines))
+        for number, line in enumerate(lines, start=1):
+            self._take(number, line, is_old)
+        if is_old:
+            self.notes.append(
+                f"{self.path} is of version 0.1.0, whose lines had no checksum; taken as it is"
+            )
+            content = b"".join(self._line(name, part) for name, part in self.finished.items())
+        if self.path.exists() and content != self.path.read_bytes():
+            write_atomically(self.path, content)
+
+    def _take(self, number: int, line: bytes, is_old: bool) -> None:
+        """One line, into ``finished``."""
+        entry = [self.run, *json.loads(line)] if is_old else _unsealed(line)
+        if entry is None:
+            raise ValueError(
+                f"line {number} of {self.path} is not as it was written: its checksum does not "
+                "match its content; delete this line, and what it held is computed again"
+            )
+        run, name, encoded = entry
+        self.run = self.run or run
+        if run != self.run:
+            raise ValueError(
+                f"line {number} of {self.path} is of another run ({run}; this one is "
+                f"{self.run}); delete this line, or name another folder"
+            )
+        try:
+            self.finished[name] = _decoded(encoded, _inline_array)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            kind = type(error).__name__
+            raise ValueError(
+                f"line {number} of {self.path} was written by another version of this package "
+                f"({kind}: {error}); delete this line, and what it held is computed again"
+            ) from error
+
+
+def _unsealed(line: bytes) -> Json:
+    """[run, name, encoded] of a line of a journal, None where its checksum is not right."""
+    sealed, comma, seal = line.rpartition(b", ")
+    if not comma or seal != f'"{_digest(sealed)}"]'.encode():
+        return None
+    return json.loads(sealed + b"]")
+
+
+def _is_of_first_version(line: bytes) -> bool:
+    """Whether it is a line [name, encoded], as version 0.1.0 wrote them."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
 
 
 def versions() -> dict[str, str]:
@@ -168,7 +320,7 @@ def versions() -> dict[str, str]:
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Writes a whole file or none of it."""
+    """Writes a whole file or none of it; an OSError names the file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -176,8 +328,13 @@ def write_atomically(path: Path, content: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -2,6 +2,7 @@
 out."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -198,6 +199,7 @@ def test_no_pickle_in_and_none_out(tmp_path):
     np.savez(buffer, a0=np.array([{}], dtype=object))
     document = json.loads(path.read_text()) | {"result": {"dict": [["a", {"array": "a0"}]]}}
     document["arrays_sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    del document["checksum"]
     path.write_text(json.dumps(document))
     (tmp_path / "x.npz").write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match="pickle"):
@@ -261,7 +263,9 @@ def test_other_files_are_refused(content, message, tmp_path):
 )
 def test_results_of_another_version_are_refused(change, tmp_path):
     path = save(SAMPLES["Verdict"], tmp_path / "x")
-    path.write_text(path.read_text().replace(*change))
+    document = json.loads(path.read_text().replace(*change))
+    del document["checksum"]  # version 0.1.0 wrote none
+    path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match="another version"):
         load(path)
 
@@ -296,15 +300,209 @@ def test_journal_drops_what_a_kill_tore_at_any_byte(tmp_path):
     )
 
 
+def lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def small_journal(path: Path, run: str = "r1") -> dict:
+    """A journal of three short lines, and what it holds."""
+    parts = {"a": 1.5, "b[q]": {"x": (1, 2.5, None)}, "c": np.arange(2, dtype=np.int16)}
+    journal = Journal(path, run)
+    for name, part in parts.items():
+        journal.append(name, part)
+    return parts
+
+
+def test_every_changed_byte_of_a_journal_is_found_or_drops_its_last_line(tmp_path):
+    path = tmp_path / "blocks.jsonl"
+    parts = small_journal(path)
+    whole = path.read_bytes()
+    first, second, _ = lines(path)
+    found = dropped = 0
+    for place in range(len(whole)):
+        for bit in (0, 3, 5):  # the last tells capitals from small letters
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            try:
+                journal = Journal(path, "r1")
+            except ValueError as error:
+                number = 1 + (place >= len(first)) + (place >= len(first) + len(second))
+                assert f"line {number} of {path}" in str(error)
+                found += 1
+            else:  # the last line lost its end, and with it its checksum's place
+                assert place == len(whole) - 1 and len(journal.notes) == 1
+                assert same(journal.finished, {name: parts[name] for name in ("a", "b[q]")})
+                dropped += 1
+    assert (found, dropped) == (3 * (len(whole) - 1), 3)
+
+
+def test_no_other_byte_passes_for_the_right_one(tmp_path):
+    path = tmp_path / "blocks.jsonl"
+    small_journal(path)
+    line = lines(path)[1].rstrip(b"\n")
+    assert results._unsealed(line) is not None
+    for place in range(len(line)):
+        for byte in range(256):
+            if byte != line[place]:
+                changed = line[:place] + bytes([byte]) + line[place + 1 :]
+                assert results._unsealed(changed) is None
+                assert not results._is_of_first_version(changed)
+
+
+def test_a_journal_cut_at_any_byte_keeps_its_whole_lines(tmp_path):
+    path = tmp_path / "blocks.jsonl"
+    parts = small_journal(path)
+    whole = path.read_bytes()
+    ends = [0, *np.cumsum([len(line) for line in lines(path)])]
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        journal = Journal(path, "r1")
+        kept = max(index for index, end in enumerate(ends) if end <= size)
+        assert list(journal.finished) == list(parts)[:kept]
+        assert len(journal.notes) == (size not in ends)
+        for name in list(parts)[kept:]:
+            journal.append(name, parts[name])
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_damaged_line_can_be_deleted_as_the_message_says(number, tmp_path):
+    path = tmp_path / "blocks.jsonl"
+    parts = small_journal(path)
+    whole = lines(path)
+    whole[number - 1] = whole[number - 1].replace(b"r1", b"rl")
+    path.write_bytes(b"".join(whole))
+    with pytest.raises(ValueError, match=f"line {number} of .* delete this line"):
+        Journal(path, "r1")
+    del whole[number - 1]
+    path.write_bytes(b"".join(whole))
+    left = [name for index, name in enumerate(parts, start=1) if index != number]
+    assert list(Journal(path, "r1").finished) == left
+
+
+def test_lines_of_another_run_are_refused(tmp_path):
+    path, other = tmp_path / "blocks.jsonl", tmp_path / "other.jsonl"
+    small_journal(path)
+    small_journal(other, "r2")
+    path.write_bytes(path.read_bytes() + lines(other)[0])
+    for run in ("r1", ""):
+        with pytest.raises(ValueError, match=r"line 4 of .* of another run \(r2; this one is r1\)"):
+            Journal(path, run)
+    assert list(Journal(other).finished) == ["a", "b[q]", "c"]
+
+
+def test_a_journal_of_the_first_version_goes_on(tmp_path):
+    """[name, result] a line, without run and checksum; the torn last line is dropped."""
+    path = tmp_path / "blocks.jsonl"
+    path.write_text('["a", {"float": "nan"}]\n["b", [1, 2]]\n["c", {"ty')
+    journal = Journal(path, "r1")
+    assert same(journal.finished, {"a": math.nan, "b": (1, 2)})
+    assert "cut short" in journal.notes[0] and "version 0.1.0" in journal.notes[1]
+    journal.append("c", 3)
+    again = Journal(path, "r1")
+    assert same(again.finished, {"a": math.nan, "b": (1, 2), "c": 3}) and not again.notes
+    path.write_bytes(b'["a", 1]\n' + lines(path)[2])  # old and new lines are no journal of ours
+    with pytest.raises(ValueError, match="line 1"):
+        Journal(path, "r1")
+
+
 @pytest.mark.parametrize(
-    "rubbish", [b"\0" * 40 + b"\n", b'["a", {"type": "Gone", "fields": {}}]\n']
+    ("rubbish", "told"),
+    [
+        (b"\0" * 40 + b"\n", "line 2 .* checksum"),
+        (b'["a", {"type": "Gone", "fields": {}}]\n', "line 2 .* checksum"),
+        (b"\n", "line 2 .* checksum"),
+    ],
 )
-def test_journal_keeps_what_stands_before_rubbish(rubbish, tmp_path):
+def test_rubbish_in_a_journal_is_told_and_nothing_is_thrown_away(rubbish, told, tmp_path):
     path = tmp_path / "blocks.jsonl"
     Journal(path).append("a", quadrature(0))
     line = path.read_bytes()
     path.write_bytes(line + rubbish + line)
-    assert set(Journal(path).finished) == {"a"} and path.read_bytes() == line
+    with pytest.raises(ValueError, match=told):
+        Journal(path)
+    assert path.read_bytes() == line + rubbish + line
+
+
+def test_a_type_that_this_version_lacks_is_told_as_such(tmp_path, monkeypatch):
+    path = tmp_path / "blocks.jsonl"
+    Journal(path).append("a", quadrature(0))
+    monkeypatch.delitem(results.TYPES, "Quadrature")
+    with pytest.raises(ValueError, match=r"line 1 of .* another version .*KeyError: 'Quadrature'"):
+        Journal(path)
+
+
+def test_two_writers_of_one_journal_are_found_out(tmp_path):
+    path = tmp_path / "blocks.jsonl"
+    one, other = Journal(path, "r"), Journal(path, "r")
+    one.append("a", 1)
+    with pytest.raises(ValueError, match="was changed while this run wrote to it"):
+        other.append("a", 1)
+    path.unlink()
+    with pytest.raises(ValueError, match="was changed while this run wrote to it"):
+        one.append("b", 2)
+
+
+def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "blocks.jsonl"
+    journal = Journal(path, "r")
+    journal.append("a", 1)
+    before, opened = path.read_bytes(), Path.open
+
+    class Full(io.FileIO):
+        def write(self, content):
+            if len(content) > 10:
+                return super().write(content[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering: Full(path, "ab"))
+        with pytest.raises(OSError, match=r"cannot be written .No space left.*make room"):
+            journal.append("b", 2)
+    assert Path.open is opened and path.read_bytes() == before
+    journal.append("b", 2)
+    assert Journal(path, "r").finished == {"a": 1, "b": 2}
+
+
+def test_every_changed_byte_of_a_saved_pair_is_found_or_harmless(tmp_path):
+    value = {"x": np.arange(3.0), "n": 12.5, "s": "t"}
+    path = save(value, tmp_path / "x", config={"seed": 3})
+    for file in (path, tmp_path / "x.npz"):
+        whole = file.read_bytes()
+        harmless = 0
+        for place in range(len(whole)):
+            changed = bytearray(whole)
+            changed[place] ^= 1 + place % 7
+            file.write_bytes(changed)
+            try:
+                assert same(load(path), value), whole[place - 9 : place + 9]
+                harmless += 1
+            except ValueError as error:
+                assert str(tmp_path / "x") in str(error)
+        file.write_bytes(whole)
+        # white space between the JSON file's tokens, and the checksum's own key
+        assert harmless < 100 if file == path else harmless == 0
+    assert same(load(path), value)
+
+
+def test_a_damaged_npz_and_one_of_another_run_are_told_apart(tmp_path):
+    path = save({"x": np.arange(300.0)}, tmp_path / "x")
+    other = save({"x": np.arange(301.0)}, tmp_path / "y").with_suffix(".npz").read_bytes()
+    npz = tmp_path / "x.npz"
+    whole = npz.read_bytes()
+    npz.write_bytes(other)
+    with pytest.raises(ValueError, match="do not belong together"):
+        load(path)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    for content in (bytes(damaged), whole[:-5], b""):
+        npz.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x.npz is damaged.*restore it"):
+            load(path)
+    npz.unlink()
+    with pytest.raises(FileNotFoundError, match=r"not the arrays beside it.*x.npz"):
+        load(path)
 
 
 COMMITTED = sorted(Path(__file__).parents[1].glob("results/*/*.json"))

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from hessian_tools.app import quadratic_text
 from hessian_tools.app.options import COUNT, device, positive, say, whole_number
-from hessian_tools.app.quadratic_source import problem_of
+from hessian_tools.app.quadratic_source import MOST_EIGENVALUES, PER_BLOCK, problem_of
 from hessian_tools.app.quadratic_text import QuadraticResult
 from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.quadratic.cases import DRAWS, SHIFTS
@@ -16,6 +16,7 @@ from hessian_tools.quadratic.practice import check_adam_bound, check_gd_bound
 from hessian_tools.quadratic.problems import Quadratic
 from hessian_tools.quadratic.runs import Runs
 from hessian_tools.quadratic.theory import constants
+from hessian_tools.results import Journal
 
 # of all options, those that the numbers depend on; --from comes as text
 _KNOBS = (
@@ -86,8 +87,8 @@ def _add_problem(group: argparse._ArgumentGroup) -> None:
     add(
         "--per-block",
         **COUNT,
-        default=30,
-        help="with --from: eigenvalues drawn for each block (default: 30)",
+        help=f"with --from: eigenvalues drawn for each block (default: {PER_BLOCK}, fewer where "
+        f"all blocks would have more than {MOST_EIGENVALUES})",
     )
     add(
         "--draw",
@@ -108,7 +109,7 @@ def _add_problem(group: argparse._ArgumentGroup) -> None:
         type=positive,
         metavar="NUMBER",
         help="condition number (default: 5000; cases 3 and 4: 2000; a file's own; paper: 5000, "
-        "thesis: 2000)",
+        "thesis: 2000); with --from and --shift blocks it is raised where scales lie further apart",
     )
 
 
@@ -169,7 +170,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="DIR",
         help="folder for config.json, result.json, result.npz and quadratic.png; the same command "
-        "reads a finished result (default: nothing is saved)",
+        "resumes an interrupted run and reads a finished one (default: nothing is saved)",
     )
     add(
         "--json",
@@ -190,7 +191,7 @@ def run(arguments: argparse.Namespace) -> None:
         result = _kept_or_computed(folder, arguments, problem)
         _draw(folder, problem, result)
     else:
-        result = _computed(arguments, problem)
+        result = _computed(arguments, problem, None)
     places = standings(result["runs"], arguments.tolerance)
     if arguments.json:
         print(json.dumps(quadratic_text.summary(problem, result, places), indent=1))
@@ -213,24 +214,19 @@ def _kept_or_computed(
 ) -> QuadraticResult:
     if folder.result:
         return cast(QuadraticResult, folder.result)
-    result = _computed(arguments, problem)
+    result = _computed(arguments, problem, folder.journal)
     folder.finish(result)
     return result
 
 
-def _computed(arguments: argparse.Namespace, problem: Quadratic) -> QuadraticResult:
+def _computed(
+    arguments: argparse.Namespace,
+    problem: Quadratic,
+    journal: Journal | None,
+) -> QuadraticResult:
     runs: dict[str, Runs] = {}
     for name in arguments.methods:
-        say(f"{name}: {arguments.starts} starts, {arguments.steps:,} steps")
-        runs |= compare(
-            problem,
-            [name],
-            tuned=arguments.tuned,
-            num_starts=arguments.starts,
-            num_steps=arguments.steps,
-            tolerance=arguments.tolerance,
-            seed=arguments.seed,
-        )
+        runs |= _runs_of(name, arguments, problem, journal)
     of_gd = check_gd_bound(problem)
     of_adam = check_adam_bound(
         problem,
@@ -246,6 +242,32 @@ def _computed(arguments: argparse.Namespace, problem: Quadratic) -> QuadraticRes
         "heterogeneity": problem.heterogeneity() if several else None,
         "eigenvalues": problem.by_block(),
     }
+
+
+def _runs_of(
+    name: str,
+    arguments: argparse.Namespace,
+    problem: Quadratic,
+    journal: Journal | None,
+) -> dict[str, Runs]:
+    """One method's runs, by its name; those that an interrupted run has left are not run again."""
+    if journal and name in journal.finished:
+        say(f"{name}: finished before")
+        kept: dict[str, Runs] = journal.finished[name]
+        return kept
+    say(f"{name}: {arguments.starts} starts, {arguments.steps:,} steps")
+    runs = compare(
+        problem,
+        [name],
+        tuned=arguments.tuned,
+        num_starts=arguments.starts,
+        num_steps=arguments.steps,
+        tolerance=arguments.tolerance,
+        seed=arguments.seed,
+    )
+    if journal:
+        journal.append(name, runs)
+    return runs
 
 
 def _draw(folder: RunFolder, problem: Quadratic, result: QuadraticResult) -> None:

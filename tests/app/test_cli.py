@@ -350,18 +350,25 @@ def test_out_of_memory_is_one_line(capsys, monkeypatch):
     assert len(err) == 1 and "out of memory" in err[0] and "--memory" in err[0]
 
 
-def test_tracebacks_on_demand_and_for_bugs(capsys, monkeypatch):
+def test_tracebacks_on_demand_alone(capsys, monkeypatch):
     monkeypatch.setenv("HESSIAN_TOOLS_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="twice"):
-        run("js0", "--model", "mlp", "mlp")
+    assert run("js0", "--model", "mlp", "mlp") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "in spectra_command" not in err.splitlines()[-1]
+    assert "twice" in err.splitlines()[-1]
     monkeypatch.delenv("HESSIAN_TOOLS_TRACEBACK")
+    for error, words in (
+        (KeyError("a mistake"), "KeyError: 'a mistake'"),
+        (SystemExit(1), "SystemExit: 1"),
+    ):
 
-    def bug(*arguments, **keywords):
-        raise KeyError("a mistake of this package")
+        def bug(*arguments, error=error, **keywords):
+            raise error
 
-    monkeypatch.setattr(spectra_command, "blockwise_slq", bug)
-    with pytest.raises(KeyError, match="a mistake"):
-        run("js0", "--model", "own.py:net", *FAST)
+        monkeypatch.setattr(spectra_command, "blockwise_slq", bug)
+        assert run("js0", "--model", "own.py:net", *FAST) == 3
+        last = said(capsys)[1][-1]
+        assert re.match(rf"hessian-tools: failed in test_cli.py, line \d+: {words} \(HESS", last)
 
 
 def test_tolerance_spends_by_need_and_tells(capsys, undrawn):

@@ -111,7 +111,10 @@ class CurvatureOperator(SymmetricOperator):
 
         def spread(part: slice) -> list[Tensor]:
             pieces = vectors[part].split(sizes, dim=1)
-            return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True)]
+            return [
+                piece.reshape(len(piece), *shape)
+                for piece, shape in zip(pieces, shapes, strict=True)
+            ]
 
         self.products(list(self.problem.parameters), len(vectors), spread, total.add)
         return total.rows
@@ -210,7 +213,7 @@ class StackedBlocks(SymmetricOperator):
         name = part.parameter
         is_whole_tensor = not part.axes and piece.shape[1] == math.prod(part.shape)
         if self.num_blocks == 1 and is_whole_tensor:
-            wide[name] = piece.reshape(-1, *part.shape)
+            wide[name] = piece.reshape(len(piece), *part.shape)
             return
         placed = piece.new_zeros(len(piece), self.num_blocks, piece.shape[1])
         placed[torch.arange(len(piece), device=self.device), block_of_row] = piece

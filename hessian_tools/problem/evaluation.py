@@ -5,7 +5,7 @@ exception; :func:`evaluating` enters them all.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,18 @@ ONCE_DIFFERENTIABLE_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, batch_stats: bool | None) -> Iterator[None]:
-    """``model`` as it is differentiated; derivatives are taken inside, too."""
+def evaluating(
+    model: nn.Module,
+    batch_stats: bool | None,
+    modes: Mapping[nn.Module, bool] | None = None,
+) -> Iterator[None]:
+    """``model`` as it is differentiated; derivatives are taken inside, too.
+
+    ``modes``: in training (True) or not, by module; None as they are.
+    """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(in_modes(modes or {}))
+        stack.enter_context(dense_gradients(model))
         stack.enter_context(buffers_put_back(model))
         stack.enter_context(batch_norm_mode(model, batch_stats))
         stack.enter_context(twice_differentiable_attention(model))
@@ -46,6 +55,33 @@ def buffers_put_back(model: nn.Module) -> Iterator[None]:
                 # writing raises the version, which a graph that has saved the buffer would refuse
                 if buffer._version != version:
                     buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def in_modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """Modules in training, or not, as given; their own modes are put back."""
+    before = {module: module.training for module in modes}
+    try:
+        for module, training in modes.items():
+            module.training = training
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Embeddings with dense gradients: sparse ones have no derivatives of their own."""
+    kinds = nn.Embedding | nn.EmbeddingBag
+    switched = [m for m in model.modules() if isinstance(m, kinds) and m.sparse]
+    try:
+        for module in switched:
+            module.sparse = False
+        yield
+    finally:
+        for module in switched:
+            module.sparse = True
 
 
 @contextlib.contextmanager

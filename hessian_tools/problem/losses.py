@@ -21,18 +21,43 @@ class CrossEntropy:
 
     A batch is (inputs, targets). ``inputs`` is a tensor, a tuple (passed as ``model(*inputs)``) or
     a dict (``model(**inputs)``); the output is the logits or has them as ``.logits``. Classes lie
-    along the last axis if the other axes are those of ``targets``, else along axis 1.
+    along the last axis (``class_axis=-1``, as language models have it) if the other axes are those
+    of ``targets``, else along axis 1 (``class_axis=1``, as torch has it). Where both fit, as with
+    logits (N, C, C), ``class_axis`` must be given.
+
+    Raises:
+        ValueError: for another ``class_axis``, and for logits of which both readings fit.
     """
 
-    def __init__(self, ignore_index: int = IGNORED) -> None:
+    def __init__(self, ignore_index: int = IGNORED, class_axis: int | None = None) -> None:
+        if class_axis not in (None, 1, -1):
+            raise ValueError(
+                f"class_axis is {class_axis!r}; classes lie along axis 1 (torch's way) or -1 (the "
+                "last), or None where the shapes tell"
+            )
         self.ignore_index = ignore_index
+        self.class_axis = class_axis
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         logits, targets = _outputs_and_targets(model, batch, "cross_entropy")
-        if logits.ndim == targets.ndim + 1 and logits.shape[:-1] == targets.shape:
+        if self._are_last(logits, targets):
             logits = logits.flatten(0, -2)
             targets = targets.flatten()
         return nn.functional.cross_entropy(logits, targets, ignore_index=self.ignore_index)
+
+    def _are_last(self, logits: Tensor, targets: Tensor) -> bool:
+        """Whether the classes lie along the last axis of ``logits``."""
+        fits_last = logits.shape[:-1] == targets.shape
+        if logits.ndim < 3 or self.class_axis is not None:
+            return fits_last and self.class_axis != 1
+        fits_first = logits.shape[:1] + logits.shape[2:] == targets.shape
+        if fits_last and fits_first:
+            raise ValueError(
+                f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)} may have their "
+                "classes along axis 1 or along the last; say which with "
+                "ht.problem.CrossEntropy(class_axis=1) or (class_axis=-1)"
+            )
+        return fits_last
 
     def num_examples(self, model: nn.Module, batch: Batch) -> int:
         """Targets that are not ``ignore_index``; for class probabilities, their rows."""

@@ -25,6 +25,9 @@ from hessian_tools.problem.batches import (
     cut_batch,
     described,
     frozen,
+    is_plain,
+    lengths_agree,
+    tensors_of,
     to_device,
 )
 from hessian_tools.problem.evaluation import evaluating, stated_batch_stats
@@ -36,18 +39,19 @@ class Problem:
 
     Args:
         model: any ``nn.Module``; parameters with ``requires_grad`` are the variables, tied ones
-            counted once. It is evaluated in its own mode and comes back exactly as it was (mode,
-            gradients, buffers, attention kernel).
+            counted once. It is evaluated in the mode (training or not) that it has now, and comes
+            back exactly as it was (mode, gradients, buffers, attention kernel).
         loss_fn: ``loss_fn(model, batch)`` -> scalar mean loss of the batch; ``ht.cross_entropy``,
             ``ht.mse`` and ``ht.huggingface`` are ready-made.
-        batches: iterable of batches (tuples, dicts, BatchEncoding, a DataLoader); they are kept, on
-            the model's device.
+        batches: iterable of batches (tuples, dicts, BatchEncoding, dataclasses, objects with
+            tensors as attributes; a DataLoader); they are kept, on the model's device.
         batch_stats: needed for a model with BatchNorm: True normalises by each batch's own
             statistics (as in training; a batch can then not be cut), False by the running ones. The
             running statistics never change.
         num_examples: ``num_examples(batch)`` -> the number of examples that the batch's mean is
             over. Default: what the ready-made losses count (tokens that are not ignored), else the
-            length of the batch's first tensor.
+            length of the batch's first tensor. Needed for several batches that are objects whose
+            tensors have different lengths, or in which no tensor is found.
 
     Attributes: ``parameters`` {name: tensor}, ``num_parameters`` P, ``batches``, ``counts`` (n_b of
     each batch), ``weights`` (n_b / sum n_b), ``loss`` (the pooled mean, a float), ``device``,
@@ -56,9 +60,9 @@ class Problem:
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: no batches, no trainable parameter, a loss that is no scalar or does not depend
-            on the parameters, a loss that fails, BatchNorm without ``batch_stats``, two evaluations
-            that differ.
+        ValueError: no batches, no trainable parameter, complex or sparse parameters, a loss that is
+            no scalar or does not depend on the parameters, a loss that fails, BatchNorm without
+            ``batch_stats``, batches whose examples cannot be counted, two evaluations that differ.
         NumericalError: a loss that is NaN or infinite.
     """
 
@@ -86,11 +90,14 @@ class Problem:
         dtypes = (p.dtype for p in self.parameters.values())
         self.dtype = functools.reduce(torch.promote_types, dtypes)
         self.batch_stats = stated_batch_stats(model, batch_stats)
+        self._modes = {module: module.training for module in model.modules()}
         self.batches = [to_device(batch, self.device) for batch in frozen(batches)]
-        with self.evaluating(), torch.no_grad():
+        self._check_countable()
+        with self.evaluating():
+            self._differentiates_inside = self._needs_gradients()
             self.counts = [self._checked_count(i) for i in range(len(self.batches))]
             losses = [self._checked_loss(i) for i in range(len(self.batches))]
-            again = [float(self.batch_loss(batch)) for batch in self.batches]
+            again = [self.batch_value(batch) for batch in self.batches]
         self._check_deterministic(losses, again)
         self.samples = self._samples()
         self._check_differentiable()
@@ -101,6 +108,18 @@ class Problem:
     def batch_loss(self, batch: Batch) -> Tensor:
         """The mean loss of one batch, a scalar; call it inside :meth:`evaluating`."""
         return self.loss_fn(self.model, batch)
+
+    def batch_value(self, batch: Batch) -> float:
+        """The mean loss of one batch as a number, without a graph where that is possible.
+
+        Call it inside :meth:`evaluating`.
+        """
+        return float(self._value(batch))
+
+    def _value(self, batch: Batch) -> Tensor:
+        with torch.set_grad_enabled(self._differentiates_inside):
+            loss = self.batch_loss(batch)
+        return loss.detach() if isinstance(loss, Tensor) else loss
 
     def count(self, batch: Batch) -> float:
         """n_b, the examples of a batch that count; 0 for a piece that holds ignored tokens only."""
@@ -117,7 +136,7 @@ class Problem:
         See :mod:`hessian_tools.problem.evaluation`: BatchNorm as stated, kernels that have second
         derivatives. Everything is put back on leaving, also after an exception.
         """
-        return evaluating(self.model, self.batch_stats)
+        return evaluating(self.model, self.batch_stats, self._modes)
 
     def split(self, weight: float, batch: Batch, size: int) -> list[tuple[float, Batch]]:
         """Pieces (weight, batch) of at most ``size`` examples of a batch that has ``weight`` in L.
@@ -140,8 +159,8 @@ class Problem:
             )
         starts = range(0, length, size)
         pieces = [cut_batch(batch, first, min(first + size, length), length) for first in starts]
-        with self.evaluating(), torch.no_grad():
-            whole = float(self.batch_loss(batch))
+        with self.evaluating():
+            whole = self.batch_value(batch)
             counted = [(n, piece) for piece in pieces if (n := self.count(piece))]
             total = sum(n for n, _ in counted)
             losses = [n * self._piece_loss(piece, length) for n, piece in counted]
@@ -156,7 +175,7 @@ class Problem:
 
     def _piece_loss(self, piece: Batch, length: int) -> float:
         try:
-            return float(self.batch_loss(piece))
+            return self.batch_value(piece)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
@@ -179,7 +198,7 @@ class Problem:
 
     def _checked_loss(self, index: int) -> float:
         with self._explaining(index):
-            loss = self.batch_loss(self.batches[index])
+            loss = self._value(self.batches[index])
         if not isinstance(loss, Tensor):
             raise ValueError(_no_scalar(f"a {type(loss).__name__}"))
         if loss.ndim != 0:
@@ -200,8 +219,7 @@ class Problem:
         except Exception as error:
             raise ValueError(
                 f"loss_fn(model, batch) failed on batch {index} "
-                f"({described(self.batches[index])}): {type(error).__name__}: {error}; "
-                "`batches` must be an iterable of batches that loss_fn can take"
+                f"({described(self.batches[index])}): {type(error).__name__}: {error}"
             ) from error
 
     def _check_deterministic(self, first: Sequence[float], second: Sequence[float]) -> None:
@@ -221,12 +239,63 @@ class Problem:
             return whole
         try:
             samples = [(size, cut_batch(batch, 0, size, length)) for size in (1, 2)]
-            with self.evaluating(), torch.no_grad():
-                for _, sample in samples:
-                    self.batch_loss(sample)
+            usable = all(self._is_usable(sample) for _, sample in samples)
         except Exception:  # a model may need whole batches; then it gets one
             return whole
-        return samples
+        return samples if usable else whole
+
+    def _is_usable(self, sample: Batch) -> bool:
+        """Whether loss and gradient are finite: the deviation of one example, say, is not."""
+        with self.evaluating(), torch.enable_grad():
+            loss = self.batch_loss(sample)
+            if not loss.requires_grad or not torch.isfinite(loss):
+                return False
+            parameters = list(self.parameters.values())
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
+
+    def _check_countable(self) -> None:
+        """Refuses to guess how many examples a batch holds, where a wrong number would matter."""
+        counted = self.num_examples or getattr(self.loss_fn, "num_examples", None)
+        if counted is not None or len(self.batches) == 1:
+            return
+        for index, batch in enumerate(self.batches):
+            if not tensors_of(batch):
+                reason = "no tensor was found in it"
+            elif not is_plain(batch) and not lengths_agree(batch):
+                reason = "its tensors have different lengths"
+            else:
+                continue
+            raise ValueError(
+                f"how many examples batch {index} holds cannot be told ({described(batch)}: "
+                f"{reason}); pass num_examples=, a function of the batch that gives the number "
+                "of examples its mean loss is over"
+            )
+
+    def _needs_gradients(self) -> bool:
+        """Whether the loss can only, or only rightly, be evaluated with gradients enabled.
+
+        So it is where the loss differentiates inside (physics-informed networks, gradient
+        penalties), or asks whether gradients are enabled.
+        """
+        batch = self.batches[0]
+        length = batch_length(batch)
+        if length is not None and length > 1 and not self.batch_stats:
+            with contextlib.suppress(Exception):  # not every batch can be cut
+                return self._differs_without_gradients(cut_batch(batch, 0, 1, length))
+        with contextlib.suppress(Exception):  # told of later, with its reason
+            return self._differs_without_gradients(batch)
+        return False
+
+    def _differs_without_gradients(self, batch: Batch) -> bool:
+        with torch.enable_grad():
+            expected = float(self.batch_loss(batch).detach())
+        try:
+            with torch.no_grad():
+                found = float(self.batch_loss(batch))
+        except RuntimeError:
+            return True
+        return not self._close(expected, found) and not math.isnan(expected)
 
     def _check_differentiable(self) -> None:
         with self.evaluating(), torch.enable_grad():
@@ -248,6 +317,18 @@ class Problem:
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in parameters.items():
+        if p.is_complex():
+            raise ValueError(
+                f"parameter {name} is complex ({p.dtype}), and curvature is about real variables: "
+                "store torch.view_as_real(value) as the parameter, and call torch.view_as_complex "
+                "on it in forward"
+            )
+        if p.layout != torch.strided:
+            raise ValueError(
+                f"parameter {name} is sparse ({p.layout}), and vectors of curvature are dense; "
+                "store its values as a dense parameter"
+            )
     if not parameters:
         raise ValueError(
             "model has no parameter that requires grad; "

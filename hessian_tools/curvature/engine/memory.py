@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -132,13 +132,12 @@ class LiveBytes(TorchDispatchMode):
     ) -> object:
         result = function(*args, **(kwargs or {}))
         given: set[int] | None = None
-        for tensor in (result,) if isinstance(result, Tensor) else _tensors(result):
-            storage = tensor.untyped_storage()
+        for storage in _storages((result,) if isinstance(result, Tensor) else _tensors(result)):
             key = storage._cdata
             if key in self._alive:  # a view, or a result in place
                 continue
             if given is None:
-                given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+                given = {s._cdata for s in _storages(_tensors((args, kwargs)))}
             if key not in given:  # else one of a tensor that was there before
                 self._count(storage, key)
         if self.now > self.limit:
@@ -155,6 +154,19 @@ class LiveBytes(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def _storages(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
+    """The memory of tensors; that of sparse ones lies in the dense ones that they are made of."""
+    for tensor in tensors:
+        if tensor.layout == torch.strided:
+            yield tensor.untyped_storage()
+        elif tensor.layout == torch.sparse_coo:
+            yield from _storages([tensor._indices(), tensor._values()])
+        elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+            yield from _storages([tensor.crow_indices(), tensor.col_indices(), tensor.values()])
+        elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+            yield from _storages([tensor.ccol_indices(), tensor.row_indices(), tensor.values()])
 
 
 class _AllocatedBytes:

@@ -14,7 +14,7 @@ from hessian_tools.curvature.tangent.constants import Constants
 from hessian_tools.curvature.tangent.graph import Node, Untraceable, traced_gradient
 from hessian_tools.curvature.tangent.linearize import Linearisation, linearize
 from hessian_tools.curvature.tangent.program import Program
-from hessian_tools.problem.batches import Batch, tensors_of, with_tensors
+from hessian_tools.problem.batches import Batch, outline, tensors_of
 from hessian_tools.problem.problem import Problem
 
 MOST_SHAPES = 4  # of micro-batches; each is traced on its own
@@ -45,7 +45,7 @@ class TangentRoute:
         self._programs: dict[tuple[str, tuple[str, ...]], Program] = {}
         # by the batch's id; the batch is kept, so that no other takes its id
         self._constants: dict[int, tuple[Batch, Mapping[Node, Tensor]]] = {}
-        examples = {_signature(batch): batch for batch in batches}
+        examples = {outline(batch): batch for batch in batches}
         count = len(examples)
         if count > MOST_SHAPES:
             raise Untraceable(f"micro-batches have {count} different shapes")
@@ -103,7 +103,7 @@ class TangentRoute:
         return filled
 
     def _program(self, batch: Batch, names: Sequence[str]) -> Program:
-        signature = _signature(batch)
+        signature = outline(batch)
         key = signature, tuple(names)
         if key not in self._programs:
             indices = [self._order[name] for name in names]
@@ -120,12 +120,4 @@ class TangentRoute:
         return values
 
     def _constants_of(self, batch: Batch) -> Constants:
-        return self._linearised[_signature(batch)].constants
-
-
-def _signature(batch: Batch) -> str:
-    """What a trace depends on: the tensors' shapes and dtypes, and all else in the batch."""
-    tensors = tensors_of(batch)
-    shapes = [(tuple(t.shape), t.dtype) for t in tensors]
-    rest = with_tensors(batch, [None] * len(tensors))  # type: ignore[list-item]
-    return f"{shapes} {rest!r}"
+        return self._linearised[outline(batch)].constants

@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from hessian_tools.heterogeneity.measure import (
     Densities,
     GridSettings,
@@ -31,6 +33,12 @@ def literature_grid(
     """The literature's grid, one for all ``blocks`` (see the module's docstring)."""
     low = min(float(block.nodes.min(axis=1).mean()) for block in blocks) - margin
     high = max(float(block.nodes.max(axis=1).mean()) for block in blocks) + margin
+    # beyond 1e10 neighbouring points may be one float64 number, where a margin of 1 is none
+    largest = max(abs(low), abs(high))
+    least = float(np.finfo(np.float64).eps) * num_points * largest
+    if high - low < least:
+        low -= least
+        high += least
     return SpectralGrid(Axis("linear"), low, high, num_points)
 
 

@@ -4,7 +4,7 @@ Shapes: N problems, S starts, d coordinates, G step sizes tried.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hessian_tools.quadratic.methods import Settings
 from hessian_tools.quadratic.plan import Plan, planned
+from hessian_tools.quadratic.preconditioning import fixed_preconditioner
 from hessian_tools.quadratic.problems import Quadratic, starts_of
 from hessian_tools.quadratic.simulation import simulate
 from hessian_tools.quadratic.steps import natural_range
@@ -24,8 +25,13 @@ MOST_DIVERGED = 0.1  # share of runs
 STARTS_OF_A_SWEEP = 32
 _PER_DECADE = 3  # step sizes of the first grid
 _BETWEEN = 5  # step sizes between two neighbours in a refinement
-_REFINEMENTS = 2
+_REFINEMENTS = 2  # at least
+_MOST_REFINEMENTS = 6
 _EXTENSIONS = 3
+_SCAN = 150_000  # steps of all step sizes of a scan together, from one start
+_MOST_SCANNED = 2400  # step sizes
+_CLOSER = 2  # further scans around the best of the one before
+_CANDIDATES = 12  # step sizes of a scan that are run to the end
 
 
 @registered
@@ -71,7 +77,15 @@ def best_step(
 
     Tries a log grid of 3 a decade, from 1e-4 to 100 times 2 / a_max where that is known and from
     1e-7 to 10 times the rms of the starts' entries elsewhere. The grid is extended where the best
-    lies at an end, then refined twice between the best and its neighbours.
+    lies at an end.
+
+    With a fixed preconditioner the loss after t steps is a convex function of the step size, so
+    that one valley is left. Other methods (momentum, Adam) oscillate, and their iterations have
+    many dips: up to 2,400 step sizes over the whole range, then more around the best of them, are
+    run for as many steps as the best needs so far, and the winners are run to the end.
+
+    At last it is refined between the best and its neighbours until these are so close that they
+    differ by less than an iteration.
 
     Raises:
         ValueError: as :func:`hessian_tools.quadratic.runs.run`.
@@ -95,7 +109,11 @@ def best_step(
         if not so_far.at_edge():
             break
         so_far = so_far.merged(tried(so_far.beyond()))
-    for _ in range(_REFINEMENTS):
+    if fixed_preconditioner(problem, method, plan.settings, w0[:, :1]) is None:
+        so_far = so_far.merged(tried(_scanned(problem, plan, w0, so_far)))
+    for number in range(_MOST_REFINEMENTS):
+        if number >= _REFINEMENTS and so_far.is_fine():
+            break
         so_far = so_far.merged(tried(so_far.between()))
     kept = slice(None) if problem.batched else 0
     return Sweep(
@@ -143,6 +161,28 @@ class _Tried(NamedTuple):
         place = self.place()
         return bool(((place == 0) | (place == self.steps.shape[1] - 1)).any())
 
+    def least(self) -> Tensor:
+        """(N,) the median of iterations at the best."""
+        return self.medians.gather(1, self.place())[:, 0]
+
+    def leading(self, count: int) -> Tensor:
+        """(N, count) the step sizes with the least medians, where few runs diverge."""
+        allowed = self.diverged <= MOST_DIVERGED
+        medians = torch.where(allowed, self.medians, math.inf)
+        order = medians.argsort(dim=1, stable=True)
+        return self.steps.gather(1, order[:, :count])
+
+    def is_fine(self) -> bool:
+        """Whether the steps beside the best differ from it by less than half an iteration."""
+        last = self.steps.shape[1] - 1
+        place = self.place()
+        logs = self.steps.log()
+        ends = [logs.gather(1, (place + side).clamp(0, last)) for side in (-1, 1)]
+        # iterations change as the step size does
+        widths = (ends[1] - ends[0])[:, 0] / 2
+        least = self.least()
+        return bool((least.isinf() | (widths * least < 0.5)).all())
+
     def beyond(self) -> Tensor:
         """Two more decades of the grid at both ends."""
         factors = _grid(0, 2)[1:]
@@ -160,6 +200,37 @@ class _Tried(NamedTuple):
             neighbour = self.steps.gather(1, (place + side).clamp(0, last)).log()
             sides.append(middle + fractions * (neighbour - middle))
         return torch.cat(sides, dim=1).exp()
+
+
+def _scanned(problem: Quadratic, plan: Plan, starts: Tensor, so_far: _Tried) -> Tensor:
+    """(N, _CANDIDATES) the most promising of many step sizes in the range of ``so_far``.
+
+    They are run for no more steps than the best so far needs, as only fewer are of interest.
+    """
+    limit = _limit(so_far, plan)
+    count = max(_CANDIDATES, min(_MOST_SCANNED, _SCAN // limit))
+    ends = so_far.steps.log()[:, [0, -1]]
+    spacing = (ends[:, 1:] - ends[:, :1]) / (count - 1)
+    logs = ends[:, :1] + spacing * torch.arange(count)
+
+    def tried(logs: Tensor) -> _Tried:
+        short = replace(plan, num_steps=limit)
+        return _try(problem, short, starts, logs.exp().to(starts.device), progress=False)
+
+    scanned = tried(logs)
+    for _ in range(_CLOSER):
+        limit = min(limit, _limit(scanned, plan))
+        middles = scanned.leading(max(1, count // 8)).log()
+        offsets = torch.tensor([-2, -1, 1, 2]) / _BETWEEN * spacing[..., None]
+        scanned = scanned.merged(tried((middles[..., None] + offsets).flatten(1)))
+        spacing = spacing / _BETWEEN
+    return scanned.leading(_CANDIDATES)
+
+
+def _limit(so_far: _Tried, plan: Plan) -> int:
+    """The most iterations that the best step size of any problem needs."""
+    least = float(so_far.least().max())
+    return plan.num_steps if math.isinf(least) else int(least)
 
 
 def _grid(lowest: int, highest: int) -> Tensor:

@@ -28,6 +28,7 @@ LINEAR_FRACTION = 1e-6
 LOG_WIDTH = 0.2  # decades
 NUM_POINTS = 2_000
 _WIDTHS_IN_RANGE = 200  # of the nodes, on a linear axis
+_ROUNDING = 1e-12  # of the largest |node|: eigenvalues closer to each other are equal
 _LN10 = float(np.log(10))
 _UNDERFLOW = 745.0  # exp(-745) is the smallest positive float64
 
@@ -194,8 +195,12 @@ def _axis(kind: str, quadratures: Iterable[Quadrature], linear_fraction: float) 
 def _default_width(axis: Axis, quadratures: Iterable[Quadrature]) -> float:
     if axis.kind == "symlog":
         return LOG_WIDTH
-    # where all eigenvalues are equal, any width shows it
-    return float(np.ptp(_extremes(quadratures))) / _WIDTHS_IN_RANGE or 1.0
+    extremes = _extremes(quadratures)
+    largest = float(np.abs(extremes).max())
+    spread = float(np.ptp(extremes))
+    if spread <= _ROUNDING * largest:
+        spread = largest  # all are equal: any width shows it that is no rounding beside them
+    return spread / _WIDTHS_IN_RANGE or 1.0
 
 
 def _checked(width: float) -> float:
@@ -256,6 +261,7 @@ def kernel_sum(
     nearest = _clipped(np.rint((positions - grid.low) / spacing), grid.num_points - 1)
     largest_terms = logs - ((points[nearest] - positions) / width) ** 2 / 2
     shift = 0.0
+    nearest_too = depth is not None
     if depth is None:
         depth = _UNDERFLOW
     else:
@@ -263,6 +269,9 @@ def kernel_sum(
     reach = width * np.sqrt(2 * np.maximum(depth + logs - shift, 0.0))
     first = _clipped(np.ceil((positions - reach - grid.low) / spacing), grid.num_points)
     last = _clipped(np.floor((positions + reach - grid.low) / spacing) + 1, grid.num_points)
+    if nearest_too:  # rounding may have put it out of reach where the kernel is narrow
+        first = np.minimum(first, nearest)
+        last = np.maximum(last, nearest + 1)
     values = np.zeros(grid.num_points)
     columns = [column.tolist() for column in (positions, logs - shift, first, last)]
     for position, log_weight, start, stop in zip(*columns, strict=True):

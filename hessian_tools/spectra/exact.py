@@ -50,8 +50,10 @@ def _dense(operator: SymmetricOperator, num_blocks: int, size: int) -> Tensor:
 def _spectrum(matrix: Floats) -> Quadrature:
     """The eigenvalues of (A + A') / 2, and how far A is from symmetric."""
     size = len(matrix)
-    norm = np.linalg.norm(matrix)
-    asymmetry = float(np.linalg.norm(matrix - matrix.T) / norm) if norm > 0 else 0.0
+    largest = np.abs(matrix).max() or 1.0  # squares of tiny or huge entries leave float64's range
+    norm = np.linalg.norm(matrix / largest)
+    apart = np.linalg.norm((matrix - matrix.T) / largest)
+    asymmetry = float(apart / norm) if norm > 0 else 0.0
     eigenvalues = np.linalg.eigvalsh((matrix + matrix.T) / 2).astype(np.float64)
     return Quadrature(
         nodes=eigenvalues[None],

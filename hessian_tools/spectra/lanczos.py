@@ -18,6 +18,11 @@ In floating point orthogonality is lost as soon as a Ritz value converges (Paige
 - "none": the three-term recurrence alone, the cheapest and the literature's choice; like "local",
   but the copies appear a little earlier.
 
+Each row runs in a unit of its own, the power of two near the largest entry of its first product:
+squares of float32 leave its range below 1e-19 and above 1e19 (those of float64 below 1e-154 and
+above 1e154), which would look like a breakdown, or like a product that is inf. c A thus gives c
+times the numbers of A, to the last digit where c is a power of two.
+
 With ``keep_state`` the result carries a :class:`LanczosState`, from which :func:`resume` makes
 further steps without repeating any.
 
@@ -32,7 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hessian_tools.curvature.symmetric import SymmetricOperator
-from hessian_tools.spectra.row_arithmetic import dots, project_out, subtract
+from hessian_tools.spectra.row_arithmetic import divided, dots, project_out, subtract, units
 
 REORTHOGONALIZE = ("full", "local", "none")
 _ROUNDING = 8.0  # breakdown below this times (1 + log2 n) roundings of the operator's scale
@@ -51,8 +56,9 @@ class LanczosState:
     alphas: Tensor  # (k, m) float64
     betas: Tensor  # (k, m) float64
     norms: Tensor  # (k,) float64, of the start vectors
-    beta: Tensor  # (k,) float64, the last one; 1 in a row that has ended
-    scale: Tensor  # (k,) float64, the largest |alpha| + beta so far
+    unit: Tensor  # (k,) float64, powers of two: what each row's products are divided by
+    beta: Tensor  # (k,) float64, the last one over the unit; 1 in a row that has ended
+    scale: Tensor  # (k,) float64, the largest (|alpha| + beta) over the unit so far
     steps: Tensor  # (k,) float64, valid steps
     nonfinite: Tensor  # (k,) float64, first step (from 1) with NaN or inf, 0 for none
     alive: Tensor  # (k,) bool
@@ -166,16 +172,21 @@ def resume(
 
 
 def _before_the_first_step(start: Tensor, reorthogonalize: str, keep_basis: bool) -> LanczosState:
-    norms = dots(start, start).sqrt()
+    unit = units(start)
+    current = divided(start, unit)
+    norms = dots(current, current).sqrt()
+    current.div_(norms.to(start.dtype)[:, None])
+    norms = norms * unit
     zeros = torch.zeros_like(norms)
     no_steps = norms.new_zeros(len(norms), 0)
     return LanczosState(
         previous=torch.zeros_like(start),
-        current=start / norms.to(start.dtype)[:, None],
+        current=current,
         basis=(),
         alphas=no_steps,
         betas=no_steps,
         norms=norms,
+        unit=torch.ones_like(norms),  # until there is a product
         beta=zeros,
         scale=zeros,
         steps=zeros,
@@ -236,9 +247,9 @@ def _with_room(state: LanczosState, num_steps: int) -> LanczosState:
 
 
 def _step(operator: SymmetricOperator, state: LanczosState, j: int, free: Tensor | None) -> None:
-    """Step j (from 0): beta_j q_{j+1} = A q_j - beta_{j-1} q_{j-1} - alpha_j q_j."""
+    """Step j (from 0): beta_j q_{j+1} = A q_j - beta_{j-1} q_{j-1} - alpha_j q_j, over the unit."""
     vectors_so_far = _remember(state, j)
-    residual = _product_less_previous(operator, state, free)
+    residual = _product_less_previous(operator, state, j, free)
     alpha = dots(residual, state.current)
     subtract(residual, alpha, state.current)
     beta = _reorthogonalised(residual, state, vectors_so_far).sqrt()
@@ -257,13 +268,16 @@ def _remember(state: LanczosState, j: int) -> tuple[Tensor, ...]:
 
 
 def _product_less_previous(
-    operator: SymmetricOperator, state: LanczosState, free: Tensor | None
+    operator: SymmetricOperator, state: LanczosState, j: int, free: Tensor | None
 ) -> Tensor:
-    """A q_j - beta_{j-1} q_{j-1}, (k, n), written over ``free``."""
+    """A q_j over the unit - beta_{j-1} q_{j-1}, (k, n), written over ``free``."""
     product = operator.matmat(state.current).detach()  # perhaps the operator's own memory
+    if j == 0:
+        state.unit = units(product)
     residual = torch.empty_like(state.current) if free is None else free
-    beta = state.beta.to(product.dtype)[:, None]
-    return torch.addcmul(product, beta, state.previous, value=-1, out=residual)
+    divided(product, state.unit, out=residual)
+    subtract(residual, state.beta, state.previous)
+    return residual
 
 
 def _reorthogonalised(
@@ -286,14 +300,17 @@ def _reorthogonalised(
 
 
 def _record(state: LanczosState, j: int, alpha: Tensor, beta: Tensor) -> None:
-    """Writes alpha_j and beta_j, (k,), of the rows under way, and ends rows that broke down."""
+    """Writes alpha_j and beta_j, (k,), of the rows under way, and ends rows that broke down.
+
+    Both come over the unit, and are written without it.
+    """
     finite = torch.isfinite(alpha) & torch.isfinite(beta)
     state.nonfinite = torch.where(state.alive & ~finite, j + 1.0, state.nonfinite)
     alive = state.alive & finite
     alpha = torch.where(alive, alpha, 0.0)
     beta = torch.where(alive, beta, 0.0)
-    state.alphas[:, j] = alpha
-    state.betas[:, j] = beta
+    state.alphas[:, j] = alpha * state.unit
+    state.betas[:, j] = beta * state.unit
     state.steps = state.steps + alive
     state.scale = torch.maximum(state.scale, alpha.abs() + beta)
     small = alive & (beta <= _rounding(state.current) * state.scale)

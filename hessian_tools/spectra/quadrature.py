@@ -11,11 +11,15 @@ Shapes: k probes, m nodes (Lanczos steps), n size of the operator, B blocks.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hessian_tools.errors import NumericalError
 from hessian_tools.results import registered
+
+_INVARIANT = 1e-4  # of the largest |node|: with residuals below, the error of a moment is rounding
 
 Floats = NDArray[np.float64]
 
@@ -116,12 +120,27 @@ class Quadrature:
         return np.sum(self.weights * function(self.nodes), axis=1)
 
     def moment(self, power: int) -> Estimate:
-        """(1/n) tr(A^p), the mean p-th power of the eigenvalues.
+        """(1/n) tr(A^p), the mean p-th power of the eigenvalues, p = 0, 1, ... 2m.
 
-        The quadrature of each probe is exact up to p = 2m - 1.
+        For each probe u it is u'A^p u without error: the quadrature is exact up to p = 2m - 1, and
+        at p = 2m it lacks (beta_1 ... beta_m)^2, which its residuals tell (of one step, p = 2 is
+        alpha^2 + beta^2). A probe that met an invariant subspace has all its moments.
+
+        Raises:
+            ValueError: for a ``power`` that is no such number, with the steps that it needs. What
+                the quadrature makes of it is ``per_probe(lambda x: x**power)``, not exact.
+            NumericalError: for a moment that is beyond float64.
         """
-        values = self.per_probe(lambda x: x**power)
-        return Estimate(float(values.mean()), self._standard_error(values))
+        values, unit = self._moments(power)
+        mean = float(values.mean())
+        with np.errstate(over="ignore", under="ignore"):
+            factor = float(np.float64(unit) ** power)
+        if mean and not 0 < factor < np.inf:
+            raise NumericalError(
+                f"moment({power}) of eigenvalues up to {unit:.3g} is beyond float64's range; "
+                "take a lower power, or multiply the loss by a constant"
+            )
+        return Estimate(mean, self._standard_error(values)).times(factor)
 
     @property
     def trace(self) -> Estimate:
@@ -130,14 +149,14 @@ class Quadrature:
 
     @property
     def rms(self) -> Estimate:
-        """Root mean square eigenvalue, sqrt(tr(A^2) / n). Needs m >= 2.
+        """Root mean square eigenvalue, sqrt(tr(A^2) / n).
 
         The standard error follows by the delta method.
         """
-        square = self.moment(2)
-        value = float(np.sqrt(square.value))
+        squares, unit = self._moments(2)  # in the unit, as those of 1e-200 are beyond float64
+        value = float(np.sqrt(squares.mean()))
         slope = 2 * value or 1  # of a zero operator: 0 +- 0
-        return Estimate(value, square.standard_error / slope)
+        return Estimate(value, self._standard_error(squares) / slope).times(unit)
 
     @property
     def frobenius(self) -> Estimate:
@@ -153,6 +172,44 @@ class Quadrature:
     def largest(self) -> RitzValue:
         """The highest Ritz value."""
         return self._extreme(-1, int(np.argmax(self.nodes[:, -1])))
+
+    def _moments(self, power: int) -> tuple[Floats, float]:
+        """(k,) values u'A^p u over unit^p, and the unit, near the largest |eigenvalue|."""
+        if isinstance(power, bool) or not isinstance(power, Integral) or power < 0:
+            raise ValueError(f"power is {power!r}; an integer of at least 0 is needed")
+        largest = max(float(np.abs(self.nodes).max()), float(self.residuals.max()))
+        unit = largest or 1.0
+        values = np.sum(self.weights * (self.nodes / unit) ** int(power), axis=1)
+        for probe in np.flatnonzero(2 * self.steps <= power):
+            if self._is_invariant(probe):
+                continue
+            if 2 * self.steps[probe] < power:
+                raise ValueError(
+                    f"power is {power}; {self.steps[probe]} Lanczos steps give moments up to "
+                    f"{2 * self.steps[probe]}: take {-(-power // 2)} steps or more"
+                )
+            values[probe] += (self._product_of_betas(probe, unit)) ** 2
+        return values, unit
+
+    def _is_invariant(self, probe: int) -> bool:
+        """Whether the probe's nodes are eigenvalues, and its quadrature exact in every degree."""
+        ended = self.steps[probe] < self.nodes.shape[1] or self.steps[probe] >= self.size
+        largest = float(np.abs(self.nodes[probe]).max())
+        within = float(self.residuals[probe].max()) <= _INVARIANT * largest
+        return bool(self.status == "exact" or ended or within)
+
+    def _product_of_betas(self, probe: int, unit: float) -> float:
+        """beta_1 ... beta_m of a probe's T, over unit^m, from its nodes, weights and residuals.
+
+        For every node i it is sqrt(w_i) beta_m |s_mi| times the product over j of |x_i - x_j|
+        (Parlett 1998, theorem 7.9.2). That of the largest w_i |s_mi|^2 has the least rounding.
+        """
+        steps = self.steps[probe]
+        nodes = self.nodes[probe, :steps] / unit
+        ends = np.sqrt(self.weights[probe, :steps]) * (self.residuals[probe, :steps] / unit)
+        best = int(np.argmax(ends))
+        gaps = np.abs(nodes[best] - np.delete(nodes, best))
+        return float(ends[best] * np.prod(gaps))
 
     def _extreme(self, column: int, probe: int) -> RitzValue:
         return RitzValue(

@@ -5,6 +5,7 @@ Each function reads its vectors once. Nothing here looks at a value, so a device
 Shapes: k rows, n entries of each, j basis vectors a row.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,10 +16,33 @@ _CPU_ENTRIES = 1 << 18  # of a batch that stay in a CPU's cache from one operati
 _CPU_COLUMNS = 1 << 14  # at least so many, else the calls cost more than the arithmetic
 
 
+def units(vectors: Tensor) -> Tensor:
+    """(k,) float64 powers of two near the largest entry of each row of (k, n) ``vectors``.
+
+    A row divided by its unit has entries of about 1 at most, and the same digits. Rows that are
+    zero or not finite have the unit 1.
+    """
+    pieces = vectors.split(_width(vectors), dim=1)
+    largest = torch.stack([piece.abs().amax(1) for piece in pieces]).amax(0).double()
+    _, exponents = torch.frexp(largest)
+    # both the unit and its inverse have to be numbers of the vectors' dtype
+    most = int(math.log2(torch.finfo(vectors.dtype).max)) - 1
+    powers = torch.ldexp(torch.ones_like(largest), exponents.clamp(-most, most))
+    return torch.where(torch.isfinite(largest) & (largest > 0), powers, 1.0)
+
+
+def divided(vectors: Tensor, by: Tensor, out: Tensor | None = None) -> Tensor:
+    """(k, n) ``vectors`` over the powers of two ``by`` (k,), which changes no digit."""
+    factors = by.reciprocal().to(vectors.dtype)[:, None]
+    return torch.mul(vectors, factors, out=out)
+
+
 def dots(left: Tensor, right: Tensor) -> Tensor:
     """Dot products of the rows of two (k, n) batches, (k,) float64.
 
     The products keep the vectors' dtype, where their roundings average out; the sums are float64.
+    The products of float32 underflow where both factors are below 1e-19 and overflow above 1e19:
+    rows have to come in their own :func:`units`.
     """
     width = _width(left)
     pieces = zip(left.split(width, dim=1), right.split(width, dim=1), strict=True)

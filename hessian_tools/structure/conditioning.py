@@ -247,8 +247,10 @@ def _dense_blocks(
             f"a product with the Hessian of block {name} is NaN or inf; check the loss"
         )
     mirrored = dense.transpose(0, 2, 1)
-    norms = np.linalg.norm(dense, axis=(1, 2))
-    differences = np.linalg.norm(dense - mirrored, axis=(1, 2))
+    largest = np.abs(dense).max((1, 2), keepdims=True)
+    units = np.where(largest > 0, largest, 1.0)  # squares may leave float64's range
+    norms = np.linalg.norm(dense / units, axis=(1, 2))
+    differences = np.linalg.norm((dense - mirrored) / units, axis=(1, 2))
     asymmetry = differences / np.where(norms > 0, norms, 1.0)
     return (dense + mirrored) / 2, asymmetry
 

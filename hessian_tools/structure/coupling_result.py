@@ -200,9 +200,10 @@ class Coupling:
         if not total:
             return Estimate(float("nan"), float("nan"))
         share = float((weights * part.mean(0)).sum()) / total
-        # The variance of a ratio, linearised at ``share``.
-        variance = self._total_variance(part - share * whole, groups)
-        return Estimate(share, float(np.sqrt(variance)) / total)
+        # The variance of a ratio, linearised at ``share``. Divided first: squares of masses may
+        # leave float64's range.
+        variance = self._total_variance((part - share * whole) / total, groups)
+        return Estimate(share, float(np.sqrt(variance)))
 
     def _total_variance(self, values: Floats, groups: Iterable[int]) -> float:
         """Variance of the weighted total of ``values`` (k, D) over ``groups``."""

@@ -4,6 +4,11 @@ What is tested is a :class:`hessian_tools.structure.mass.BlockMass`. Every state
 t-test at ``alpha`` divided by the number of tests made for the tensor (Bonferroni), in both
 directions: it holds ("yes"), it does not ("no"), or neither is significant ("unclear").
 
+No p-value is below one over the number of cuts like the one tested (of blocks of the same sizes):
+chance alone picks the best of them that often, however sharp the masses are. Of a 2 x 2 tensor
+three such cuts exist, so that nothing can be significant, and a tensor where that holds of all its
+cuts is undecided.
+
 - X *splits* the blocks of a coarser cut Y: its contrast within them exceeds ``contrast`` (4:
   entries inside are twice as large, rms, as those outside, or: neighbouring blocks are coupled by
   less than one half). "elements" split Y where the diagonal has more than the share ``diagonal`` of
@@ -121,16 +126,17 @@ class Judgement:
 
 def judge(mass: BlockMass, cut: str, levels: Levels) -> Judgement:
     """The verdict on ``cut``, one of ``mass.cuts``."""
-    nothing_to_judge = _obstacle(mass)
+    level = levels.alpha / max(1, _number_of_tests(mass))
+    nothing_to_judge = _obstacle(mass, level)
     if nothing_to_judge:
         return Judgement(cut, UNDECIDED, nothing_to_judge, UNDECIDED, ())
-    significance = _Significance(levels.alpha / max(1, _number_of_tests(mass)))
+    significance = _Significance(level)
     verdict, reason = _Judge(mass, levels, significance.answer).decide(cut)
     likely, _ = _Judge(mass, levels, _answer_of_estimate).decide(cut)
     return Judgement(cut, verdict, reason, likely, tuple(significance.statements.values()))
 
 
-def _obstacle(mass: BlockMass) -> str:
+def _obstacle(mass: BlockMass, level: float) -> str:
     """Why nothing can be said of this tensor; "" where something can."""
     if mass.norm == 0:
         return (
@@ -141,7 +147,23 @@ def _obstacle(mass: BlockMass) -> str:
             f"products are rounding noise (asymmetric by {mass.asymmetry:.2g} of their norm); "
             "try float64"
         )
+    least_p = _least_p(mass)
+    if least_p >= level:
+        return (
+            f"its {mass.size} entries are too few to judge: there are {1 / least_p:.0f} ways to "
+            f"cut them alike, so that chance cannot be excluded at the level {level:.2g} of a test"
+        )
     return ""
+
+
+def _least_p(mass: BlockMass) -> float:
+    """The least p-value that any cut of the tensor could reach; 0 where there is none to test.
+
+    Single entries count where they are the only other cut: their blocks cannot be cut otherwise.
+    """
+    finer = [cut for cut in mass.cuts if cut not in (WHOLE, ELEMENTS)]
+    tested = finer or [cut for cut in mass.cuts if cut == ELEMENTS]
+    return min((mass.least_p(cut) for cut in tested), default=0.0)
 
 
 def _number_of_tests(mass: BlockMass) -> int:
@@ -164,23 +186,23 @@ class _Significance:
         self.level = level
         self.statements: dict[str, Statement] = {}
 
-    def answer(self, words: str, gap: Measured) -> Answer:
-        """Whether ``gap``, what ``words`` say is positive, is."""
+    def answer(self, words: str, gap: Measured, least_p: float) -> Answer:
+        """Whether ``gap``, what ``words`` say is positive, is; no p-value is below ``least_p``."""
         if words not in self.statements:
-            self.statements[words] = self._tested(words, gap)
+            self.statements[words] = self._tested(words, gap, least_p)
         return self.statements[words].answer
 
-    def _tested(self, words: str, gap: Measured) -> Statement:
+    def _tested(self, words: str, gap: Measured, least_p: float) -> Statement:
         if math.isnan(gap.value):  # there is no mass to compare
             return Statement(words, 0.5, 0.5, self.level)
         deviations = gap.value / max(gap.standard_error, _RESOLUTION)
         freedom = min(gap.freedom, 1e9)  # stdtr gives nan at infinity
-        p_true = float(stdtr(freedom, -deviations))
-        p_false = float(stdtr(freedom, deviations))
+        p_true = max(least_p, float(stdtr(freedom, -deviations)))
+        p_false = max(least_p, float(stdtr(freedom, deviations)))
         return Statement(words, p_true, p_false, self.level)
 
 
-def _answer_of_estimate(words: str, gap: Measured) -> Answer:
+def _answer_of_estimate(words: str, gap: Measured, least_p: float) -> Answer:
     """The answer that takes the estimate for the truth."""
     return Answer.YES if gap.value > _RESOLUTION else Answer.NO
 
@@ -235,7 +257,7 @@ class _Judge:
     """Applies the rules to one tensor; ``answer`` decides a statement from its words and gap."""
 
     def __init__(
-        self, mass: BlockMass, levels: Levels, answer: Callable[[str, Measured], Answer]
+        self, mass: BlockMass, levels: Levels, answer: Callable[[str, Measured, float], Answer]
     ) -> None:
         self.mass = mass
         self.levels = levels
@@ -287,20 +309,24 @@ class _Judge:
 
     def splits(self, finer: str, coarser: str) -> Answer:
         gap = self.mass.above(finer, coarser, self.levels.contrast, self.levels.diagonal)
-        return self.answer(f"{finer} split {_blocks_of(coarser)}", gap)
+        least_p = self.mass.least_p(finer, coarser)
+        return self.answer(f"{finer} split {_blocks_of(coarser)}", gap, least_p)
 
     def beats(self, rival: str, cut: str) -> Answer:
         if {WHOLE, ELEMENTS} & {cut, rival}:
             return Answer.NO
         one, other = self.mass.matched(rival, cut)
         splits = self.splits(rival, WHOLE)
-        holds_more = self.answer(f"{one} hold more than {other}", self.mass.lead(rival, cut))
+        least_p = max(self.mass.least_p(one), self.mass.least_p(other))
+        lead = self.mass.lead(rival, cut)
+        holds_more = self.answer(f"{one} hold more than {other}", lead, least_p)
         if splits & holds_more is Answer.NO:
             return Answer.NO
         contrast = self.levels.contrast
         lead = self.mass.lead(rival, cut, contrast)
         is_poor = ~self.splits(cut, WHOLE)
-        is_far = self.answer(f"{one} have {contrast:g} times the odds of {other}", lead)
+        words = f"{one} have {contrast:g} times the odds of {other}"
+        is_far = self.answer(words, lead, least_p)
         return splits & holds_more & (is_poor | is_far)
 
     def reason(self, verdict: str, cut: str, findings: _Findings) -> str:

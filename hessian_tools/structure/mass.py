@@ -129,6 +129,10 @@ class BlockMass:
     asymmetry: float  # rms of z'H z'' - z''H z' in units of |H_tt|_F: rounding
     exact: bool
     num_matvecs: int
+    # products were divided by it: masses are in its square, whatever the scale of the loss
+    unit: float = 1.0
+    # (finer, coarser) -> logarithm of how many such cuts of the coarser's blocks there are
+    log_alternatives: dict[tuple[str, str], float] = field(default_factory=dict, repr=False)
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -138,7 +142,7 @@ class BlockMass:
     @property
     def norm(self) -> float:
         """|H_tt|_F."""
-        return float(np.sqrt(self.pilots.mass.mean()))
+        return self.unit * float(np.sqrt(self.pilots.mass.mean()))
 
     def share(self, finer: str, coarser: str = WHOLE) -> Measured:
         """Of the mass inside ``coarser``'s blocks, what lies inside ``finer``'s."""
@@ -207,6 +211,10 @@ class BlockMass:
             return name if self.num_blocks[name] == few else grouped(name, few)
 
         return at_few(one), at_few(other)
+
+    def least_p(self, finer: str, coarser: str = WHOLE) -> float:
+        """The least p-value that random cuts like ``finer`` could give: one in as many as exist."""
+        return float(np.exp(-self.log_alternatives.get((finer, coarser), np.inf)))
 
     @cached_property
     def _column(self) -> dict[str, int]:

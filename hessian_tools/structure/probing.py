@@ -4,12 +4,14 @@ dense matrix.
 Letters as there: n entries of the region, B blocks of a cut, S draws, K pilots, C cuts, r vectors.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import gammaln
 from torch import Tensor
 
 from hessian_tools.blocks.block import Block
@@ -69,6 +71,8 @@ def measure(
         asymmetry=evidence.asymmetry,
         exact=exact,
         num_matvecs=evidence.num_products,
+        unit=evidence.unit,
+        log_alternatives=_all_log_alternatives(nesting, operator.size),
     )
 
 
@@ -94,6 +98,7 @@ class _Evidence:
     pilots: Pilots
     asymmetry: float
     num_products: int
+    unit: float  # what the products were divided by
 
 
 @dataclass(frozen=True)
@@ -130,24 +135,38 @@ class _Products:
 def _probed_evidence(
     products: _Products, nesting: Nesting, num_probes: int, num_blocks: int
 ) -> _Evidence:
-    pilots, asymmetry, column_masses = _pilots(products, nesting, num_probes)
+    pilots, asymmetry, column_masses, unit = _pilots(products, nesting, num_probes)
     draws: dict[str, Draws] = {}
     if pilots.mass.mean():
         for base in nesting.bases:
             sample = _sample(products, base, column_masses[base.name], num_blocks)
-            draws[base.name] = _draws(products, nesting, base, sample)
+            draws[base.name] = _draws(products, nesting, base, sample, unit)
     spent = num_probes + sum(len(drawn.masses) for drawn in draws.values())
-    return _Evidence(draws, pilots, asymmetry, spent)
+    return _Evidence(draws, pilots, asymmetry, spent, unit)
+
+
+def _unit(products: Tensor) -> float:
+    """A power of two near the largest |entry|; 1 where all are zero.
+
+    Squares of float32 underflow below 1e-23 and overflow above 1e19: divided by the unit none does
+    that matters beside the largest, and no digit changes.
+    """
+    ends = torch.aminmax(products)  # without a copy of a large tensor
+    largest = max(-float(ends.min), float(ends.max))
+    return 2.0 ** (math.frexp(largest)[1] - 1) if largest else 1.0
 
 
 def _pilots(
     products: _Products, nesting: Nesting, count: int
-) -> tuple[Pilots, float, dict[str, Floats]]:
-    """Pilots, their asymmetry, and by base the mean mass of each block's columns, (B,)."""
+) -> tuple[Pilots, float, dict[str, Floats], float]:
+    """Pilots, their asymmetry, by base the mean mass of each block's columns, (B,), and the unit of
+    the products, in whose square all masses are."""
     operator = products.operator
     z = products.signs("pilots", count, operator.size)
     parts = z.split(products.at_once)
     y = torch.cat([products(part.to(operator.device)).cpu() for part in parts])
+    unit = _unit(y)
+    y.div_(unit)
     mass = np.array([float(row.double().square().sum()) for row in y])
     mean = mass.mean()
     asymmetry = _rms_asymmetry(z, y) / np.sqrt(mean) if mean else 0.0
@@ -165,7 +184,7 @@ def _pilots(
             overlap = _gram(finer_sums, coarser_means.reciprocal()[_parents(finer, coarser)])
         overlaps[finer.name, coarser.name] = overlap
     column_masses = {base.name: sums[base.name].mean(0).numpy() for base in nesting.bases}
-    return Pilots(mass, diagonal, overlaps), float(asymmetry), column_masses
+    return Pilots(mass, diagonal, overlaps), float(asymmetry), column_masses, unit
 
 
 def _rms_asymmetry(vectors: Tensor, products: Tensor) -> float:
@@ -199,8 +218,10 @@ def _sample(products: _Products, base: Cutting, masses: Floats, num_blocks: int)
     return _Sample(blocks, 1 / (count * chances[blocks]), np.zeros(count, int))
 
 
-def _draws(products: _Products, nesting: Nesting, base: Cutting, sample: _Sample) -> Draws:
-    """The masses of the blocks in ``sample`` within each cut around ``base``."""
+def _draws(
+    products: _Products, nesting: Nesting, base: Cutting, sample: _Sample, unit: float
+) -> Draws:
+    """The masses of the blocks in ``sample`` within each cut around ``base``, over ``unit``^2."""
     around = {cut.name: cut for cut in nesting.around(base)}
     table = np.full((len(sample.blocks), len(nesting.with_groups)), np.nan)
     columns = [i for i, cut in enumerate(nesting.with_groups) if cut.name in around]
@@ -210,7 +231,7 @@ def _draws(products: _Products, nesting: Nesting, base: Cutting, sample: _Sample
         z = _signs_on_blocks(products, base, entries, first)
         y = products(z.to(products.operator.device)).cpu()
         for row, (product, inside) in enumerate(zip(y, entries, strict=True), start=first):
-            squares = product.double().square()
+            squares = (product.double() / unit).square()
             masses = [_mass_around(squares, cut, inside[0]) for cut in around.values()]
             table[row, columns] = np.array(masses) * sample.weights[row]
     return Draws(table, sample.strata)
@@ -234,6 +255,8 @@ def _exact_evidence(products: _Products, nesting: Nesting) -> _Evidence:
     size = products.operator.size
     strips = unit_products(products.operator, rows=products.at_once)
     dense = torch.cat([products.checked(strip[0]) for _, strip in strips]).double().cpu()
+    unit = _unit(dense)
+    dense /= unit
     squares = ((dense + dense.T) / 2).square()
     norm = float(squares.sum())
     difference = float((dense - dense.T).norm())
@@ -250,6 +273,7 @@ def _exact_evidence(products: _Products, nesting: Nesting) -> _Evidence:
         pilots=pilots,
         asymmetry=difference / norm**0.5 if norm else 0.0,
         num_products=size,
+        unit=unit,
     )
 
 
@@ -303,6 +327,35 @@ def _parents(finer: Cutting, coarser: Cutting) -> Tensor:
         return coarser.labels
     parents = torch.zeros(finer.num_blocks, dtype=torch.int64)
     return parents.scatter_(0, finer.labels, coarser.labels)
+
+
+def _all_log_alternatives(nesting: Nesting, size: int) -> dict[tuple[str, str], float]:
+    """By (finer, coarser): of nested cuts, and of groups of neighbours in the whole region."""
+    whole = next(cut for cut in nesting.cuttings if cut.name == WHOLE)
+    groups = nesting.with_groups[len(nesting.cuttings) :]
+    pairs = [*nesting.pairs, *((group, whole) for group in groups)]
+    return {(one.name, other.name): _log_alternatives(one, other, size) for one, other in pairs}
+
+
+def _log_alternatives(finer: Cutting, coarser: Cutting, size: int) -> float:
+    """The logarithm of how many cuts like ``finer`` there are of the blocks of ``coarser``.
+
+    A block of n entries falls into blocks of sizes s in n! / prod s! ways, over the orders of those
+    of one size. For single entries, which can be cut in one way, it is the ways to choose which n
+    of the n (n + 1) / 2 numbers of a symmetric block are its diagonal.
+    """
+    around = np.array([size])
+    if coarser.name != WHOLE:
+        around = torch.bincount(coarser.labels).numpy()
+    if finer.name == ELEMENTS:
+        pairs = around * (around - 1) / 2
+        ways = gammaln(pairs + around + 1) - gammaln(around + 1) - gammaln(pairs + 1)
+        return float(ways.sum())
+    sizes = torch.bincount(finer.labels).numpy()
+    parents = _parents(finer, coarser).numpy()
+    _, alike = np.unique(np.stack([parents, sizes]), axis=1, return_counts=True)
+    orders = gammaln(sizes + 1).sum() + gammaln(alike + 1).sum()
+    return float(gammaln(around + 1).sum() - orders)
 
 
 def _gram(vectors: Tensor, weights: Tensor | None = None) -> Floats:

@@ -99,3 +99,42 @@ def test_results_survive_saving(tmp_path):
     assert loaded["cards"] == kept["cards"]
     assert loaded["cycle"].exponent == kept["cycle"].exponent
     assert loaded["sweep"].best == kept["sweep"].best
+
+
+def least_on_a_grid(problem, method, tolerance, steps, **settings):
+    """The least median on 300 step sizes, of those at which at most a tenth diverge."""
+    unit = 2 / float(problem.largest)
+    sizes = np.geomspace(0.01, 3, 300) * unit
+    runs = quadratic.run(
+        problem,
+        method,
+        step=sizes,
+        num_starts=32,
+        num_steps=steps,
+        tolerances=(tolerance,),
+        stop_at=tolerance,
+        **settings,
+        **QUIET,
+    )
+    few = runs.diverged.mean(-1) <= 0.1
+    return runs.median_iterations(tolerance)[few].min()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("gd", {}),
+        ("heavy_ball", {}),
+        ("heavy_ball", {"beta": 0.9}),
+        ("heavy_ball", {"beta": 0.5}),
+        ("nesterov", {}),
+    ],
+)
+@pytest.mark.parametrize("number", quadratic.CASES)
+def test_the_best_step_is_as_good_as_a_fine_grid(number, method, settings):
+    """Iterations of momentum oscillate with the step: the best dip is found, not any."""
+    problem = quadratic.case(number)
+    tolerance = 1e-3 if number > 2 else 1e-1
+    sweep = quadratic.best_step(problem, method, tolerance=tolerance, num_steps=300, **settings)
+    found = sweep.medians[sweep.steps == sweep.best][0]
+    assert found <= least_on_a_grid(problem, method, tolerance, 300, **settings) + 1

@@ -102,14 +102,14 @@ def test_results_survive_saving(tmp_path):
 
 
 def least_on_a_grid(problem, method, tolerance, steps, **settings):
-    """The least median on 300 step sizes, of those at which at most a tenth diverge."""
+    """The least median on 120 step sizes, of those at which at most a tenth diverge."""
     unit = 2 / float(problem.largest)
-    sizes = np.geomspace(0.01, 3, 300) * unit
+    sizes = np.geomspace(0.01, 3, 120) * unit
     runs = quadratic.run(
         problem,
         method,
         step=sizes,
-        num_starts=32,
+        num_starts=8,
         num_steps=steps,
         tolerances=(tolerance,),
         stop_at=tolerance,
@@ -134,7 +134,8 @@ def least_on_a_grid(problem, method, tolerance, steps, **settings):
 def test_the_best_step_is_as_good_as_a_fine_grid(number, method, settings):
     """Iterations of momentum oscillate with the step: the best dip is found, not any."""
     problem = quadratic.case(number)
-    tolerance = 1e-3 if number > 2 else 1e-1
-    sweep = quadratic.best_step(problem, method, tolerance=tolerance, num_steps=300, **settings)
+    tolerance, steps = (1e-3, 60) if number > 2 else (1e-1, 40)
+    some = {"num_starts": 8, "num_steps": steps}
+    sweep = quadratic.best_step(problem, method, tolerance=tolerance, **some, **settings)
     found = sweep.medians[sweep.steps == sweep.best][0]
-    assert found <= least_on_a_grid(problem, method, tolerance, 300, **settings) + 1
+    assert found <= least_on_a_grid(problem, method, tolerance, steps, **settings) + 1

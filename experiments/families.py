@@ -20,7 +20,7 @@ Protocol, fixed before any result:
   package says so: an error of its own, or a failed check of ``verify()``, that names the cause.
 - *wrong*: a product off; *false alarm*: products right and ``verify()`` fails; *refused
   needlessly*: an error of the package where an answer exists, or one that does not name the cause;
-  *crashed*: any other exception, a dead process, more than three minutes; *left changed*: the model
+  *crashed*: any other exception, a dead process, more than five minutes; *left changed*: the model
   is not as it was (values, modes, gradients, attention and expert kernels); *undecided*: the
   referee fails or is uncertain; *skipped*: a library is not installed (timm, peft and diffusers are
   the extra ``families``).
@@ -62,7 +62,7 @@ SMOKE = ("mlp/smooth", "graph/objects-dense-adjacency", "hf/gpt2")
 SEED = 0
 ALLOWED = {"float64": 1e-6, "float32": 2e-3, "bfloat16": 0.1}
 CONCLUSIVE = 0.05  # a referee less certain decides nothing
-LIMIT = 180  # seconds for one configuration
+LIMIT = 300  # seconds for one configuration
 MANY = 10**12  # products announced, so that any model is worth tracing
 OUTCOMES = (
     "right",

@@ -12,7 +12,6 @@ finished parts of a run, a line each with a checksum, so that a killed run goes 
 import base64
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import io
 import json
@@ -131,7 +130,8 @@ def _checked_arrays(stem: Path, document: JsonObject) -> bytes:
     file = _suffixed(stem, ".npz")
     if not file.exists():
         raise FileNotFoundError(
-            errno.ENOENT, f"{stem.name}.json is there, but not the arrays beside it", str(file)
+            f"{stem}.json is there, but not the arrays beside it, {file.name}; copy both, or run "
+            "again"
         )
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() == document.get("arrays_sha256"):

@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with answered(interruption):
             _settle_streams()
             return _flushed(_code_of(sys.argv[1:], interruption))
+    except SystemExit:  # argparse has printed its help
+        return _flushed(DONE)
     except KeyboardInterrupt:  # while words were said, or files closed
         _tell("interrupted")
         return interruption.exit_code
@@ -109,7 +111,7 @@ def _explained(error: BaseException) -> tuple[int, str]:
         return NUMERICAL_FAILURE, f"numerical failure: {error}"
     if isinstance(error, Exception) and is_out_of_memory(error):
         kind = type(error).__name__
-        advice = "give a smaller --memory, --batch-size or --probes"
+        advice = "give a smaller --memory, --batch-size or --probes (quadratic: --starts)"
         return BAD_INPUT, f"out of memory ({kind}); {advice}"
     if isinstance(error, ValueError | OSError | ImportError):
         return BAD_INPUT, str(error) or type(error).__name__

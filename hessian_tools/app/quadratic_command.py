@@ -225,7 +225,7 @@ def _computed(
     journal: Journal | None,
 ) -> QuadraticResult:
     runs: dict[str, Runs] = {}
-    for name in arguments.methods:
+    for name in dict.fromkeys(arguments.methods):
         runs |= _runs_of(name, arguments, problem, journal)
     of_gd = check_gd_bound(problem)
     of_adam = check_adam_bound(

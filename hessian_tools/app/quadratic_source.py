@@ -26,6 +26,8 @@ from hessian_tools.results import Json, load
 from hessian_tools.spectra.quadrature import Quadrature
 
 PER_BLOCK = 30  # eigenvalues drawn for a block, the paper's
+LARGEST = 10_000  # eigenvalues in all: the matrix takes 0.8 GB
+LARGEST_KAPPA = 1e12  # beyond it float64 has no digits left for the small eigenvalues
 MOST_EIGENVALUES = 300  # of all blocks together unless --per-block says so: minutes, not an hour
 ROOM = 10  # each block's own condition number where kappa has to be raised
 _FLAT = 1e-6  # of the widest range: about the rounding of float32 products
@@ -45,6 +47,11 @@ def problem_of(arguments: argparse.Namespace) -> Quadratic:
         raise ValueError(
             "give either CASE|FILE or --from RESULT: a case is 1, 2, 3 or 4 "
             "(see hessian-tools quadratic --help)"
+        )
+    if arguments.kappa is not None and arguments.kappa > LARGEST_KAPPA:
+        raise ValueError(
+            f"--kappa is {arguments.kappa:g}; float64 can tell eigenvalues apart up to "
+            f"{LARGEST_KAPPA:g}"
         )
     if arguments.measured is not None:
         problem = _from_network(arguments)
@@ -72,6 +79,17 @@ def _from_case(arguments: argparse.Namespace) -> Quadratic:
 def _from_network(arguments: argparse.Namespace) -> Quadratic:
     spectra = _chosen(_block_spectra(arguments.measured), arguments.blocks)
     per_block = arguments.per_block or _per_block(len(spectra))
+    if per_block == 1 and arguments.shift == "blocks":
+        raise ValueError(
+            "--per-block is 1; a single eigenvalue has no range to be kept: give 2 or more, or "
+            "--shift joint"
+        )
+    if per_block * len(spectra) > LARGEST:
+        raise ValueError(
+            f"{per_block:,} eigenvalues of each of {len(spectra)} blocks make a matrix of "
+            f"{per_block * len(spectra):,} rows, of {LARGEST:,} at most; give a smaller "
+            "--per-block, or fewer --blocks"
+        )
     drawn = {
         name: drawn_eigenvalues(spectrum, per_block, arguments.draw, arguments.seed, name)
         for name, spectrum in spectra.items()
@@ -132,8 +150,8 @@ def _with_a_range(ranges: dict[str, float]) -> dict[str, float]:
     widest = max(ranges.values())
     if widest == 0:
         raise ValueError(
-            f"each of the {len(ranges)} blocks has equal eigenvalues, as where the loss does not "
-            "depend on them: no condition number can be given to it; choose other --blocks"
+            f"no block of {_listed(ranges)} has two different eigenvalues, so that there is no "
+            "range to be scaled; choose other --blocks, or --shift joint"
         )
     flat = {name: width for name, width in ranges.items() if width <= _FLAT * widest}
     if flat:
@@ -176,7 +194,7 @@ def _rounded_up(number: float) -> float:
 def _block_spectra(path: Path) -> Spectra:
     """The blocks' spectra in a run's folder or a saved result."""
     result = _loaded(path)
-    found = result.get("spectra") if isinstance(result, dict) else result
+    found = result.get("spectra", result) if isinstance(result, dict) else result
     found = getattr(found, "spectra", found)  # of an adaptive run
     if isinstance(found, Mapping) and found and _are_spectra(found):
         return found
@@ -193,11 +211,14 @@ def _are_spectra(found: Mapping[str, Json]) -> bool:
 def _loaded(path: Path) -> Json:
     file = path / "result.json" if path.is_dir() else path
     stem = file.with_suffix("") if file.suffix in (".json", ".npz") else file
-    if not stem.with_name(f"{stem.name}.json").is_file():
+    file = stem.with_name(f"{stem.name}.json")
+    if not file.is_file():
         raise ValueError(f"--from {path}: there is no such result{_nearby(path)}; {_WRITTEN}")
     try:
+        if isinstance(json.loads(file.read_bytes()), list):
+            raise ValueError("it is a list; a file of eigenvalues is given without --from")
         return load(file)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"--from {path}: {error}") from error
 
 
@@ -213,11 +234,15 @@ def _nearby(path: Path) -> str:
 
 def _from_file(arguments: argparse.Namespace) -> Quadratic:
     path = Path(arguments.source)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; --from {path} takes that of a run, and FILE is JSON with "
+            "eigenvalues by block"
+        )
     if not path.is_file():
-        hint = f"; --from {path} takes a run's folder" if path.is_dir() else ""
         raise ValueError(
             f"there is no file {str(path)!r}; "
-            f"give 1, 2, 3, 4 or a JSON file of eigenvalues by block{hint}"
+            "give 1, 2, 3, 4 or a JSON file of eigenvalues by block"
         )
     if arguments.kappa is not None:
         raise ValueError(

@@ -67,14 +67,20 @@ def check_gd_bound(
         steps = np.array([2 / (mu + largest), 1 / largest, *(s / largest for s in relative_steps)])
         factors = _gd_factors(one, vectors[i, :, [0, -1]].T, steps, num_steps)
         worst = factors.amax(-1).log()  # (T, E)
-        thesis = worst - math.log((1 - 2 / (kappa + 1)) ** 2)
-        slides = worst - math.log(1 - 2 / kappa)
+        thesis = worst - _log_bound((1 - 2 / (kappa + 1)) ** 2)
+        slides = worst - _log_bound(1 - 2 / kappa)
         # 1 / L itself is short, whichever way it was rounded
         short = torch.as_tensor(steps <= (1 + 1e-15) / largest)
         by_form = (thesis, slides[:, short], slides[:, 0])
         for form, margin in zip(GD_FORMS, by_form, strict=True):
             margins[form].append(margin.flatten())
     return _judged(margins)
+
+
+def _log_bound(factor: float) -> float:
+    """The logarithm of a least factor a step; one that is not positive, of kappa <= 2, says
+    nothing, and lies below every step's."""
+    return math.log(factor) if factor > 0 else -math.inf
 
 
 def check_adam_bound(
@@ -98,6 +104,8 @@ def check_adam_bound(
     }
     device = problem.hessian.device
     bounds = {name: torch.as_tensor(rate, device=device).log() for name, rate in rates.items()}
+    # of a single eigenvalue: a factor of 0, which rounding alone keeps from being met
+    bounds = {name: bound.nan_to_num(neginf=math.nan) for name, bound in bounds.items()}
     margins: dict[str, list[Tensor]] = {name: [] for name in bounds}
 
     def observe(problems: slice, runs: slice, begin: int, relative: Tensor) -> None:

@@ -194,7 +194,29 @@ def _verdict(
     if JS0 not in parts:
         return decide(np.nan, np.nan, contrast, witnesses, bias=np.nan)
     part = parts[JS0]
-    return decide(comparison.means[JS0], part.standard_error, contrast, witnesses, bias=part.bias)
+    return decide(
+        comparison.means[JS0],
+        part.standard_error,
+        contrast,
+        witnesses,
+        bias=part.bias,
+        unseen=_unseen(comparison),
+    )
+
+
+def _unseen(comparison: Comparison) -> str:
+    """Why the literature's densities could not differ; "" where they could."""
+    blocks = comparison.workspace.blocks
+    largest = max(float(np.abs(block.nodes).max()) for block in blocks)
+    width = comparison.workspace.densities(LiteratureDensities).width
+    if largest == 0:
+        return "the Hessian of every block is exactly zero, of which nothing can be told"
+    if largest < width:
+        return (
+            f"no eigenvalue exceeds {largest:.2g}, less than the width {width:.2g} of its kernel, "
+            "so that blocks look alike whatever they are; its scale-free companions remain"
+        )
+    return ""
 
 
 def _contrast(names: Sequence[str], comparison: Comparison) -> Contrast:

@@ -3,8 +3,9 @@
 Rule: the gap between the highest CNN and the lowest Transformer-like network published at
 initialisation is cut into three equal logarithmic parts. The decision is "SGD" if JS0 with two
 standard errors to either side lies in the lowest, "Adam" if it lies in the highest, and "undecided"
-otherwise: between, when a single probe leaves the error unknown, and when a scale-free reading says
-the opposite, for the table's own reading changes when the loss is only multiplied by a constant.
+otherwise: between, when a single probe leaves the error unknown, when a scale-free reading says the
+opposite, for the table's own reading changes when the loss is only multiplied by a constant, and
+when the literature's kernel is wider than all spectra, which then look alike whatever they are.
 """
 
 import math
@@ -90,17 +91,22 @@ def decide(
     scale_free: Mapping[str, float],
     *,
     bias: float = 0.0,
+    unseen: str = "",
 ) -> Verdict:
     """The verdict on JS0 (the unnormalised mean; nan when it was not asked for).
 
     ``scale_free`` maps readings with reference cases ("log", "wasserstein"), where computed, to
-    their means; ``bias`` is the estimated bias of ``js0``, by which the interval is widened.
+    their means; ``bias`` is the estimated bias of ``js0``, by which the interval is widened;
+    ``unseen`` says why JS0 could see nothing, "" where it could.
     """
     boundaries = published_boundaries()
     low = min(js0, js0 - bias) - 2 * standard_error
     high = max(js0, js0 - bias) + 2 * standard_error
     decision = _side(low, high, boundaries)
     reason = _reason(js0, standard_error, decision, boundaries)
+    if unseen and decision != "undecided":
+        reason += f" That alone would say {decision}, but {unseen}."
+        decision = "undecided"
     opposed = [
         name
         for name, mean in scale_free.items()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hessian_tools.errors import NumericalError
 from hessian_tools.quadratic.methods import METHODS, Settings
 from hessian_tools.quadratic.problems import Quadratic
 from hessian_tools.spectra.quadrature import Floats
@@ -107,10 +108,16 @@ def extremes(
 
     Raises:
         ValueError: for a method that is not w <- w - eta P g with a fixed P.
+        NumericalError: for eigenvalues whose squares are beyond float64.
     """
     smallest = []
     largest = []
     for block in preconditioned(problem, method, settings, starts):
+        if not bool(block.matrices.isfinite().all()):
+            raise NumericalError(
+                f"{method} on {problem.name} with eigenvalues up to "
+                f"{float(problem.largest.max()):.3g} leaves float64's range; scale the eigenvalues"
+            )
         values = torch.linalg.eigvalsh(block.matrices)
         # repeated, not expanded: torch's median is wrong on expanded tensors
         repeats = block.starts.shape[1] // values.shape[1]

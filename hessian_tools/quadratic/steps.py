@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hessian_tools.errors import NumericalError
 from hessian_tools.quadratic.plan import Plan
 from hessian_tools.quadratic.preconditioning import (
     extremes,
@@ -83,6 +84,11 @@ def natural_range(problem: Quadratic, plan: Plan, starts: Tensor) -> tuple[Tenso
     if fixed_preconditioner(problem, plan.method, plan.settings, starts) is None:
         return starts.square().mean((1, 2)).sqrt()[:, None], -7, 1
     _, highest = extremes(problem, plan.method, plan.settings, starts)
+    if not bool((highest > 0).all()):
+        raise NumericalError(
+            f"{plan.method} on {problem.name} with eigenvalues up to "
+            f"{float(problem.largest.max()):.3g} leaves float64's range; scale the eigenvalues"
+        )
     return 2 / highest.median(dim=1, keepdim=True).values, -4, 2
 
 

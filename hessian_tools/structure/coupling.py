@@ -39,6 +39,7 @@ from hessian_tools.structure.draws import BlockGrid, Draw
 PILOT = "(pilot)"  # the column of |(H z)_j|^2 by which blocks are drawn
 _MOST_VECTORS = 64  # in one product
 _MOST_BYTES = 1 << 30  # of the table of squares
+_MOST_SQUARED = 1e75  # the error of a mass needs the fourth power of a product's entries
 
 
 def coupling(
@@ -269,6 +270,13 @@ def _squared_norms(products: Tensor, columns: Columns) -> Floats:
     """(r, n) -> (r, B) squared norms by block, summed in float64."""
     rows = []
     for row in products:  # one at a time, to spare memory
+        ends = torch.aminmax(row)
+        largest = max(-float(ends.min), float(ends.max))
+        if _MOST_SQUARED < largest < np.inf:
+            raise NumericalError(
+                f"a product with the Hessian reaches {largest:.3g}, whose square is beyond "
+                "float64's range; multiply the loss by a constant"
+            )
         pieces = columns.by_cut(row[None])
         norms = [torch.linalg.vector_norm(p[0], dim=1, dtype=torch.float64) for p in pieces]
         rows.append(torch.cat(norms))

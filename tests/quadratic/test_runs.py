@@ -139,3 +139,24 @@ def test_the_best_step_is_as_good_as_a_fine_grid(number, method, settings):
     sweep = quadratic.best_step(problem, method, tolerance=tolerance, **some, **settings)
     found = sweep.medians[sweep.steps == sweep.best][0]
     assert found <= least_on_a_grid(problem, method, tolerance, steps, **settings) + 1
+
+
+@pytest.mark.parametrize("method", ["gd", "heavy_ball", "adam", "sign", "jacobi"])
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**100])
+def test_the_best_step_does_not_see_the_scale(method, factor):
+    """Iterations are the same, and the step of methods that are not scale-free goes with 1 / c."""
+    blocks = [[1.0, 2.0, 3.0], [99.0, 100.0, 101.0]]
+    problems = [
+        quadratic.from_blocks([[c * e for e in block] for block in blocks]) for c in (1.0, factor)
+    ]
+    some = {"num_starts": 4, "num_steps": 60, "tolerance": 1e-2}
+    one, other = (quadratic.best_step(problem, method, **some) for problem in problems)
+    assert other.medians.min() == one.medians.min()
+    power = 1.0 if method in ("gd", "heavy_ball") else 0.0
+    assert other.best * factor**power == pytest.approx(one.best, rel=1e-9)
+
+
+def test_eigenvalues_beyond_float64_are_told():
+    huge = quadratic.from_blocks([[1e160], [2e160, 3e160]])
+    with pytest.raises(ArithmeticError, match="leaves float64's range; scale the eigenvalues"):
+        quadratic.best_step(huge, "adam", num_steps=50, num_starts=4)

@@ -212,3 +212,55 @@ def test_a_moment_beyond_float64_is_told():
     found = slq(operator(1e-30), num_probes=1, num_steps=8, exact=False)
     with pytest.raises(NumericalError, match="beyond float64"):
         found.moment(12)
+
+
+def of_level(level, spread=0.0):
+    values = level * torch.linspace(1 - spread, 1 + spread, 20, dtype=torch.float64)
+    return slq(DiagonalOperator(values), num_probes=4, num_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("levels", "words"),
+    [
+        ((0.0, 0.0), "every block is exactly zero"),
+        ((1e-25, 3e-25), "less than the width 0.0032 of its kernel"),
+    ],
+)
+def test_what_the_literatures_kernel_cannot_see_is_no_verdict(levels, words):
+    blocks = dict(zip("ab", map(of_level, levels), strict=True))
+    verdict = ht.js_heterogeneity(blocks).verdict
+    assert verdict.decision == "undecided"
+    assert words in verdict.reason
+
+
+def test_what_it_can_see_is_one():
+    alike = {name: of_level(1.0, 0.5) for name in "ab"}
+    assert ht.js_heterogeneity(alike).verdict.decision == "SGD"
+
+
+EXTREMES = {  # eigenvalues, their rms
+    "one entry": [-2.0],
+    "negative definite": np.linspace(-3, -1, 40),
+    "huge condition": np.logspace(-15, 15, 40),
+    "rank one": [7.0] + [0.0] * 39,
+    "two levels": [-1.0] * 20 + [1.0] * 20,
+    "zero": [0.0] * 40,
+}
+
+
+@pytest.mark.parametrize("num_probes", [1, 2])
+@pytest.mark.parametrize("num_steps", [1, 2, 100])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_extremes_have_their_closed_forms(kind, exact, num_steps, num_probes):
+    """Rademacher probes know trace and Frobenius norm of a diagonal without error."""
+    values = np.asarray(EXTREMES[kind])
+    diagonal = DiagonalOperator(torch.as_tensor(values))
+    found = slq(diagonal, num_probes=num_probes, num_steps=num_steps, exact=exact)
+    scale = np.abs(values).max()
+    assert found.trace.value == pytest.approx(values.sum(), rel=1e-9, abs=1e-9 * scale)
+    assert found.frobenius.value == pytest.approx(np.linalg.norm(values), rel=1e-9)
+    for end in (found.smallest, found.largest):
+        distance = np.abs(values - end.value).min()
+        assert distance <= end.residual_bound + 1e-9 * scale
+    assert ht.spectral_density(found, grid="symlog").grid_mass == pytest.approx(1, abs=1e-3)

@@ -10,6 +10,8 @@ from problems.planted import planted, symmetric
 from torch import nn
 
 import hessian_tools as ht
+from hessian_tools.structure.adam_preconditioning import adam_conditioning
+from hessian_tools.structure.conditioning import block_extremes
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, Cutting
 from hessian_tools.structure.probing import _log_alternatives
 
@@ -108,3 +110,28 @@ def test_alternatives_are_counted(labels, around, ways):
     if around is not None:
         coarser = Cutting("coarser", torch.tensor(around), max(around) + 1)
     assert math.exp(_log_alternatives(finer, coarser, size)) == pytest.approx(ways)
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-30, 1e30, 1e300])
+def test_conditions_do_not_see_the_scale(factor):
+    stream = np.random.default_rng(0)
+    matrix = stream.standard_normal((2, 5, 5))
+    matrix = matrix + matrix.transpose(0, 2, 1)
+    gradient = stream.standard_normal((2, 5))
+    one = adam_conditioning(matrix, gradient)
+    other = adam_conditioning(matrix * factor, gradient * factor)
+    for name in ("kappa", "kappa_adam", "r", "tau"):
+        np.testing.assert_allclose(getattr(other, name), getattr(one, name), rtol=1e-9)
+    np.testing.assert_array_equal(other.negative, one.negative)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_extremes_of_blocks_do_not_see_the_scale(factor):
+    problems = [scaled(c) for c in (1.0, factor)]
+    one, other = (
+        block_extremes(p, ht.partition(p.model, {"*": "whole"}), num_steps=6, progress=False)
+        for p in problems
+    )
+    np.testing.assert_allclose(other.largest, one.largest * factor, rtol=1e-4)
+    np.testing.assert_allclose(other.smallest, one.smallest * factor, rtol=1e-4)
+    assert other.status == one.status == ("complete",)

@@ -79,6 +79,11 @@ class HessianOperator(CurvatureOperator):
         if route not in ROUTES:
             allowed = ", ".join(map(repr, ROUTES))
             raise ValueError(f"route is {route!r}; allowed are {allowed}")
+        if microbatch is not None and (int(microbatch) != microbatch or microbatch < 1):
+            raise ValueError(
+                f"microbatch is {microbatch!r}; give a whole number of examples, at least 1, or "
+                "None to let the memory budget decide"
+            )
         request = PlanRequest(record, microbatch, segments)
         self._engine = Engine(problem, self.arithmetic, memory, request, route)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.blocks.block import Block, Cut, Part
+from hessian_tools.blocks.ownership import check_trained
 from hessian_tools.curvature.engine.engine import Collect, Spread
 from hessian_tools.curvature.engine.memory import budget_bytes
 from hessian_tools.curvature.engine.precision import Arithmetic
@@ -161,6 +162,7 @@ class StackedBlocks(SymmetricOperator):
 
     def __init__(self, curvature: CurvatureOperator, cut: Cut) -> None:
         super().__init__(cut.block_size, curvature.dtype, curvature.device)
+        check_trained([cut], curvature.problem.parameters, "the partition")
         self.curvature = curvature
         self.cut = cut
         self.num_blocks = cut.num_blocks
@@ -229,6 +231,7 @@ class Columns:
     """
 
     def __init__(self, curvature: CurvatureOperator, cuts: Sequence[Cut]) -> None:
+        check_trained(cuts, curvature.problem.parameters, "the partition")
         self.curvature = curvature
         self.cuts = tuple(cuts)
         self.names = list(dict.fromkeys(name for cut in cuts for name in cut.parameters))

@@ -61,7 +61,7 @@ class CrossEntropy:
 
     def num_examples(self, model: nn.Module, batch: Batch) -> int:
         """Targets that are not ``ignore_index``; for class probabilities, their rows."""
-        targets = batch[1]
+        _, targets = _inputs_and_targets(batch, "cross_entropy")
         if targets.is_floating_point():
             return targets[:, 0].numel()
         return int((targets != self.ignore_index).sum())
@@ -84,7 +84,8 @@ class MeanSquaredError:
 
     def num_examples(self, model: nn.Module, batch: Batch) -> int:
         """Entries of the targets."""
-        return batch[1].numel()
+        _, targets = _inputs_and_targets(batch, "mse")
+        return targets.numel()
 
 
 class HuggingFace:
@@ -94,12 +95,12 @@ class HuggingFace:
     """
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        if not isinstance(batch, Mapping) or "labels" not in batch:
-            raise ValueError("ht.huggingface needs batches that are dicts with a `labels` entry")
+        _check_labels(batch)
         return model(**batch).loss
 
     def num_examples(self, model: nn.Module, batch: Batch) -> int:
         """Labels other than -100, without the first of each sequence if the model shifts labels."""
+        _check_labels(batch)
         labels = batch["labels"]
         if labels.is_floating_point():
             return labels.numel()
@@ -120,13 +121,22 @@ mse = MeanSquaredError()
 huggingface = HuggingFace()
 
 
-def _outputs_and_targets(model: nn.Module, batch: Batch, loss_name: str) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
+def _check_labels(batch: Batch) -> None:
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        raise ValueError("ht.huggingface needs batches that are dicts with a `labels` entry")
+
+
+def _inputs_and_targets(batch: Batch, loss_name: str) -> tuple[Batch, Tensor]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise ValueError(
-            f"ht.{loss_name} needs batches (inputs, targets); "
+            f"ht.{loss_name} needs batches (inputs, targets), targets a tensor; "
             "write loss_fn(model, batch) for other batches"
         )
-    inputs, targets = batch
+    return batch[0], batch[1]
+
+
+def _outputs_and_targets(model: nn.Module, batch: Batch, loss_name: str) -> tuple[Tensor, Tensor]:
+    inputs, targets = _inputs_and_targets(batch, loss_name)
     if isinstance(inputs, Mapping):
         outputs = model(**inputs)
     elif isinstance(inputs, tuple | list):

@@ -81,6 +81,11 @@ class Problem:
             raise TypeError(
                 f"loss_fn is a {type(loss_fn).__name__}; pass loss_fn(model, batch) -> scalar loss"
             )
+        if num_examples is not None and not callable(num_examples):
+            raise TypeError(
+                f"num_examples is a {type(num_examples).__name__}; pass a function of a batch that "
+                "gives the number of examples its mean is over"
+            )
         self.model = model
         self.loss_fn = loss_fn
         self.num_examples = num_examples
@@ -203,6 +208,8 @@ class Problem:
             raise ValueError(_no_scalar(f"a {type(loss).__name__}"))
         if loss.ndim != 0:
             raise ValueError(_no_scalar(f"shape {tuple(loss.shape)}"))
+        if loss.is_complex():
+            raise ValueError(_no_scalar(f"{loss.dtype}"))
         if not torch.isfinite(loss):
             raise NumericalError(
                 f"the loss of batch {index} is {float(loss)}, before any derivative"
@@ -348,7 +355,9 @@ def _common_device(parameters: Mapping[str, Tensor]) -> torch.device:
 
 
 def _no_scalar(returned: str) -> str:
-    return f"loss_fn returned {returned}, not a scalar tensor; return the mean loss (loss.mean())"
+    return (
+        f"loss_fn returned {returned}, not a real scalar tensor; return the mean loss (loss.mean())"
+    )
 
 
 def _what_is_random(model: nn.Module) -> str:

@@ -67,10 +67,16 @@ def slq(
             and not judged: a block that vanishes up to rounding (a key bias under softmax) has no
             symmetric digits at all.
     Raises:
+        TypeError: for anything but an operator.
         ValueError: for an argument out of range.
         NumericalError: for a product with NaN or inf, naming the Lanczos step (or unit vector)
             where it appeared first.
     """
+    if not isinstance(operator, SymmetricOperator):
+        raise TypeError(
+            f"operator is a {type(operator).__name__}; pass a symmetric operator, such as "
+            "ht.HessianOperator(problem)"
+        )
     settings = Settings(num_probes, num_steps, seed, probes, reorthogonalize, exact)
     operator.expect(settings.matvecs(operator.size))
     ((_, quadrature),) = _solved_together(operator, (name,), operator.size, settings)

@@ -291,7 +291,7 @@ BAD = {
     "js0 --model own.py:fails": "line 30: KeyError: 'nothing'",
     "js0 --model own.py:fails_at_length": "line 33: OSError: first line",
     "js0 --model own.py:quits": "SystemExit: no",
-    "js0 --model own.py:no_scalar": "not a scalar tensor",
+    "js0 --model own.py:no_scalar": "not a real scalar tensor",
     "js0 --model own.py:norm": "batch_stats=True",
     "js0 --model own.py:once": "Once",
     "js0 --model broken.py:f": "SyntaxError",

@@ -114,7 +114,7 @@ def test_num_examples_can_be_said(linear):
             ValueError,
             "no parameter that requires grad",
         ),
-        ({"loss_fn": lambda m, b: m(b[0])}, ValueError, r"shape \(4, 2\), not a scalar"),
+        ({"loss_fn": lambda m, b: m(b[0])}, ValueError, r"shape \(4, 2\), not a real scalar"),
         ({"loss_fn": lambda m, b: 1.0}, ValueError, "returned a float"),
         (
             {"loss_fn": lambda m, b: m(b[0]).sum() * float("nan")},

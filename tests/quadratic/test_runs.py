@@ -138,6 +138,7 @@ def test_the_best_step_is_as_good_as_a_fine_grid(number, method, settings):
     some = {"num_starts": 8, "num_steps": steps}
     sweep = quadratic.best_step(problem, method, tolerance=tolerance, **some, **settings)
     found = sweep.medians[sweep.steps == sweep.best][0]
+    assert np.isfinite(found)
     assert found <= least_on_a_grid(problem, method, tolerance, steps, **settings) + 1
 
 

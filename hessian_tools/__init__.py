@@ -18,6 +18,7 @@ from hessian_tools.blocks.block import Block
 from hessian_tools.blocks.param_groups import param_groups
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import partition
+from hessian_tools.blocks.projection import heads
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
@@ -48,6 +49,7 @@ __all__ = [
     "coupling",
     "cross_entropy",
     "dense_block",
+    "heads",
     "huggingface",
     "js_heterogeneity",
     "lanczos",

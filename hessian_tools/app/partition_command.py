@@ -33,6 +33,7 @@ from hessian_tools.app.partition_text import (
 from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import PRESETS, partition
+from hessian_tools.blocks.projection import Heads, parse_heads
 from hessian_tools.blocks.specification import AXES
 from hessian_tools.curvature.engine.precision import PRECISIONS
 from hessian_tools.curvature.hessian import HessianOperator
@@ -53,6 +54,7 @@ _KNOBS = (
     "preset",
     "check",
     "only",
+    "heads",
     "probes",
     "blocks",
     "exact",
@@ -112,8 +114,16 @@ def _add_claim(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         metavar="NAME=AXIS",
         help="claim this alone: parameter names or globs, each with whole, role, head, row, "
-        "column, expert, element, or the number of the tensor's axis whose places are blocks "
-        "(default: what --preset claims)",
+        "column, expert, element, the number of the tensor's axis whose places are blocks, or "
+        "'heads(8)' as in --heads (default: what --preset claims)",
+    )
+    group.add_argument(
+        "--heads",
+        nargs="+",
+        metavar="NAME=COUNT",
+        help="heads of tensors whose layout is not recognised, which override the preset: "
+        "parameter names or globs, each with '8', if need be with axis=1, fused=qkv, kv_count=2, "
+        "groups=8 or sizes=128+64 after commas (default: none)",
     )
     group.add_argument(
         "--only",
@@ -242,14 +252,22 @@ def _claimed(arguments: argparse.Namespace, problem: Problem) -> Partition:
             f"--preset {preset}: presets are {', '.join(PRESETS)}; a file's name ends in .json"
         )
     try:
-        return partition(problem.model, preset, only=arguments.only)
+        stated = dict(_stated(text) for text in arguments.heads or ())
+        return partition(problem.model, preset, only=arguments.only, heads=stated)
     except ValueError as error:
         raise ValueError(f"--preset {preset}: {error}") from error
 
 
+def _stated(text: str) -> tuple[str, Heads]:
+    name, equals, heads = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--heads {text}: NAME=COUNT is needed, such as '*.q_proj.weight=8'")
+    return name, parse_heads(heads)
+
+
 def _checked_claims(arguments: argparse.Namespace, problem: Problem) -> Partition:
-    if arguments.preset or arguments.only:
-        raise ValueError("--check makes a claim of its own; leave out --preset and --only")
+    if arguments.preset or arguments.only or arguments.heads:
+        raise ValueError("--check makes a claim of its own; leave out --preset, --only and --heads")
     claims = dict(_claim(text) for text in arguments.check)
     try:
         return partition(problem.model, claims)
@@ -258,8 +276,8 @@ def _checked_claims(arguments: argparse.Namespace, problem: Problem) -> Partitio
 
 
 def _claim_of_file(file: str, arguments: argparse.Namespace, problem: Problem) -> Partition:
-    if arguments.only:
-        raise ValueError("--only chooses of a preset; leave it out with a file")
+    if arguments.only or arguments.heads:
+        raise ValueError("--only and --heads are for presets; leave them out with a file")
     if not Path(file).is_file():
         raise ValueError(
             f"--preset {file}: there is no such file; name one that Partition.to_json wrote"
@@ -267,7 +285,10 @@ def _claim_of_file(file: str, arguments: argparse.Namespace, problem: Problem) -
     return Partition.from_json(file, problem.model)
 
 
-def _claim(text: str) -> tuple[str, str | int]:
+def _claim(text: str) -> tuple[str, str | int | Heads]:
+    of_heads, _, stated = text.partition("=heads(")
+    if of_heads and stated.endswith(")"):
+        return of_heads, parse_heads(f"heads({stated}")
     name, equals, axis = text.rpartition("=")
     if not equals or not name or not axis:
         raise ValueError(

@@ -81,7 +81,8 @@ def _marked_but_unread(model: nn.Module, read: list[str]) -> list[str]:
     """Paths of modules that look like attention and neither hold nor lie in one of ``read``."""
     unread = []
     for path, module in model.named_modules():
-        is_marked = any(name in vars(module) for name in ATTENTION_MARKS)
+        holds_matrices = any(p.ndim > 1 for p in module.parameters())
+        is_marked = holds_matrices and any(name in vars(module) for name in ATTENTION_MARKS)
         is_read = any(is_inside(path, other) or is_inside(other, path) for other in read)
         if is_marked and not is_read:
             unread.append(path)
@@ -122,11 +123,11 @@ def _of_torch(module: nn.MultiheadAttention) -> dict[str, Projection]:
     """The layout that PyTorch documents, whether or not key and value have widths of their own."""
     width = module.embed_dim
     size = module.head_dim
-    fused = Projection(("q", "k", "v"), (width,) * 3, size)
+    fused = Projection(("q", "k", "v"), (width,) * 3, (size,) * 3)
     layout = {"in_proj_weight": fused, "in_proj_bias": fused}
     for role in ("q", "k", "v"):
-        layout[f"{role}_proj_weight"] = Projection((role,), (width,), size)
-    layout["out_proj.weight"] = Projection(("o",), (width,), size)
+        layout[f"{role}_proj_weight"] = Projection((role,), (width,), (size,))
+    layout["out_proj.weight"] = Projection(("o",), (width,), (size,))
     return layout
 
 

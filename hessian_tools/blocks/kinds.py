@@ -42,6 +42,7 @@ KINDS: dict[str, str] = {
     "k": "a key projection",
     "v": "a value projection",
     "o": "the projection of an attention's result",
+    "gate": "what multiplies an attention's result, or adds to it, at its own position",
     "mlp": "any other matrix of a linear layer",
     "unread": "a matrix of an attention whose query, key and value nothing tells",
     "experts": "the matrices of all experts, (experts, ., .)",
@@ -206,7 +207,7 @@ class Anatomy:
 
     def _kind(self, site: Site) -> str:
         projection = self.attention.projections.get(site.name)
-        if projection is not None and not site.is_vector:
+        if projection is not None and not site.is_vector and any(projection.roles):
             return "/".join(projection.roles)
         # A tied table belongs to an nn.Embedding as well, so it is asked for first.
         if site.name in self._tied:

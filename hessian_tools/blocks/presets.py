@@ -16,7 +16,14 @@ from hessian_tools.blocks.adam_mini import published_cuts
 from hessian_tools.blocks.block import Cut
 from hessian_tools.blocks.kinds import MATRICES, Site, together
 from hessian_tools.blocks.partition import Partition, close_names
-from hessian_tools.blocks.specification import SEMANTIC, Spec, chosen, specified_cuts
+from hessian_tools.blocks.projection import Heads
+from hessian_tools.blocks.specification import (
+    SEMANTIC,
+    Spec,
+    chosen,
+    specified_cuts,
+    with_heads,
+)
 from hessian_tools.blocks.survey import Survey
 
 
@@ -136,6 +143,7 @@ PRESETS: dict[str, Preset] = {
             "k": "heads",
             "v": "rows",
             "o": "rows",
+            "gate": "rows",
             "mlp": "rows",
             "experts": "rows",
             "bias": "roles",
@@ -171,6 +179,7 @@ def partition(
     spec: str | Spec = "semantic",
     *,
     only: str | Sequence[str] | None = None,
+    heads: Mapping[str, Heads] | None = None,
 ) -> Partition:
     """Cuts the trainable parameters of ``model`` into named, disjoint blocks.
 
@@ -181,6 +190,8 @@ def partition(
             see below.
         only: globs (``*``, ``?``) over block and parameter names; other blocks of the preset are
             left out.
+        heads: {glob over parameter names: :func:`hessian_tools.heads`}, which overrides a preset
+            for the tensors that match. In a dict of axes such statements stand as values.
 
     ``official`` is from the source for GPT-2 (token embedding; q, k, v, attention output and both
     MLP matrices of layers 0, 3, 7, 11 of 12) and for ViT (patch embedding and head; qkv uncut,
@@ -194,7 +205,7 @@ def partition(
     is no query or key as MLP.
 
     A user's own blocks, with axes as in :mod:`hessian_tools.blocks.specification` ("whole", "head",
-    "row", "column", numbers ...):
+    "row", "column", numbers, ``ht.heads(8)`` ...):
         a list of parameter names (whole tensors), Blocks, and globs that choose semantic blocks;
         a dict {block name: parameter name or (parameter name, tuple of slices)};
         a dict {glob over parameter names: axis}: the first glob that matches a tensor decides
@@ -208,8 +219,8 @@ def partition(
         a Partition; its ``notes`` say what was left whole and why.
     Raises:
         ValueError: an unknown preset or axis, a name or glob that matches nothing (with close
-            matches), slices that do not fit, overlapping blocks (naming both), a model without
-            trainable parameters.
+            matches), slices or stated heads that do not fit, two statements on one tensor's heads,
+            overlapping blocks (naming both), a model without trainable parameters.
         TypeError: any other kind of argument.
     """
     if not isinstance(model, nn.Module):
@@ -223,6 +234,14 @@ def partition(
     if isinstance(spec, str):
         preset = spec
         cuts = _preset_cuts(survey, spec)
+        if heads:
+            cuts = with_heads(survey, cuts, heads)
+            preset = ""  # no longer what that preset does
+    elif heads:
+        raise ValueError(
+            "heads are stated beside a spec of your own; they go with a preset's name, and into a "
+            "dict of axes as its values"
+        )
     else:
         preset = ""
         cuts = specified_cuts(survey, spec)

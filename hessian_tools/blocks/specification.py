@@ -10,6 +10,7 @@ Every way ends in cuts that are checked to be disjoint. An *axis* says how one t
 "column"       a block an input
 "expert"       a block an expert of a 3-D tensor
 "element"      every entry by itself
+ht.heads(8)    8 heads along an axis, as the user states it; an error where that does not fit
 int or ints    the tensor's own axes that enumerate the blocks, negative ones from the end
 None           left out
 =============  ====================================================================================
@@ -30,10 +31,10 @@ from hessian_tools.blocks.block import Block, Cut, Part
 from hessian_tools.blocks.kinds import Site, together
 from hessian_tools.blocks.ownership import check_disjoint, check_trained
 from hessian_tools.blocks.partition import close_names, examples
-from hessian_tools.blocks.projection import whole
+from hessian_tools.blocks.projection import Heads, whole
 from hessian_tools.blocks.survey import Survey
 
-Axis = str | int | tuple[int, ...] | None  # of the table above
+Axis = str | int | tuple[int, ...] | Heads | None  # of the table above
 Choice = Callable[[str, nn.Parameter, nn.Module], Axis | Cut]
 # A dict holds axes, or parameter names with or without slices: what it is shows on looking.
 Spec = Mapping[str, object] | Iterable[str | Block] | Choice | Optimizer
@@ -66,11 +67,13 @@ def along(survey: Survey, site: Site, axis: Axis) -> list[Cut]:
     """``site`` cut by one axis (of the table above); [] for None.
 
     Raises:
-        ValueError: an unknown word, or an axis that the tensor does not have.
+        ValueError: an unknown word, or an axis or stated heads that the tensor does not have.
         TypeError: anything else.
     """
     if axis is None:
         return []
+    if isinstance(axis, Heads):
+        return survey.stated(site, axis)
     if isinstance(axis, str):
         return _along_word(survey, site, axis)
     return _along_numbers(site, axis)
@@ -140,16 +143,11 @@ def _is_axis(value: object, sites: Mapping[str, Site]) -> TypeGuard[Axis]:
         return value.removesuffix("s") in AXES and value not in sites
     if isinstance(value, tuple):
         return {*map(type, value)} == {int}
-    return value is None or isinstance(value, int)
+    return value is None or isinstance(value, int | Heads)
 
 
 def _of_globs(survey: Survey, axes: Mapping[str, Axis]) -> list[Cut]:
-    names = [site.name for site in survey.sites]
-    for glob in axes:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise ValueError(
-                f"spec's {glob!r} matches no trainable parameter{close_names(glob, names)}"
-            )
+    _check_globs(survey, axes)
     cuts: list[Cut] = []
     missed = []
     for site in survey.sites:
@@ -163,6 +161,67 @@ def _of_globs(survey: Survey, axes: Mapping[str, Axis]) -> list[Cut]:
             f"{len(missed)} tensors match no glob and are in no block: {_first(missed)}"
         )
     return cuts
+
+
+def _check_globs(survey: Survey, axes: Mapping[str, Axis]) -> None:
+    """Raises ValueError for a glob that matches nothing and for heads that another one overrules.
+
+    The first glob that matches decides, but heads that are stated are never passed over silently.
+    """
+    names = [site.name for site in survey.sites]
+    decisive: dict[str, str] = {}
+    for glob, axis in axes.items():
+        matched = [name for name in names if fnmatchcase(name, glob)]
+        if not matched:
+            raise ValueError(
+                f"spec's {glob!r} matches no trainable parameter{close_names(glob, names)}"
+            )
+        for name in matched:
+            first = decisive.setdefault(name, glob)
+            if isinstance(axis, Heads) and axes[first] != axis:
+                raise ValueError(
+                    f"spec states {axis} for {name!r} by {glob!r}, and {axes[first]} by {first!r} "
+                    "before it; globs for different heads must not overlap, and stated heads go "
+                    "before what is general"
+                )
+
+
+def with_heads(survey: Survey, cuts: Sequence[Cut], stated: Mapping[str, Heads]) -> list[Cut]:
+    """``cuts`` of a preset, with the tensors that a glob of ``stated`` matches cut by its heads.
+
+    Raises:
+        ValueError: a glob that matches nothing, heads that do not fit, two statements on one
+            tensor, or a tensor that shares its blocks with others (as by "layer").
+        TypeError: anything but heads.
+    """
+    for glob, heads in stated.items():
+        if not isinstance(heads, Heads):
+            raise TypeError(f"heads[{glob!r}] is {heads!r}; hessian_tools.heads(8) is needed")
+    _check_globs(survey, stated)
+    own: dict[str, list[Cut]] = {}
+    for site in survey.sites:
+        decisive = next((glob for glob in stated if fnmatchcase(site.name, glob)), None)
+        if decisive is not None:
+            own[site.name] = survey.stated(site, stated[decisive])
+    # At the place of the tensor's first cut, and at the end where the preset has none.
+    result: list[Cut] = []
+    placed: set[str] = set()
+    for cut in cuts:
+        mine = [name for name in cut.parameters if name in own]
+        if mine and len(cut.parameters) > 1:
+            raise ValueError(
+                f"heads are stated for {mine[0]!r}, which the preset has in one block with others, "
+                f"{cut.name!r}; choose a preset of one tensor a block, such as 'tensor'"
+            )
+        if not mine:
+            result.append(cut)
+        elif mine[0] not in placed:
+            placed.add(mine[0])
+            result += own[mine[0]]
+    for name, new in own.items():
+        if name not in placed:
+            result += new
+    return result
 
 
 def _of_function(survey: Survey, choose: Choice) -> list[Cut]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from hessian_tools.blocks.block import Cut
 from hessian_tools.blocks.kinds import CONVOLUTIONS, TRANSPOSED, Anatomy, Site
-from hessian_tools.blocks.projection import Projection
+from hessian_tools.blocks.projection import Heads, Projection
 
 # Ways to cut a tensor by its kind's rule.
 WAYS: dict[str, str] = {
@@ -43,9 +43,10 @@ class Survey(Anatomy):
             return [self.elements(site)]
         if common == {"whole"}:
             return [site.uncut()]
-        # The rows of an output projection are its outputs; only its heads lie along its inputs.
-        is_whole_output = roles == ("o",) and ways["o"] != "heads"
-        if projection is None or is_whole_output:
+        # The rows of an output projection are its outputs; only its heads lie along its inputs. And
+        # what has no role has no rows but those of its module.
+        has_heads_alone = roles in (("o",), ("",)) and common != {"heads"}
+        if projection is None or has_heads_alone:
             return [self.rows(site) if "rows" in common else site.uncut()]
         return self._by_roles(site, projection, ways)
 
@@ -72,7 +73,7 @@ class Survey(Anatomy):
 
         A way that is neither "heads" nor "rows" takes a role as one block.
         """
-        if "heads" in ways.values() and not projection.head_size:
+        if "heads" in ways.values() and not projection.head_sizes:
             features = sum(projection.sizes)
             self.notes.append(
                 f"{site.name}: its {features} features are not known to divide into heads"
@@ -88,6 +89,20 @@ class Survey(Anatomy):
             regions = projection.regions(counter, chosen)
             cuts += [site.cut(axis, region, counter) for region in regions]
         return cuts
+
+    def stated(self, site: Site, heads: Heads) -> list[Cut]:
+        """``site`` cut by the heads that a user states.
+
+        Raises ValueError where they do not fit.
+        """
+        stated = heads.projection(site.name, site.shape)
+        told = self.attention.projections.get(site.name)
+        if told is not None and told.head_sizes and told.head_sizes != stated.head_sizes:
+            self.notes.append(
+                f"{site.name}: cut by {heads} as stated, in heads of {_sizes(stated)}; its module "
+                f"computes with heads of {_sizes(told)}"
+            )
+        return self._by_roles(site, stated, dict.fromkeys(stated.roles, "heads"))
 
     def rows(self, site: Site) -> Cut:
         """By output; whole, with a note, where that is not known."""
@@ -143,8 +158,14 @@ def _feature_axis(site: Site, projection: Projection) -> int:
 
     An output projection's features are its inputs.
     """
+    if projection.axis is not None:
+        return projection.axis
     is_output = projection.roles == ("o",)
     return int(site.is_transposed != is_output)
+
+
+def _sizes(projection: Projection) -> str:
+    return " and ".join(str(size) for size in dict.fromkeys(projection.head_sizes))
 
 
 def _convolution_cuts(site: Site) -> Iterator[tuple[str, Cut]]:

@@ -90,7 +90,7 @@ ADAM_MINI = {
     "neox": {"query_key_value": 2 * HEADS + D, "attention.dense": D, "h_to_4h": F, "4h_to_h": D, "embed_in": V,
              "lm_head": V},
     "mixtral": {**ATTENTION, "k_proj": KV, "v_proj": KV * 8, "gate": 3, **TABLES},
-    "gpt_oss": {"router": 4, **TABLES, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1},
+    "gpt_oss": {"router": 4, **TABLES, "q_proj": HEADS, "k_proj": KV, "v_proj": KV * 8, "o_proj": D},
     "t5": {"Attention.q": HEADS, "Attention.k": HEADS, "Attention.v": HEADS * 12, "Attention.o": D, "wi": F, "wo": D,
            "shared": V, "relative_attention_bias": 1},
     "mamba": {"embeddings": 1, "in_proj": 1, "x_proj": 1, "conv1d": 1},
@@ -161,8 +161,8 @@ def test_kinds(surveys):
     assert kinds["vit.layernorm.weight"] == "norm" and kinds["vit.layers.0.mlp.fc1.bias"] == "bias"
     assert surveys["gpt2"].kinds["transformer.wte.weight"] == "tied"
     assert surveys["mamba"].kinds["backbone.layers.0.mixer.dt_proj.weight"] == "mlp"
-    assert surveys["gpt_oss"].kinds["model.layers.0.self_attn.q_proj.weight"] == "unread"
-    assert any("self_attn: its query/key/value layout" in note for note in surveys["gpt_oss"].notes)
+    assert surveys["gpt_oss"].kinds["model.layers.0.self_attn.q_proj.weight"] == "q"
+    assert not any("query/key/value layout" in note for note in surveys["gpt_oss"].notes)
     assert {
         kind
         for survey in surveys.values()

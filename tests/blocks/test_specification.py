@@ -2,11 +2,27 @@
 
 import pytest
 import torch
-from problems.architectures import HEADS, D, F, V, gpt2, llama, mixtral, phi3
+from problems.architectures import (
+    HEADS,
+    SIZES,
+    VOCABULARY,
+    D,
+    F,
+    V,
+    gpt2,
+    hf,
+    llama,
+    mixtral,
+    neox,
+    phi3,
+)
 
+from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import alternatives, partition
+from hessian_tools.blocks.projection import heads, parse_heads
 
 C_FC = "transformer.h.0.mlp.c_fc.weight"
+WTE = "transformer.wte.weight"
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +150,161 @@ def test_an_optimizer_has_a_block_a_group(models):
 def test_errors_say_what_to_do(models, spec, kind, words):
     with pytest.raises(kind, match=words):
         partition(models["gpt2"], spec)
+
+
+def rows_of(blocks, model):
+    """{block: its entries, in order}, by name."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    found = {}
+    for cut in blocks.cuts:
+        for name, row in zip(cut.names, cut.rows(parameters), strict=True):
+            found[name] = row
+    return found
+
+
+def deepseek():
+    return hf(
+        "DeepseekV3ForCausalLM", **SIZES, **VOCABULARY, num_key_value_heads=HEADS, q_lora_rank=12,
+        kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        moe_intermediate_size=16, first_k_dense_replace=2,
+    )  # fmt: skip
+
+
+def falcon():
+    return hf(
+        "FalconForCausalLM", **SIZES, **VOCABULARY, num_kv_heads=2, new_decoder_architecture=True
+    )
+
+
+def codegen():
+    sizes = {"n_embd": D, "n_layer": 1, "n_head": HEADS, "n_positions": 16, "rotary_dim": 4}
+    return hf("CodeGenForCausalLM", **sizes, **VOCABULARY)
+
+
+@pytest.mark.parametrize("build, stated", [
+    (gpt2, {"*.c_attn.weight": heads(HEADS, 1, fused="qkv"), "*.c_attn.bias": heads(HEADS, fused="qkv"),
+            "*.attn.c_proj.weight": heads(HEADS)}),
+    (llama, {"*.[qkv]_proj.weight": heads(HEADS), "*.o_proj.weight": heads(HEADS, axis=-1)}),
+    (phi3, {"*.qkv_proj.weight": heads(HEADS, fused="qkv", kv_count=2)}),
+    (neox, {"*.query_key_value.*": heads(HEADS, fused="qkv", groups=HEADS)}),
+    (falcon, {"*.query_key_value.weight": heads(HEADS, fused="qkv", kv_count=2, groups=2)}),
+    (codegen, {"*.qkv_proj.weight": heads(HEADS, fused="qvk", groups=4)}),
+    (deepseek, {"*.q_b_proj.weight": heads(HEADS), "*.o_proj.weight": heads(HEADS, 1),
+                "*.kv_b_proj.weight": heads(HEADS, fused="kv", groups=HEADS, sizes=(8, 6))}),
+])  # fmt: skip
+def test_stated_heads_are_those_that_the_code_computes(build, stated, tmp_path):
+    torch.manual_seed(0)
+    model = build()
+    mine = partition(model, stated)
+    learnt = rows_of(partition(model, "head"), model)
+    for name, row in rows_of(mine, model).items():
+        assert torch.equal(row, learnt[name]), name
+    assert all("head=" in name for name in mine.names)
+    assert not any("computes with" in note for note in mine.notes)
+    again = Partition.from_json(mine.to_json(tmp_path / "mine.json"), model)
+    assert again == mine and rows_of(again, model).keys() == rows_of(mine, model).keys()
+
+
+def test_heads_override_a_preset_and_nothing_else(models):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    ours = partition(models["llama"], "adam_mini", heads={name: heads(2)})
+    theirs = partition(models["llama"], "adam_mini")
+    rest = [block for block in theirs.names if not block.startswith(name)]
+    assert [block for block in ours.names if not block.startswith(name)] == rest
+    assert [block for block in ours.names if block.startswith(name)] == [
+        f"{name}[head=0]",
+        f"{name}[head=1]",
+    ]
+    assert f"{name}: cut by heads(2) as stated, in heads of 16; its module computes with heads of 8" in ours.notes  # fmt: skip
+    assert ours.preset == "" and len(partition(models["llama"], "adam_mini", heads={})) == len(
+        theirs
+    )
+    # a preset that leaves the tensor out
+    bias = partition(
+        models["gpt2"], "weights", heads={"*.0.attn.c_attn.bias": heads(4, fused="qkv")}
+    )
+    assert len([block for block in bias.names if "c_attn.bias[" in block]) == 12
+
+
+def test_heads_where_nothing_is_recognised():
+    class Einsum(torch.nn.Module):  # XLNet's
+        def __init__(self):
+            super().__init__()
+            self.n_head = HEADS
+            self.q, self.o = (torch.nn.Parameter(torch.randn(D, HEADS, 8)) for _ in range(2))
+
+    model = Einsum()
+    blocks = partition(model, "head", heads={"[qo]": heads(HEADS, axis=1)})
+    assert torch.equal(blocks["o[head=3]"].select(model.o), model.o[:, 3])
+    by_function = partition(model, lambda name, parameter, module: heads(HEADS, 1))
+    assert by_function.names == blocks.names
+    pairs = partition(model, {"q": heads(2, axis=1)})  # two heads of the code's in one
+    assert torch.equal(pairs["q[head=1]"].select(model.q).reshape(D, 2, 8), model.q[:, 2:])
+
+
+@pytest.mark.parametrize("spec, words", [
+    ({C_FC: heads(5)}, r"heads\(5\) is stated for .*c_fc.weight of shape \(32, 48\), whose axis 0 has 32 places, which 5"),
+    ({C_FC: heads(5, axis=1)}, "axis 1 has 48 places"),
+    ({C_FC: heads(64)}, "32 places, which 64 heads do not divide"),
+    ({C_FC: heads(4, axis=2)}, r"heads\(4, axis=2\) .* has no axis 2; it has axis 0 to 1"),
+    ({"*.0.mlp.c_fc.bias": heads(4, axis=1)}, "has no axis 1; it has axis 0 alone"),
+    ({"*.wq": heads(4)}, r"'\*.wq' matches no trainable parameter"),
+    ({"*": "whole", C_FC: heads(4)}, r"states heads\(4\) for '.*c_fc.weight' by .*, and whole by '\*' before it"),
+    ({"*c_fc.weight": heads(4), C_FC: heads(8)}, r"states heads\(8\) .*, and heads\(4\) by"),
+    ({C_FC: heads(4), "mine": WTE}, "put them into two dicts"),
+    ({C_FC: heads(4, fused="qkv")}, r"32 places, which 4 \+ 4 \+ 4 = 12 heads do not divide"),
+    ({C_FC: heads(2, fused="kv", sizes=(8, 4))}, r"heads fill 2 x 8 \+ 2 x 4 = 24"),
+    ({C_FC: heads(2, fused="qk", sizes=(10, 6))}, "must begin at multiples of their size"),
+])  # fmt: skip
+def test_stated_heads_never_leave_a_tensor_whole(models, spec, words):
+    with pytest.raises(ValueError, match=words):
+        partition(models["gpt2"], spec)
+
+
+def test_heads_that_do_not_go_with_a_preset(models):
+    with pytest.raises(ValueError, match=r"in one block with others, '.*'; choose a preset"):
+        partition(models["gpt2"], "layer", heads={C_FC: heads(4)})
+    with pytest.raises(ValueError, match="heads are stated beside a spec of your own"):
+        partition(models["gpt2"], {"*": "whole"}, heads={C_FC: heads(4)})
+    with pytest.raises(
+        TypeError, match=r"heads\['\*.c_fc.weight'\] is 8; hessian_tools.heads\(8\)"
+    ):
+        partition(models["gpt2"], heads={"*.c_fc.weight": 8})
+    with pytest.raises(ValueError, match="matches no trainable"):
+        partition(models["gpt2"], heads={"*.wq": heads(8)})
+
+
+@pytest.mark.parametrize("arguments, options, words", [
+    ((0,), {}, "count is 0; a whole number of at least 1"),
+    ((True,), {}, "count is True"),
+    ((8.0,), {}, "count is 8.0"),
+    ((8, "1"), {}, "axis is '1'"),
+    ((8,), {"fused": "qkx"}, "fused is 'qkx'; the letters q, k and v"),
+    ((8,), {"fused": "qqk"}, "each at most once"),
+    ((8,), {"kv_count": 2}, "kv_count and groups are of fused tensors"),
+    ((8,), {"fused": "qkv", "groups": 3}, r"heads\(8, fused=qkv, groups=3\): 8 heads do not divide into 3 groups"),
+    ((8,), {"fused": "qkv", "kv_count": 2, "groups": 4}, "2 heads do not divide into 4 groups"),
+    ((8,), {"fused": "kv", "sizes": (4,)}, "one size for each of the roles 'kv'"),
+    ((8,), {"sizes": (0,)}, "sizes is 0"),
+])  # fmt: skip
+def test_statements_that_make_no_sense(arguments, options, words):
+    with pytest.raises(ValueError, match=words):
+        heads(*arguments, **options)
+
+
+@pytest.mark.parametrize("text, meant", [
+    ("8", heads(8)),
+    ("heads(8)", heads(8)),
+    ("heads(8, axis=1)", heads(8, 1)),
+    ("4,axis=-1,fused=qkv,kv_count=2,groups=2", heads(4, -1, fused="qkv", kv_count=2, groups=2)),
+    ("16, fused=kv, groups=16, sizes=128+64", heads(16, fused="kv", groups=16, sizes=(128, 64))),
+])  # fmt: skip
+def test_heads_in_words(text, meant):
+    assert parse_heads(text) == meant == parse_heads(str(meant))
+
+
+@pytest.mark.parametrize("text", ["", "heads()", "eight", "8,by=1", "8,axis=one", "heads(8", "8 9"])
+def test_words_that_state_no_heads(text):
+    with pytest.raises(ValueError, match="states no heads; write"):
+        parse_heads(text)

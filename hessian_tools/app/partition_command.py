@@ -267,7 +267,9 @@ def _stated(text: str) -> tuple[str, Heads]:
 
 def _checked_claims(arguments: argparse.Namespace, problem: Problem) -> Partition:
     if arguments.preset or arguments.only or arguments.heads:
-        raise ValueError("--check makes a claim of its own; leave out --preset, --only and --heads")
+        raise ValueError(
+            "--check makes a claim of its own; leave out --preset and --only, and --heads"
+        )
     claims = dict(_claim(text) for text in arguments.check)
     try:
         return partition(problem.model, claims)
@@ -276,8 +278,10 @@ def _checked_claims(arguments: argparse.Namespace, problem: Problem) -> Partitio
 
 
 def _claim_of_file(file: str, arguments: argparse.Namespace, problem: Problem) -> Partition:
-    if arguments.only or arguments.heads:
-        raise ValueError("--only and --heads are for presets; leave them out with a file")
+    if arguments.only:
+        raise ValueError("--only chooses of a preset; leave it out with a file")
+    if arguments.heads:
+        raise ValueError("--heads overrides a preset; leave it out with a file")
     if not Path(file).is_file():
         raise ValueError(
             f"--preset {file}: there is no such file; name one that Partition.to_json wrote"

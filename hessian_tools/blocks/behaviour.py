@@ -205,20 +205,24 @@ class _Trial:
         if self.output:
             result = stand_ins[self.output].input
         self.result = result.reshape(1, -1, result.shape[-1])
-        self.leaves: dict[str, Tensor] = {}
         # The parameters beside those of linear layers, if they are asked for.
         self.parameters = dict(twin.named_parameters()) if output is not None else {}
+        self.leaves: dict[str, Tensor] = {}
         self.beside: dict[str, Tensor] = {**self.parameters}
+        stand_ins.pop(self.output, None)
         for name, leaf in stand_ins.items():
-            if name == self.output or not leaf.outputs:
-                continue
-            # Some see no tokens (Swin V2 computes its position bias by linear layers), and some
-            # see distances after the tokens (DeBERTa).
-            seen = [out for out in leaf.outputs if out.shape[:-1].numel() == self.result.shape[1]]
-            if seen:
-                self.leaves[name] = seen[0]
-            else:
-                self.beside[f"{name}.weight"] = leaf.outputs[0]
+            self._sort(name, leaf.outputs)
+
+    def _sort(self, name: str, outputs: Sequence[Tensor]) -> None:
+        """Notes what a stand-in gave: for tokens, or for other things."""
+        # Some see no tokens (Swin V2 computes its position bias by linear layers), and some see
+        # distances after the tokens (DeBERTa).
+        tokens = self.result.shape[1]
+        seen = [out for out in outputs if out.shape[:-1].numel() == tokens]
+        if seen:
+            self.leaves[name] = seen[0]
+        elif outputs:
+            self.beside[f"{name}.weight"] = outputs[0]
 
     def gradients(self, weights: Tensor, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
         """|d (last token's result @ weights) / d tensor|, in the shape of each tensor."""
@@ -502,18 +506,22 @@ def _projection(roles: Sequence[str], head_size: Mapping[str, int]) -> Projectio
     names = tuple(role for role, _ in runs[:count])
     if "" in names or not repeats:
         return None
-    of_heads = tuple(head_size[role] for role in names)
     in_a_group = [size for _, size in runs[:count]]
-    # Each group holds whole heads of every role.
-    are_whole = all(h and not size % h for size, h in zip(in_a_group, of_heads, strict=True))
     sizes = tuple(size * groups for size in in_a_group)
-    projection = Projection(names, sizes, of_heads, groups) if are_whole else None
-    if projection is not None and projection.is_box:
-        return projection
+    of_heads = tuple(head_size[role] for role in names)
+    if _are_whole(in_a_group, of_heads):
+        projection = Projection(names, sizes, of_heads, groups)
+        if projection.is_box:
+            return projection
     # Without heads, groups and gates are not what they seem.
     if groups > 1 or "gate" in names:
         return None
     return Projection(names, sizes)
+
+
+def _are_whole(in_a_group: Sequence[int], of_heads: Sequence[int]) -> bool:
+    """Whether each group holds whole heads of every role."""
+    return all(h and not size % h for size, h in zip(in_a_group, of_heads, strict=True))
 
 
 def _beside(trial: _Trial, heads: _Heads) -> dict[str, Projection]:

@@ -85,8 +85,7 @@ class Projection:
         if by == "head" and not self.head_size:
             yield from self._unequal_heads(chosen)
             return
-        # In several groups a role's features are no single run: heads are what groups consist of.
-        unit = self.head_size or 1 if by == "head" or self.groups > 1 else 1
+        unit = self._unit(by)
         counts = self._per_group(unit)
         positions = [self.roles.index(role) for role in chosen]
         if len(set(counts)) == 1:
@@ -106,6 +105,12 @@ class Projection:
                 axes=axes,
                 labels=span.labels if self.is_fused else ("",),
             )
+
+    def _unit(self, by: str) -> int:
+        """How many features lie together, whatever they are cut by."""
+        # In several groups a role's features are no single run: heads are what groups consist of.
+        is_by_head = by == "head" or self.groups > 1
+        return self.head_size if is_by_head and self.head_size else 1
 
     def heads(self) -> Region:
         """Every head of every role in the order in which they lie, if there is a ``head_size``.

@@ -203,24 +203,29 @@ def with_heads(survey: Survey, cuts: Sequence[Cut], stated: Mapping[str, Heads])
         decisive = next((glob for glob in stated if fnmatchcase(site.name, glob)), None)
         if decisive is not None:
             own[site.name] = survey.stated(site, stated[decisive])
-    # At the place of the tensor's first cut, and at the end where the preset has none.
+    return _replaced(cuts, own)
+
+
+def _replaced(cuts: Sequence[Cut], own: Mapping[str, list[Cut]]) -> list[Cut]:
+    """``cuts`` with those of some tensors replaced by their ``own``.
+
+    They come at the place of the tensor's first cut, and at the end where there is none.
+    """
+    left = dict(own)
     result: list[Cut] = []
-    placed: set[str] = set()
     for cut in cuts:
         mine = [name for name in cut.parameters if name in own]
-        if mine and len(cut.parameters) > 1:
+        if not mine:
+            result.append(cut)
+        elif len(cut.parameters) > 1:
             raise ValueError(
                 f"heads are stated for {mine[0]!r}, which the preset has in one block with others, "
                 f"{cut.name!r}; choose a preset of one tensor a block, such as 'tensor'"
             )
-        if not mine:
-            result.append(cut)
-        elif mine[0] not in placed:
-            placed.add(mine[0])
-            result += own[mine[0]]
-    for name, new in own.items():
-        if name not in placed:
-            result += new
+        else:
+            result += left.pop(mine[0], [])
+    for new in left.values():
+        result += new
     return result
 
 

@@ -5,7 +5,9 @@ exception; :func:`evaluating` enters them all.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +16,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import checkpoint
 
-# attention kernels of transformers that have no second derivative
-ONCE_DIFFERENTIABLE_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
+from hessian_tools.problem.kernels import twice_differentiable_kernels
+
+# implementations by transformers that have no second derivative, or only on some devices
+ONCE_DIFFERENTIABLE_ATTENTION = (
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+)
+ONCE_DIFFERENTIABLE_EXPERTS = ("grouped_mm", "sonicmoe", "deepgemm")
 
 
 @contextlib.contextmanager
@@ -34,6 +44,9 @@ def evaluating(
         stack.enter_context(buffers_put_back(model))
         stack.enter_context(batch_norm_mode(model, batch_stats))
         stack.enter_context(twice_differentiable_attention(model))
+        stack.enter_context(twice_differentiable_experts(model))
+        stack.enter_context(twice_differentiable_kernels())
+        stack.enter_context(uncompiled())
         stack.enter_context(fast_path_off())
         stack.enter_context(reentrant_checkpoints_off())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
@@ -108,15 +121,52 @@ def batch_norm_mode(model: nn.Module, batch_stats: bool | None) -> Iterator[None
 @contextlib.contextmanager
 def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
     """Models of transformers use a kernel of PyTorch where theirs has no second derivative."""
-    kernels = [(c, getattr(c, "_attn_implementation", None)) for c in transformers_configs(model)]
-    switched = [pair for pair in kernels if pair[1] in ONCE_DIFFERENTIABLE_ATTENTION]
+    with _switched(model, "_attn_implementation", ONCE_DIFFERENTIABLE_ATTENTION, "sdpa"):
+        yield
+
+
+@contextlib.contextmanager
+def twice_differentiable_experts(model: nn.Module) -> Iterator[None]:
+    """Mixtures of experts of transformers compute one expert after the other.
+
+    Their grouped products, the default since transformers 5, have no second derivative.
+    """
+    with _switched(model, "_experts_implementation", ONCE_DIFFERENTIABLE_EXPERTS, "eager"):
+        yield
+
+
+@contextlib.contextmanager
+def _switched(
+    model: nn.Module,
+    setting: str,
+    from_any: Collection[str],
+    to: str,
+) -> Iterator[None]:
+    # the setting itself is a property that would also be set in all configs below
+    place = f"{setting}_internal"
+    configs = [config for config in transformers_configs(model) if hasattr(config, place)]
+    before = [(config, getattr(config, place)) for config in configs]
+    switched = [(config, value) for config, value in before if value in from_any]
     try:
         for config, _ in switched:
-            config._attn_implementation = "sdpa"
+            setattr(config, place, to)
         yield
     finally:
-        for config, kernel in switched:
-            config._attn_implementation = kernel
+        for config, value in switched:
+            setattr(config, place, value)
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """What torch.compile has compiled runs as it was written: its backward pass has no other."""
+    # nothing is compiled where the compiler is not even loaded, which takes seconds
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        # counting operations puts hooks on modules, which matters only where something is compiled
+        warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are")
+        yield
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ def evaluating(
         stack.enter_context(batch_norm_mode(model, batch_stats))
         stack.enter_context(twice_differentiable_attention(model))
         stack.enter_context(twice_differentiable_experts(model))
+        stack.enter_context(without_cache(model))
         stack.enter_context(twice_differentiable_kernels())
         stack.enter_context(uncompiled())
         stack.enter_context(fast_path_off())
@@ -154,6 +155,24 @@ def _switched(
     finally:
         for config, value in switched:
             setattr(config, place, value)
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """No cache of keys, values or states in models of transformers.
+
+    A layer that runs again would meet its own keys there, and some layers (RWKV) write states in
+    place that the backward pass needs.
+    """
+    configs = transformers_configs(model)
+    caching = [config for config in configs if getattr(config, "use_cache", None) is True]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @contextlib.contextmanager

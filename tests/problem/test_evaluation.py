@@ -447,3 +447,27 @@ def test_configs_without_these_settings_are_left_alone():
     model.config = {"_attn_implementation": "flash_attention_2"}
     with evaluating(model, None):
         assert model.config == {"_attn_implementation": "flash_attention_2"}
+
+
+def test_a_recurrent_model_that_keeps_states_is_right_by_differences():
+    """RWKV writes its states in place, unless it keeps none."""
+    torch.manual_seed(0)
+    hf = transformers()
+    config = hf.RwkvConfig(
+        vocab_size=11,
+        context_length=8,
+        hidden_size=6,
+        attention_hidden_size=6,
+        num_hidden_layers=2,
+        intermediate_size=8,
+    )
+    model = hf.RwkvForCausalLM(config).eval().double()
+    nn.init.normal_(model.rwkv.embeddings.weight)
+    problem = ht.Problem(model, ht.huggingface, [tokens()])
+    h = ht.HessianOperator(problem)
+    v = torch.randn(h.size, dtype=h.dtype) / h.size**0.5
+    product = h @ v
+    assert model.config.use_cache
+    model.config.use_cache = False
+    # states are float32 in any case
+    assert relative_error(product, difference(problem, v, step=1e-3)) < 1e-3

@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
@@ -65,8 +64,6 @@ def recomputing(
             if live is not None and name not in live:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
-        if segments.layers:
-            stack.enter_context(_without_cache(problem.model))
         stack.enter_context(problem.evaluating())
         stack.enter_context(applied(segments, problem.model))
         yield
@@ -132,21 +129,3 @@ def _in_segment(layer: nn.Module) -> Callable[..., object]:
         return segment(forward, *args, parameters=live, **kwargs)
 
     return recomputed
-
-
-@contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """No key-value cache in models of transformers.
-
-    A segment that runs again would meet its own keys there.
-    """
-    # Objects of a library that need not be there.
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    caching = [config for config in configs if getattr(config, "use_cache", None) is True]
-    try:
-        for config in caching:
-            config.use_cache = False
-        yield
-    finally:
-        for config in caching:
-            config.use_cache = True

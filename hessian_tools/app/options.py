@@ -34,6 +34,11 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 COUNT: dict[str, Any] = {"type": whole_number(1), "metavar": "N"}  # of add_argument
+FORMAT: dict[str, Any] = {
+    "choices": ("png", "pdf", "svg"),
+    "default": "png",
+    "help": "of the pictures in --out (default: png)",
+}
 
 
 def load_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, JsonObject]:
@@ -184,6 +189,7 @@ def add_run_options(command: argparse.ArgumentParser, files: str) -> argparse._A
         "run (default: nothing is saved)",
     )
     add("--json", action="store_true", help="print JSON on stdout (default: tables)")
+    add("--format", **FORMAT)
     return group
 
 

@@ -392,7 +392,8 @@ def _save(
     # matplotlib takes longer to import than many runs to compute
     from hessian_tools.plots import partition as partition_plotting
 
-    pictures = partition_plotting.draw(folder.path, report, drawn, this_run.described)
+    kind = this_run.arguments.format
+    pictures = partition_plotting.draw(folder.path, report, drawn, this_run.described, kind)
     files = [folder.path / name for name in ("result.json", "suggestion.json", "optimizer.txt")]
     say(f"saved: {', '.join(map(str, [*files, *pictures]))}")
 

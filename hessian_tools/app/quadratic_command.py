@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hessian_tools.app import quadratic_text
-from hessian_tools.app.options import COUNT, device, positive, say, whole_number
+from hessian_tools.app.options import COUNT, FORMAT, device, positive, say, whole_number
 from hessian_tools.app.quadratic_source import MOST_EIGENVALUES, PER_BLOCK, problem_of
 from hessian_tools.app.quadratic_text import QuadraticResult
 from hessian_tools.app.run_folder import RunFolder
@@ -177,6 +177,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="print JSON on stdout (default: tables)",
     )
+    add("--format", **FORMAT)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -189,7 +190,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out:
         folder = RunFolder(arguments.out, _config(arguments, problem))
         result = _kept_or_computed(folder, arguments, problem)
-        _draw(folder, problem, result)
+        _draw(folder, problem, result, arguments.format)
     else:
         result = _computed(arguments, problem, None)
     places = standings(result["runs"], arguments.tolerance)
@@ -270,9 +271,10 @@ def _runs_of(
     return runs
 
 
-def _draw(folder: RunFolder, problem: Quadratic, result: QuadraticResult) -> None:
+def _draw(folder: RunFolder, problem: Quadratic, result: QuadraticResult, kind: str) -> None:
     # matplotlib takes longer to import than many runs to compute
     from hessian_tools.plots import quadratic as plots
 
-    picture = plots.draw(folder.path, problem, result["runs"], result["constants"], str(problem))
+    runs, constants = result["runs"], result["constants"]
+    picture = plots.draw(folder.path, problem, runs, constants, str(problem), kind)
     say(f"saved: {folder.path / 'result.json'}, {picture}")

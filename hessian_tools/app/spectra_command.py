@@ -196,7 +196,7 @@ def _computed(arguments: argparse.Namespace, prepared: _Run) -> Computed:
     if folder:
         if not folder.result:
             folder.finish({"spectra": spectra, "heterogeneity": js})
-        _draw(folder.path, spectra, js, prepared.described)
+        _draw(folder.path, spectra, js, prepared.described, arguments.format)
     return spectra, js
 
 
@@ -205,11 +205,12 @@ def _draw(
     spectra: BlockSpectra,
     js: JSHeterogeneity | None,
     title: str,
+    kind: str,
 ) -> None:
     # matplotlib takes longer to import than many runs to compute
     from hessian_tools.plots import spectra as plotting
 
-    pictures = plotting.draw(folder, spectra, js, title)
+    pictures = plotting.draw(folder, spectra, js, title, kind)
     say(f"saved: {', '.join(map(str, [folder / 'result.json', *pictures]))}")
 
 

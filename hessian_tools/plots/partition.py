@@ -1,7 +1,8 @@
 """Figures of a checked partition: each tensor's evidence, and the Hessian as a heat map of entries
 or of blocks."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,30 +32,37 @@ COLOURS = {
 }
 GREY = "#555555"  # of cuts that are not claimed
 MARKS = {"rows": "s", "columns": "D", "heads": "^", "roles": "P", "elements": ".", "experts": "X"}
-OTHER_MARK = "*"
+OTHER_MARKS = "*vp<>hd"
 
 
 def draw(
-    folder: Path, report: PartitionReport, drawn: DenseBlock | Coupling | None, title: str
+    folder: Path,
+    report: PartitionReport,
+    drawn: DenseBlock | Coupling | None,
+    title: str,
+    kind: str = "png",
 ) -> list[Path]:
-    """Writes evidence.png, and hessian.png (dense entries) or coupling.png (between tensors)."""
+    """Writes evidence, and hessian (dense entries) or coupling (between tensors).
+
+    ``kind``: png, pdf or svg.
+    """
     paths = []
     count = min(MOST_ROWS, len(_with_alternatives(report)))
     if count:
         figure = Figure((10, 0.22 * count + 2.4), layout="constrained")
         evidence(figure.subplots(), report)
         titled(figure, f"{title}: mass inside the blocks of each way to cut a tensor's Hessian")
-        paths.append(written(figure, folder / "evidence.png"))
+        paths.append(written(figure, folder / f"evidence.{kind}"))
     if drawn is not None:
         figure = Figure((10, 9), layout="compressed")
         if isinstance(drawn, DenseBlock):
             dense(figure.subplots(), drawn)
             titled(figure, f"{title}: dense Hessian over the blocks claimed")
-            path = folder / "hessian.png"
+            path = folder / f"hessian.{kind}"
         else:
             tensors(figure.subplots(), drawn)
             titled(figure, f"{title}: coupling between tensors")
-            path = folder / "coupling.png"
+            path = folder / f"coupling.{kind}"
         paths.append(written(figure, path))
     return paths
 
@@ -67,7 +75,9 @@ def evidence(axes: Axes, report: PartitionReport) -> None:
     """
     several = _with_alternatives(report)
     shown = several[:MOST_ROWS]
-    cuts: dict[str, None] = {}  # in the order of their first appearance
+    finite = [cut for tensor in shown for cut in tensor.evidence if np.isfinite(cut.excess)]
+    # in the order of their first appearance
+    marks = marks_of(dict.fromkeys(cut.cut for cut in finite))
     for row, tensor in enumerate(shown):
         axes.axhspan(
             row - 0.5,
@@ -78,19 +88,19 @@ def evidence(axes: Axes, report: PartitionReport) -> None:
         )
         for cut in tensor.evidence:
             if np.isfinite(cut.excess):
-                _mark(axes, row, cut, tensor)
-                cuts[cut.cut] = None
+                _mark(axes, row, cut, tensor, marks)
         axes.text(
-            1.03,
+            1.01,
             row,
             _verdict_text(tensor),
+            transform=axes.get_yaxis_transform(),  # beside the frame, whatever its range
             fontsize=7,
             color=COLOURS[tensor.verdict],
             va="center",
         )
     axes.set_yticks(range(len(shown)), shortened([t.name for t in shown]), fontsize=6.5)
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlim(-0.12, 1.42)
+    axes.set_xlim(*_range(finite))
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.axvline(0, color="black", linewidth=0.6)
     missing = len(several) - len(shown)
@@ -100,7 +110,7 @@ def evidence(axes: Axes, report: PartitionReport) -> None:
         fontsize=8,
     )
     axes.legend(
-        handles=_legend(list(cuts)),
+        handles=_legend(marks),
         ncols=7,
         fontsize=7,
         frameon=False,
@@ -115,13 +125,30 @@ def _with_alternatives(report: PartitionReport) -> list[TensorReport]:
     return [tensor for tensor in report.tensors if len(tensor.evidence) > 1]
 
 
-def _mark(axes: Axes, row: int, cut: CutEvidence, tensor: TensorReport) -> None:
+def marks_of(cuts: Iterable[str]) -> dict[str, str]:
+    """A marker for each cut, no two alike as long as there are markers."""
+    others = itertools.cycle(OTHER_MARKS)
+    return {cut: MARKS[cut] if cut in MARKS else next(others) for cut in cuts}
+
+
+def _range(evidence: Sequence[CutEvidence]) -> tuple[float, float]:
+    """Of the excess axis: all error bars, as far as they leave 0 to 1 readable."""
+    errors = [0.0 if np.isnan(cut.excess_error) else 2 * cut.excess_error for cut in evidence]
+    pairs = list(zip(evidence, errors, strict=True))
+    low = min([0.0, *(cut.excess - error for cut, error in pairs)])
+    high = max([1.0, *(cut.excess + error for cut, error in pairs)])
+    return max(low, -0.6) - 0.05, min(high, 1.6) + 0.05
+
+
+def _mark(
+    axes: Axes, row: int, cut: CutEvidence, tensor: TensorReport, marks: Mapping[str, str]
+) -> None:
     is_claim = cut.cut == tensor.claim
     axes.errorbar(
         cut.excess,
         row,
         xerr=2 * cut.excess_error,
-        marker=MARKS.get(cut.cut, OTHER_MARK),
+        marker=marks[cut.cut],
         color=COLOURS[tensor.verdict] if is_claim else GREY,
         markersize=7 if is_claim else 4.5,
         markeredgecolor="black" if is_claim else "none",
@@ -138,10 +165,10 @@ def _verdict_text(tensor: TensorReport) -> str:
     return f"{words}, contrast {tensor.claimed.contrast:.3g}"
 
 
-def _legend(cuts: Sequence[str]) -> list[Line2D]:
+def _legend(marks: Mapping[str, str]) -> list[Line2D]:
     handles = [
-        Line2D([], [], marker=MARKS.get(cut, OTHER_MARK), color=GREY, linestyle="none", label=cut)
-        for cut in cuts
+        Line2D([], [], marker=mark, color=GREY, linestyle="none", label=cut)
+        for cut, mark in marks.items()
     ]
     ringed = Line2D(
         [],

@@ -46,14 +46,15 @@ def draw(
     runs: Mapping[str, Runs],
     constants: Constants,
     title: str,
+    kind: str = "png",
 ) -> Path:
-    """Writes quadratic.png: the spectra of the blocks and the loss curves of all methods."""
+    """Writes quadratic.png (pdf, svg): the blocks' spectra and the loss curves of all methods."""
     figure = Figure((12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.9))
     block_eigenvalues(left, problem)
     loss_curves(right, runs, constants)
     figure.suptitle(title, fontsize=10)
-    return written(figure, folder / "quadratic.png")
+    return written(figure, folder / f"quadratic.{kind}")
 
 
 def block_eigenvalues(axes: Axes, problem: Quadratic, *, most: int = 24) -> None:

@@ -20,7 +20,7 @@ from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
 from hessian_tools.heterogeneity.readings import READINGS
 from hessian_tools.results import write_atomically
 from hessian_tools.spectra.density import Axis, spectral_density
-from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
+from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature, RitzValue
 
 MAX_PANELS = 48  # more small multiples than these cannot be read on one page
 MAX_LABELS = 60  # more names than these on the side of a heat map would overlap
@@ -30,24 +30,34 @@ LETTER = 0.064  # inches of a letter in a block's name
 LINE = "#1f4e79"
 FILL = "#9ecae1"
 MARK = "#d55e00"
+ZERO = "#bbbbbb"  # of the line at zero
+KNOWN = (
+    0.05  # an extreme Ritz value is an eigenvalue's where its residual bound is below this share
+)
 
 
-def draw(folder: Path, spectra: BlockSpectra, js: JSHeterogeneity | None, title: str) -> list[Path]:
-    """Writes a run's pictures and returns their paths.
+def draw(
+    folder: Path,
+    spectra: BlockSpectra,
+    js: JSHeterogeneity | None,
+    title: str,
+    kind: str = "png",
+) -> list[Path]:
+    """Writes a run's pictures, as png, pdf or svg, and returns their paths.
 
-    block_spectra.png (spectrum.png for one block alone) and, with ``js``, js_matrix.png.
+    block_spectra (spectrum for one block alone) and, with ``js``, js_matrix.
     """
     if len(spectra) == 1:
         (name,) = spectra.names
         figure = Figure((8, 4.4), layout="constrained")
         spectrum(figure.subplots(), spectra[name])
         titled(figure, f"{title}: Hessian spectrum of {name}")
-        return [written(figure, folder / "spectrum.png")]
+        return [written(figure, folder / f"spectrum.{kind}")]
     figure = block_spectra(spectra, title=f"{title}: Hessian spectra by block")
-    paths = [written(figure, folder / "block_spectra.png")]
-    if js is not None:
+    paths = [written(figure, folder / f"block_spectra.{kind}")]
+    if js is not None and any(READINGS[name].drawn for name in js.readings):
         matrices = js_matrices(js, title=f"{title}: distances between block spectra")
-        paths.append(written(matrices, folder / "js_matrix.png"))
+        paths.append(written(matrices, folder / f"js_matrix.{kind}"))
     return paths
 
 
@@ -55,9 +65,9 @@ def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
     """Small multiples, a panel a block: share of eigenvalues per decade over one symlog axis.
 
     Both axes are logarithmic, for what matters (outliers) is few eigenvalues far out. The lowest
-    share drawn is about that of one eigenvalue of the largest block. Each panel gives its smallest
-    and largest Ritz value. Beyond MAX_PANELS blocks, the title says how many of them (evenly
-    spread) are shown.
+    share drawn is about that of one eigenvalue of the largest block. Each panel gives its extreme
+    Ritz values, with "≤" and "≥" where they are bounds only. Beyond MAX_PANELS blocks, the title
+    says how many of them (evenly spread) are shown.
     """
     count = min(len(spectra), MAX_PANELS)
     shown = np.unique(np.linspace(0, len(spectra) - 1, count).astype(int))
@@ -70,6 +80,7 @@ def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
         quadrature = spectra[spectra.names[row]]
         _filled(panel, density.grid, density.values[row], 10.0**lowest)
         _mark_ends(panel, density.axis, quadrature, 10.0**lowest)
+        panel.axvline(0.0, color=ZERO, linewidth=0.6, zorder=0)
         panel.set_title(labels[row], fontsize=7.5, pad=3)
         panel.tick_params(labelsize=6.5)
     first: Axes = panels[0, 0]
@@ -78,7 +89,8 @@ def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
     missing = f" ({len(shown)} of {len(spectra)} shown)" if len(shown) < len(spectra) else ""
     titled(figure, f"{title}{missing}")
     linear = f"logarithmic beyond ±{density.axis.linthresh:.1g}, linear between"
-    horizontal = f"eigenvalue ({linear})\nsmallest and largest of each block marked"
+    ends = "extreme Ritz values marked, ≤ and ≥ where they are bounds only"
+    horizontal = f"eigenvalue ({linear})\n{ends}"
     figure.supxlabel(horizontal, fontsize=8)
     vertical = f"share of eigenvalues per decade\n(kernel of {density.width:g} decades)"
     figure.supylabel(vertical, fontsize=8)
@@ -106,19 +118,34 @@ def _grid_of_panels(labels: Sequence[str]) -> tuple[Figure, NDArray[Any]]:  # of
 
 
 def _mark_ends(panel: Axes, axis: Axis, quadrature: Quadrature, lowest: float) -> None:
-    """The smallest and the largest Ritz value, as marks at the bottom and as numbers."""
+    """The extreme Ritz values, as marks at the bottom and as numbers."""
     ends = [quadrature.smallest.value, quadrature.largest.value]
     panel.plot(axis.position(np.array(ends)), [lowest] * 2, "|", color=MARK, markersize=9)
     panel.text(
         0.5,
         0.95,
-        "{:.3g}  to  {:.3g}".format(*ends),
+        extremes(quadrature, 3),
         transform=panel.transAxes,
         fontsize=6.5,
         color=MARK,
         ha="center",
         va="top",
     )
+
+
+def extremes(quadrature: Quadrature, digits: int) -> str:
+    """The ends of a spectrum in words.
+
+    A Ritz value lies inside the spectrum, so one that has not converged is a bound on its end.
+    """
+    low, high = quadrature.smallest, quadrature.largest
+    below = "" if _is_known(low) else "≤ "
+    above = "" if _is_known(high) else "≥ "
+    return f"{below}{low.value:.{digits}g}  to  {above}{high.value:.{digits}g}"
+
+
+def _is_known(ritz: RitzValue) -> bool:
+    return ritz.residual_bound <= KNOWN * abs(ritz.value)
 
 
 def _share_ticks(panel: Axes, lowest: int) -> None:
@@ -179,8 +206,8 @@ def spectrum(axes: Axes, quadrature: Quadrature, *, num_outliers: int = 10) -> N
         heights = np.full(len(marked), 2 * floor)
         axes.plot(marked, heights, "v", color=MARK, markersize=5, label=label)
         axes.legend(fontsize=8, frameon=False)
-    ends = f"smallest {quadrature.smallest.value:.4g}, largest {quadrature.largest.value:.4g}"
-    axes.set_title(f"n = {quadrature.size:,}, {ends}", fontsize=9)
+    axes.axvline(0.0, color=ZERO, linewidth=0.6, zorder=0)
+    axes.set_title(f"n = {quadrature.size:,}, {extremes(quadrature, 4)}", fontsize=9)
     axes.set_xlabel("eigenvalue of the mean loss's Hessian", fontsize=9)
     vertical = f"density per unit of eigenvalue\n(Gaussian kernel of {density.width:.2g})"
     axes.set_ylabel(vertical, fontsize=9)
@@ -261,9 +288,12 @@ def titled(figure: Figure, title: str) -> None:
 
 
 def written(figure: Figure, path: Path) -> Path:
-    """The figure as a PNG of 150 dots an inch, whole or not at all; returns ``path``."""
+    """The figure in the format of ``path``, whole or not at all; returns ``path``.
+
+    A PNG has 150 dots an inch.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=150)
     return write_atomically(path, buffer.getvalue())
 
 

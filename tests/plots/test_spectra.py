@@ -187,7 +187,7 @@ def test_spectrum_marks_outliers_and_names_axes():
         axes.get_xlabel() == "eigenvalue of the mean loss's Hessian" and axes.get_yscale() == "log"
     )
     assert axes.get_ylabel().startswith("density per unit of eigenvalue\n(Gaussian kernel of ")
-    assert axes.get_title() == "n = 3,002, smallest -9, largest 20"
+    assert axes.get_title() == "n = 3,002, -9  to  20"
     assert_readable(axes.figure)
 
 
@@ -237,3 +237,34 @@ def test_drawing_opens_no_window_and_leaves_no_global_state():
     assert "pyplot" not in inspect.getsource(
         plotting
     ) and "matplotlib.use" not in inspect.getsource(plotting)
+
+
+# ------------------------------------------------------------------- ends that are bounds, formats
+
+
+def of(eigenvalues, probes, steps):
+    operator = ht.curvature.DiagonalOperator(torch.as_tensor(eigenvalues))
+    return ht.slq(operator, num_probes=probes, num_steps=steps, seed=0)
+
+
+def planted_bulk(n, low, high):
+    """Smooth between ``low`` and ``high``."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    return middle + half * np.sin(np.pi * (np.arange(n) / (n - 1) - 0.5))
+
+
+def test_a_ritz_value_that_has_not_converged_is_a_bound():
+    few = of(planted_bulk(1500, 0.5, 2.0), probes=1, steps=3)
+    assert plotting.extremes(few, 3).startswith("≤ ")
+    assert "≥ " in plotting.extremes(few, 3)
+    outlier = of(np.append(planted_bulk(1500, 0.5, 2.0), 100.0), probes=2, steps=20)
+    assert plotting.extremes(outlier, 3).endswith("to  100")
+
+
+@pytest.mark.parametrize("kind", ["pdf", "svg", "png"])
+def test_formats(kind, tmp_path):
+    figure = Figure((2, 2))
+    figure.subplots().plot([1, 2])
+    path = plotting.written(figure, tmp_path / f"a.{kind}")
+    starts = {"pdf": b"%PDF", "svg": b"<?xml", "png": b"\x89PNG"}
+    assert path.read_bytes().startswith(starts[kind])

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import hessian_tools as ht
 from hessian_tools.problem.evaluation import evaluating
 from hessian_tools.problem.kernels import REPLACEMENTS, twice_differentiable_kernels
+from hessian_tools.problem.vision import torchvision
 
+ROOT = Path(__file__).parents[2]
 ROUTES = ("double backward", "tangent program")
 
 
@@ -336,6 +339,33 @@ def test_hard_activations_are_right_by_differences():
     )
     batch = 2 * torch.randn(7, 4).double(), torch.randint(3, (7,))
     products_are_right(ht.Problem(model.double(), ht.cross_entropy, [batch]))
+
+
+def test_a_mobile_net_is_right_by_differences():
+    setting = torchvision().models.mobilenetv3.InvertedResidualConfig
+    layers = [
+        setting(8, 3, 8, 8, True, "HS", 2, 1, 0.5),
+        setting(8, 3, 8, 8, True, "RE", 1, 1, 0.5),
+    ]
+    model = torchvision().models.MobileNetV3(layers, 8, num_classes=3).eval().double()
+    batch = torch.randn(2, 3, 8, 8).double(), torch.tensor([0, 2])
+    problem = ht.Problem(model, ht.cross_entropy, [batch], batch_stats=False)
+    products_are_right(problem, ROUTES[:1])
+
+
+def test_what_pytorch_differentiates_wrongly_is_what_has_a_formula():
+    """The committed survey: all is right inside, and every formula has its operation there."""
+    found = ht.load(ROOT / "results/twice_differentiable/result")["groups"].values()
+    rows = {name: row for group in found for name, row in group.items()}
+    assert {row["here"]["verdict"] for row in rows.values()} == {"right"}
+    faulty = {name: row["pytorch"]["verdict"] for name, row in rows.items()}
+    for replacement in REPLACEMENTS:
+        verdict = {"wrong": "wrong", "missing": "refuses"}[replacement.fault]
+        assert any(n.startswith(replacement.operation) and v == verdict for n, v in faulty.items())
+    mended = tuple(replacement.operation for replacement in REPLACEMENTS)
+    attention = ("scaled_dot_product_attention", "multi_head_attention")
+    unmended = [name for name, verdict in faulty.items() if verdict != "right"]
+    assert all(name.startswith(mended + attention) for name in unmended)
 
 
 # ---------------------------------------------------------------------------- compiled by the user

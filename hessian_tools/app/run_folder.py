@@ -156,7 +156,8 @@ class RunFolder:
             result: JsonObject = load(file)
         except ValueError as error:
             raise ValueError(f"--out {self.path}: {error}") from error
-        if load_json(file).get("config") != kept:
+        of_result = load_json(file).get("config") or {}
+        if any(of_result[key] != kept[key] for key in of_result.keys() & kept.keys()):
             raise ValueError(
                 f"--out {self.path}: result.json is not of the configuration in config.json; "
                 "restore both from one copy, or name another folder"

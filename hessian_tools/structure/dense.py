@@ -132,7 +132,7 @@ def dense_block(
     def name_of(row: int) -> str:
         return names[np.searchsorted(offsets, row, side="right") - 1]
 
-    with product_bar(size, shown=progress, done=store.done) as bar:
+    with store, product_bar(size, shown=progress, done=store.done) as bar:
         for first, rows in _rows(operator, cuts, store.done):
             bar.set_postfix_str(name_of(first))
             finite = np.isfinite(rows).all(axis=1)
@@ -143,7 +143,7 @@ def dense_block(
                 )
             store.write(rows)
             bar.update(len(rows))
-    error = store.symmetrise()
+        error = store.symmetrise()
     written_to = "" if path is None else str(path)
     return DenseBlock(names, offsets, store.matrix, error, size, arithmetic, written_to)
 

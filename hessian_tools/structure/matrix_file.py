@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hessian_tools.lock import InUse, Lock
 from hessian_tools.results import write_atomically
 
 _TILE = 2048  # rows and columns that are in memory at a time
@@ -31,10 +32,11 @@ class MatrixFile:
     """An (n, n) float64 ``matrix``, in memory (``path`` None) or in a file.
 
     ``path`` is a file NAME.npy beside NAME.json. What lies there already is continued if it has the
-    same ``fingerprint``; ``done`` rows then need no writing.
+    same ``fingerprint``; ``done`` rows then need no writing. One process alone has the file until
+    the matrix is finished, or the ``with`` that it is the subject of is left.
 
     Raises:
-        ValueError: for a path that holds something else.
+        ValueError: for a path that holds something else, or that another process writes to.
     """
 
     matrix: Matrix
@@ -42,16 +44,32 @@ class MatrixFile:
     def __init__(self, path: Path | None, size: int, fingerprint: str) -> None:
         self.path = path
         self._journal = _Journal(fingerprint)
+        self._lock = None if path is None else self._locked(path)
+        try:
+            self._open(size)
+        except BaseException:
+            self._unlock()
+            raise
+        if self._journal.finished:
+            self._unlock()
+
+    def _open(self, size: int) -> None:
+        path, shape = self.path, (size, size)
         if path is None:
-            self.matrix = np.empty((size, size))
+            self.matrix = np.empty(shape)
         elif path.exists() or self._journal_path(path).exists():
             self._journal = self._continued(path)
             mode = "r" if self._journal.finished else "r+"
             self.matrix = np.lib.format.open_memmap(path, mode=mode)
         else:
-            shape = (size, size)
             self.matrix = np.lib.format.open_memmap(path, "w+", dtype=np.float64, shape=shape)
             self._note()
+
+    def __enter__(self) -> "MatrixFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._unlock()
 
     @property
     def done(self) -> int:
@@ -83,7 +101,23 @@ class MatrixFile:
             self._note()
             if self.path is not None:
                 self.matrix = np.load(self.path, mmap_mode="r")
+            self._unlock()
         return self._journal.symmetry_error
+
+    @staticmethod
+    def _locked(path: Path) -> Lock:
+        try:
+            return Lock(path.with_suffix(".lock"))
+        except InUse as owner:
+            raise ValueError(
+                f"path is {str(path)!r}, which is in use by {owner}; wait until it ends, or name "
+                "another file"
+            ) from owner
+
+    def _unlock(self) -> None:
+        """Lets others have the file."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _asymmetry(self) -> float:
         apart = whole = 0.0

@@ -259,6 +259,13 @@ def test_a_result_of_another_configuration_is_told(out, tmp_path):
     assert "result.json is not of the configuration in config.json" in refusal(out)
 
 
+def test_a_configuration_that_has_lost_a_key_is_no_other(out):
+    """As in results/js0_families, whose script stopped saying what it always does."""
+    RunFolder(out, {**CONFIG, "blocks": "weights"}).finish({"a": 1})
+    (out / "config.json").write_text(json.dumps(CONFIG))
+    assert RunFolder(out, CONFIG).result == {"a": 1}
+
+
 def test_lines_of_another_configuration_are_told(out, tmp_path):
     other = RunFolder(tmp_path / "other", {**CONFIG, "seed": 2})
     folder = RunFolder(out, CONFIG)

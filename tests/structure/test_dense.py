@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 
 import numpy as np
@@ -152,6 +153,22 @@ def test_on_disk_as_in_memory(tmp_path, monkeypatch):
     )
     ht.save(found, tmp_path / "result")
     assert np.array_equal(ht.load(tmp_path / "result").matrix, expected.matrix)
+
+
+def test_one_writer_has_a_file(tmp_path):
+    path = tmp_path / "h.npy"
+    with MatrixFile(path, 2, "x") as one:
+        with pytest.raises(
+            ValueError, match=rf"in use by process {os.getpid()} on .* name another"
+        ):
+            MatrixFile(path, 2, "x")
+        one.write(np.array([[1.0, 2.0]]))
+    with MatrixFile(path, 2, "x") as other:
+        assert other.done == 1
+        other.write(np.array([[4.0, 3.0]]))
+        other.symmetrise()
+        assert MatrixFile(path, 2, "x").matrix.tolist() == [[1, 3], [3, 3]]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["h.json", "h.npy"]
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def samples():
         history,
         ht.heterogeneity.AdaptiveJS0(spectra, js, (history,), 0.05, ("log",), False),
     ]
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 4))
     partition = ht.partition(model, "neuron")
     arguments = ht.blocks.adam_mini_arguments(model, partition)
     found += [
@@ -68,7 +68,7 @@ def samples():
     ]
     found += [ht.blocks.state_savings(model, partition)]
     report = ht.check_partition(
-        ht.Problem(model, ht.mse, [(torch.randn(4, 2), torch.randn(4, 2))]), partition
+        ht.Problem(model, ht.mse, [(torch.randn(8, 4), torch.randn(8, 4))]), partition
     )
     found += [
         report,
@@ -78,7 +78,7 @@ def samples():
         report.tensors[0].tests[0],
     ]
     problem = ht.Problem(
-        model.double(), ht.mse, [(torch.randn(4, 2).double(), torch.randn(4, 2).double())]
+        model.double(), ht.mse, [(torch.randn(8, 4).double(), torch.randn(8, 4).double())]
     )
     conditioning = ht.structure.block_conditioning(problem, "neuron")
     found += [

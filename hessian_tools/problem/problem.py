@@ -75,17 +75,7 @@ class Problem:
         batch_stats: bool | None = None,
         num_examples: Callable[[Batch], float] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-        if not callable(loss_fn):
-            raise TypeError(
-                f"loss_fn is a {type(loss_fn).__name__}; pass loss_fn(model, batch) -> scalar loss"
-            )
-        if num_examples is not None and not callable(num_examples):
-            raise TypeError(
-                f"num_examples is a {type(num_examples).__name__}; pass a function of a batch that "
-                "gives the number of examples its mean is over"
-            )
+        _check_arguments(model, loss_fn, num_examples)
         self.model = model
         self.loss_fn = loss_fn
         self.num_examples = num_examples
@@ -320,6 +310,21 @@ class Problem:
         eps = torch.finfo(self.dtype).eps
         tolerance = 100 * eps if eps < 1e-3 else 4 * eps
         return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def _check_arguments(model: object, loss_fn: object, num_examples: object) -> None:
+    """Raises TypeError for an argument of the wrong kind."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn is a {type(loss_fn).__name__}; pass loss_fn(model, batch) -> scalar loss"
+        )
+    if num_examples is not None and not callable(num_examples):
+        raise TypeError(
+            f"num_examples is a {type(num_examples).__name__}; pass a function of a batch that "
+            "gives the number of examples its mean is over"
+        )
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -457,14 +457,14 @@ OF_SPECTRA = (
     "(default: 40, with --tolerance 100; paper: 100)",
 )
 HELP = {  # command -> number of options, what its help tells
-    "js0": (23, (*OF_SPECTRA, "(default: weights; paper: official)")),
-    "spectrum": (21, (*OF_SPECTRA, "(default: model; paper: official)")),
+    "js0": (24, (*OF_SPECTRA, "(default: weights; paper: official)")),
+    "spectrum": (22, (*OF_SPECTRA, "(default: model; paper: official)")),
     "partition": (
-        27,
+        29,
         ("arXiv 2406.16793", "(default: adam_mini)", "Exit code 1 when a claim is contradicted"),
     ),
     "quadratic": (
-        16,
+        17,
         ("(default: 5000; cases 3 and 4: 2000; a file's own; paper: 5000, thesis: 2000)",),
     ),
 }

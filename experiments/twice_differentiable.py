@@ -30,14 +30,13 @@ from tqdm import tqdm
 
 from hessian_tools.app import report
 from hessian_tools.problem.evaluation import evaluating
-from hessian_tools.problem.kernels import REPLACEMENTS
 
 OUT = Path("results/twice_differentiable")
 SMOKE_STRIDE = 15  # of all operations, how many are left out between two
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-3}
 REASON = 70  # characters of an error that are quoted
 COUNTED = ("group", "operations", "PyTorch: right", "wrong", "refuses", "here: right", "not")
-FAULTS = ("operation", "PyTorch", "here", "by", "PyTorch's error")
+FAULTS = ("operation", "PyTorch", "here", "PyTorch's error")
 
 
 def judged(operation: Operation, context: AbstractContextManager[None]) -> dict[str, str]:
@@ -61,13 +60,6 @@ def judged(operation: Operation, context: AbstractContextManager[None]) -> dict[
 
 def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def instead(name: str) -> str:
-    """What the package uses for the operation of that name."""
-    if any(name.startswith(replacement.operation) for replacement in REPLACEMENTS):
-        return "a formula"
-    return "the kernel for any device"  # of scaled_dot_product_attention
 
 
 def compared(operation: Operation) -> dict[str, dict[str, str]]:
@@ -98,9 +90,8 @@ def faults(groups: dict[str, dict[str, dict[str, dict[str, str]]]]) -> str:
             if alone["verdict"] == here["verdict"] == "right":
                 continue
             quoted = alone["reason"][:REASON] if alone["verdict"] == "refuses" else ""
-            by = instead(name) if here["verdict"] == "right" else ""
-            rows.append([name, alone["verdict"], here["verdict"], by, quoted])
-    return report.table(FAULTS, rows, left=5)
+            rows.append([name, alone["verdict"], here["verdict"], quoted])
+    return report.table(FAULTS, rows, left=4)
 
 
 def main() -> None:

@@ -30,6 +30,31 @@ def hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.where(inside, grad / 6, torch.zeros_like(grad))
 
 
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """scaled_dot_product_attention by PyTorch's own kernel of plain products.
+
+    A model that asks for a fused kernel by ``sdpa_kernel`` gets this one, too.
+    """
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(
+            ~attn_mask, -torch.inf
+        )
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    return torch._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, **options
+    )[0]
+
+
 # ----------------------------------------------------------------------------------------- losses
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import DispatchKey
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import checkpoint
@@ -48,6 +49,7 @@ def evaluating(
         stack.enter_context(without_cache(model))
         stack.enter_context(twice_differentiable_kernels())
         stack.enter_context(uncompiled())
+        stack.enter_context(dense_flex_attention())
         stack.enter_context(fast_path_off())
         stack.enter_context(reentrant_checkpoints_off())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
@@ -173,6 +175,30 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
+
+
+@contextlib.contextmanager
+def dense_flex_attention() -> Iterator[None]:
+    """PyTorch's flex_attention by the products that define it, on the CPU as well.
+
+    Its kernels have one derivative on a GPU and none on a CPU.
+    """
+    module = sys.modules.get("torch.nn.attention.flex_attention")
+    if module is None:  # nothing can have called it
+        yield
+        return
+    operator = module.flex_attention_hop
+    kernels = operator.py_kernels
+    whole, check = kernels[DispatchKey.Autograd], module._validate_device
+    try:
+        kernels[DispatchKey.Autograd] = kernels[DispatchKey.CompositeExplicitAutograd]
+        operator._dispatch_cache.clear()
+        module._validate_device = lambda *_: None
+        yield
+    finally:
+        kernels[DispatchKey.Autograd] = whole
+        operator._dispatch_cache.clear()
+        module._validate_device = check
 
 
 @contextlib.contextmanager

@@ -45,6 +45,13 @@ class Replacement:
 REPLACEMENTS = (
     Replacement("weight_norm", "wrong", "aten::_weight_norm_interface", composites.weight_norm),
     Replacement(
+        "scaled_dot_product_attention",
+        "missing",
+        "aten::scaled_dot_product_attention",
+        composites.attention,
+        IMPLICIT,
+    ),
+    Replacement(
         "linear_cross_entropy",
         "wrong",
         "torch_nn::_linear_cross_entropy_batch_chunked",

@@ -12,6 +12,7 @@ from problems import dense_hessian, relative_error, transformers
 from torch import Tensor, nn
 from torch.autograd import gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import flex_attention as flex
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -88,6 +89,13 @@ def normed(dim: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda v, g: torch._weight_norm(v, g, dim)
 
 
+HEADS = (1, 2, 3, 2)  # batch, heads, tokens, width
+
+
+def attention_by(**options: object) -> Callable[..., Tensor]:
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options)
+
+
 def chunked(reduction: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     options = getattr(nn, "LinearCrossEntropyOptions", None)
     if options is None:
@@ -111,6 +119,12 @@ FORMULAS = {
     "weight_norm, whole": (normed(-1), (3, 2), ()),
     "hardsigmoid": (lambda x: F.hardsigmoid(4 * x), (9,)),
     "hardsigmoid in place": (lambda x: F.hardsigmoid(4 * x, inplace=True), (9,)),
+    "attention, causal": (attention_by(is_causal=True), HEADS, HEADS, HEADS),
+    "attention, mask": (
+        attention_by(attn_mask=torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 1]]).bool(), scale=0.3),
+        *(HEADS, HEADS, HEADS),
+    ),
+    "attention, groups": (attention_by(enable_gqa=True), (1, 4, 3, 2), HEADS, HEADS),
     "multi_margin_loss": (lambda x: F.multi_margin_loss(x, ONE_LABEL, p=2, margin=0.7), MATRIX),
     "multi_margin_loss, one": (lambda x: F.multi_margin_loss(x, torch.tensor(1)), (4,)),
     "multi_margin_loss, weights": (
@@ -363,9 +377,71 @@ def test_what_pytorch_differentiates_wrongly_is_what_has_a_formula():
         verdict = {"wrong": "wrong", "missing": "refuses"}[replacement.fault]
         assert any(n.startswith(replacement.operation) and v == verdict for n, v in faulty.items())
     mended = tuple(replacement.operation for replacement in REPLACEMENTS)
-    attention = ("scaled_dot_product_attention", "multi_head_attention")
+    attention = ("multi_head_attention",)
     unmended = [name for name, verdict in faulty.items() if verdict != "right"]
     assert all(name.startswith(mended + attention) for name in unmended)
+
+
+class Attending(nn.Module):
+    """One layer of attention with a bias by distance, each token seeing one before it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.project, self.last = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.project(x).unflatten(2, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        mixed = getattr(self, self.kind)(query, key, value)
+        return self.last(mixed.transpose(1, 2).flatten(2).mean(1))
+
+    def written(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        places = torch.arange(query.shape[2])
+        distance = places[:, None] - places
+        scores = query @ key.mT / 2**0.5 + 0.3 * distance
+        seen = (distance >= 0) & (distance < 2)
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+
+    def flexible(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        size = query.shape[2]
+        seen = flex.create_block_mask(near, None, None, size, size, device="cpu")
+        return flex.flex_attention(query, key, value, by_distance, seen)
+
+    def flash(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        places = torch.arange(query.shape[2])
+        distance = places[:, None] - places
+        seen = (distance >= 0) & (distance < 2)
+        bias = (0.3 * distance).to(query.dtype).masked_fill(~seen, -torch.inf)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(query, key, value, bias)
+
+
+def by_distance(score: Tensor, batch: Tensor, head: Tensor, here: Tensor, there: Tensor) -> Tensor:
+    return score + 0.3 * (here - there)
+
+
+def near(batch: Tensor, head: Tensor, here: Tensor, there: Tensor) -> Tensor:
+    return (here >= there) & (here - there < 2)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("kind", ["flexible", "flash"])
+def test_attention_by_a_fused_kernel_has_the_hessian_of_its_formula(kind, route):
+    torch.manual_seed(0)
+    batch = torch.randn(3, 5, 4).double(), torch.randint(3, (3,))
+    written, fused = Attending("written").double(), Attending(kind).double()
+    fused.load_state_dict(written.state_dict())
+    right = dense_hessian(ht.Problem(written, ht.cross_entropy, [batch]))
+    check = flex._validate_device
+    h = ht.HessianOperator(ht.Problem(fused, ht.cross_entropy, [batch]), route=route)
+    assert relative_error(h.matmat(torch.eye(h.size, dtype=h.dtype)), right) < 1e-12
+    assert flex._validate_device is check
+    with pytest.raises((NotImplementedError, RuntimeError), match="backward"):  # again
+        (slope,) = torch.autograd.grad(
+            fused(batch[0]).square().sum(), fused.project.weight, create_graph=True
+        )
+        slope.square().sum().backward()
 
 
 # ---------------------------------------------------------------------------- compiled by the user

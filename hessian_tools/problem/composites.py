@@ -49,9 +49,15 @@ def attention(
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(
             ~attn_mask, -torch.inf
         )
-    options = {"scale": scale, "enable_gqa": enable_gqa}
     return torch._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, **options
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
     )[0]
 
 

@@ -183,7 +183,7 @@ def dense_flex_attention() -> Iterator[None]:
 
     Its kernels have one derivative on a GPU and none on a CPU.
     """
-    module = sys.modules.get("torch.nn.attention.flex_attention")
+    module: Any = sys.modules.get("torch.nn.attention.flex_attention")
     if module is None:  # nothing can have called it
         yield
         return

@@ -184,7 +184,8 @@ def dense_flex_attention() -> Iterator[None]:
     Its kernels have one derivative on a GPU and none on a CPU.
     """
     module: Any = sys.modules.get("torch.nn.attention.flex_attention")
-    if module is None:  # nothing can have called it
+    # nothing can have called it, or a version of PyTorch that keeps it in another way refuses
+    if module is None or not hasattr(module, "_validate_device"):
         yield
         return
     operator = module.flex_attention_hop

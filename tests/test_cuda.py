@@ -69,6 +69,7 @@ class Watched:
     def __init__(self, operator, products, switch):
         self.operator, self.left, self.switch = operator, products, switch
         self.dtype, self.device = operator.dtype, operator.device
+        self.steady = operator.steady
 
     def matmat(self, vectors):
         self.switch(True)

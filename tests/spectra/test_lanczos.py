@@ -1,5 +1,6 @@
 """Lanczos and probes against prescribed spectra, scipy, and the identities of the process."""
 
+import contextlib
 import numpy as np
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_a_second_pass_where_the_first_took_nearly_everything():
     matrix[10:, :10] = matrix[:10, 10:].T
 
     class Lopsided:
-        dtype, device = torch.float64, torch.device("cpu")
+        dtype, device, steady = torch.float64, torch.device("cpu"), contextlib.nullcontext
 
         def matmat(self, vectors):
             return vectors @ matrix.T

@@ -1,6 +1,7 @@
 """Lanczos and probes against prescribed spectra, scipy, and the identities of the process."""
 
 import contextlib
+
 import numpy as np
 import pytest
 import torch

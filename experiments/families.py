@@ -26,13 +26,14 @@ Protocol, fixed before any result:
   the extra ``families``).
 
 `python experiments/families.py [--smoke] [--only GLOB ...]` prints a line a configuration and at
-the end the counts, and writes results/families: lines.jsonl (everything measured), table.txt and
+the end the counts, and writes results/families: lines.jsonl.gz (everything measured), table.txt and
 result.json. Configurations run in a process of their own, which another replaces when it dies or
-hangs. What is in lines.jsonl for the present code and libraries is not computed again, so an
-interrupted run goes on; ``--only`` computes what it names in any case.
+hangs. What is known for the present code and libraries is not computed again, so an interrupted run
+goes on; ``--only`` computes what it names in any case.
 """
 
 import fnmatch
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -254,12 +255,15 @@ def _serve(pipe: Connection) -> None:
 
 
 class Lines:
-    """lines.jsonl: a line a configuration, appended as they come, put in order at the end."""
+    """A line a configuration: lines.jsonl while a run lasts, lines.jsonl.gz in order after it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path) -> None:
+        self.journal = folder / "lines.jsonl"
+        self.packed = folder / "lines.jsonl.gz"
         self.by_name: dict[str, Line] = {}
-        for text in path.read_text().splitlines() if path.exists() else []:
+        packed = gzip.decompress(self.packed.read_bytes()) if self.packed.exists() else b""
+        begun = self.journal.read_bytes() if self.journal.exists() else b""
+        for text in [*packed.splitlines(), *begun.splitlines()]:
             try:
                 line = json.loads(text)
             except ValueError:  # torn by a kill
@@ -268,16 +272,17 @@ class Lines:
 
     def add(self, line: Line) -> None:
         self.by_name[line["name"]] = line
-        with self.path.open("a") as file:
+        with self.journal.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def put_in_order(self, names: Iterable[str]) -> list[Line]:
-        """The file with one line for each of ``names`` that it has, and these lines."""
+    def finish(self, names: Iterable[str]) -> list[Line]:
+        """The lines of ``names`` that are known, in that order, which are then the packed file."""
         kept = [self.by_name[name] for name in names if name in self.by_name]
         ordered = "".join(json.dumps(line) + "\n" for line in kept)
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(ordered)
-        scratch.replace(self.path)
+        scratch = self.packed.with_suffix(".tmp")
+        scratch.write_bytes(gzip.compress(ordered.encode(), mtime=0))
+        scratch.replace(self.packed)
+        self.journal.unlink(missing_ok=True)
         return kept
 
 
@@ -364,7 +369,7 @@ def main() -> None:
     ]
     if not names:
         script.error(f"--only {run.options.only} names none of {len(CONFIGURATIONS)}")
-    lines = Lines(run.out / "lines.jsonl")
+    lines = Lines(run.out)
     present = code()
     worker = Worker()
     for name in tqdm(names, unit="configuration"):
@@ -375,7 +380,7 @@ def main() -> None:
         lines.add(line)
         tqdm.write(printed(line))
     worker.stop()
-    everything = lines.put_in_order(CONFIGURATIONS)
+    everything = lines.finish(CONFIGURATIONS)
     outcomes = {line["name"]: line["outcome"] for line in everything}
     codes = sorted({line["code"] for line in everything})
     run.save(outcomes, {"seed": SEED, "code": codes, "allowed": ALLOWED, "smoke": run.smoke})

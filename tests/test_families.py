@@ -1,7 +1,6 @@
 """The experiment on model families: its referee, its judgement, and what is committed of it."""
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "results" / "families"
 
 
 @pytest.fixture
@@ -121,11 +121,21 @@ def test_objects_are_cast_by_their_attributes(families):
 
 
 def test_a_line_torn_by_a_kill_is_left_out_and_the_last_counts(families, tmp_path):
-    path = tmp_path / "lines.jsonl"
-    path.write_text('{"name": "b", "n": 1}\n{"name": "a"}\n{"name": "b", "n": 2}\n{"name": "c')
-    kept = families.Lines(path).put_in_order(["a", "b", "c"])
+    journal = tmp_path / "lines.jsonl"
+    journal.write_text('{"name": "b", "n": 1}\n{"name": "a"}\n{"name": "b", "n": 2}\n{"name": "c')
+    kept = families.Lines(tmp_path).finish(["a", "b", "c"])
     assert kept == [{"name": "a"}, {"name": "b", "n": 2}]
-    assert [json.loads(text) for text in path.read_text().splitlines()] == kept
+    assert not journal.exists()
+    again = families.Lines(tmp_path)
+    again.add({"name": "a", "n": 3})  # of a run that goes on
+    assert families.Lines(tmp_path).finish("ab") == [{"name": "a", "n": 3}, kept[1]]
+
+
+def test_what_is_committed_is_of_these_configurations(families):
+    lines = list(families.Lines(FOLDER).by_name.values())
+    assert [line["name"] for line in lines] == list(families.CONFIGURATIONS)
+    assert families.table(lines) == (FOLDER / "table.txt").read_text().rstrip("\n")
+    assert sum(line["outcome"] == "right" for line in lines) >= 60
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ pytrees know) that hold tensors, nested in any way. Whatever else it holds is pa
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 # A batch is whatever the user's loss function takes, so its type is not ours to say.
 Batch = Any
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)  # told by their repr
+_CODE = (type, nn.Module, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
@@ -52,6 +54,11 @@ class _Parts:
 
 def _apart(batch: Batch) -> _Parts | None:
     """A batch's parts; None for what is not looked into."""
+    return _container_apart(batch) or _object_apart(batch)
+
+
+def _container_apart(batch: Batch) -> _Parts | None:
+    """The parts of a container; None for anything else."""
     if isinstance(batch, Mapping):
         return _Parts(list(batch.values()), partial(_mapping_of, batch))
     if isinstance(batch, PackedSequence):
@@ -66,7 +73,7 @@ def _apart(batch: Batch) -> _Parts | None:
         node = pytree.SUPPORTED_NODES[type(batch)]
         items, context = node.flatten_fn(batch)
         return _Parts(list(items), lambda items: node.unflatten_fn(items, context))
-    return _object_apart(batch)
+    return None
 
 
 def _mapping_of(batch: Mapping[object, Batch], items: list[Batch]) -> Mapping[object, Batch]:
@@ -118,13 +125,13 @@ def _redirect(holder: object, old: object, new: object) -> None:
     for name, value in list(_attributes(holder).items()):
         if value is old:
             object.__setattr__(holder, name, new)
+        elif isinstance(value, weakref.ref) and value() is old:
+            object.__setattr__(holder, name, weakref.ref(new))
 
 
 def _is_record(batch: object) -> bool:
-    """Whether an object may hold data: no class, function, module, and nothing of torch's own."""
-    if isinstance(batch, type | nn.Module | torch.dtype | torch.device | ModuleType):
-        return False
-    return not callable(batch) or dataclasses.is_dataclass(batch)
+    """Whether an object may hold data: it is neither code nor one of torch's own values."""
+    return not isinstance(batch, _CODE + _VALUES)
 
 
 def _attributes(batch: object) -> dict[str, object]:
@@ -148,15 +155,15 @@ def _holds_tensors(batch: object, seen: list[object]) -> bool:
         return True
     if any(batch is holder for holder in seen):
         return False
-    if isinstance(batch, Mapping):
-        items: Iterable[object] = batch.values()
-    elif isinstance(batch, tuple | list):
-        items = batch
-    elif _is_record(batch):
-        items = _attributes(batch).values()
-    else:
-        return False
-    return any(_holds_tensors(item, [*seen, batch]) for item in items)
+    return any(_holds_tensors(item, [*seen, batch]) for item in _held(batch))
+
+
+def _held(batch: Batch) -> list[Batch]:
+    """All that a container or an object holds, tensors or not."""
+    container = _container_apart(batch)
+    if container is not None:
+        return container.items
+    return list(_attributes(batch).values()) if _is_record(batch) else []
 
 
 def with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
@@ -184,20 +191,25 @@ def outline(batch: Batch, holders: Sequence[object] = ()) -> str:
         return _kind(batch)
     if any(batch is holder for holder in holders):
         return "above"
-    within = [*holders, batch]
-    name = type(batch).__qualname__
-    if isinstance(batch, Mapping):
-        items = [f"{key!r}: {outline(item, within)}" for key, item in batch.items()]
-    elif isinstance(batch, tuple | list):
-        items = [outline(item, within) for item in batch]
-    elif isinstance(batch, _VALUES) or batch is None:
+    if isinstance(batch, _VALUES) or batch is None:
         return repr(batch)
-    elif _apart(batch) is not None:
-        attributes = _attributes(batch).items()
-        items = [f"{key}={outline(item, within)}" for key, item in attributes]
-    else:
-        return f"{name} {id(batch)}"
-    return f"{name}({', '.join(items)})"
+    if _apart(batch) is None:
+        return f"{type(batch).__qualname__} {id(batch)}"
+    parts = _named_parts(batch)
+    held = [f"{name}{outline(part, [*holders, batch])}" for name, part in parts]
+    return f"{type(batch).__qualname__}({', '.join(held)})"
+
+
+def _named_parts(batch: Batch) -> Iterator[tuple[str, Batch]]:
+    """What a container or an object holds, each part with what it is told apart by, if any."""
+    if isinstance(batch, Mapping):
+        yield from ((f"{key!r}: ", item) for key, item in batch.items())
+        return
+    if isinstance(batch, PackedSequence):
+        yield "", batch.batch_sizes.tolist()
+    container = _container_apart(batch)
+    yield from (("", item) for item in container.items) if container else ()
+    yield from ((f"{name}=", value) for name, value in _attributes(batch).items())
 
 
 def batch_length(batch: Batch) -> int | None:

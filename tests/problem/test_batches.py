@@ -1,7 +1,8 @@
 """Batches of any kind: what is found in them, what is copied, what is refused."""
 
 import dataclasses
-from collections import OrderedDict, UserDict
+import weakref
+from collections import OrderedDict, UserDict, deque
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hessian_tools as ht
 from hessian_tools.problem import CrossEntropy
-from hessian_tools.problem.batches import cut_batch, frozen, map_tensors, tensors_of, with_tensors
+from hessian_tools.problem.batches import (
+    cut_batch,
+    frozen,
+    map_tensors,
+    outline,
+    tensors_of,
+    with_tensors,
+)
 
 
 @dataclasses.dataclass
@@ -52,11 +60,25 @@ class Graph:
             raise AttributeError(name) from None
 
 
+class Called:
+    """As torch_geometric's graphs: an object that is also called, and leads back to itself."""
+
+    def __init__(self, x, y):
+        self._held = deque([x, y])  # a container that only torch's pytrees know
+        self._owner = weakref.ref(self)
+
+    def __call__(self):
+        return self
+
+    x = property(lambda self: self._held[0])
+    y = property(lambda self: self._held[1])
+
+
 def nested(x, y):
     return {"inner": [Pair(x, y), "word", 3]}
 
 
-KINDS = [Pair, Frozen, Slotted, Graph, lambda x, y: SimpleNamespace(x=x, y=y)]
+KINDS = [Called, Pair, Frozen, Slotted, Graph, lambda x, y: SimpleNamespace(x=x, y=y)]
 KINDS += [lambda x, y: Store(x=x, y=y), lambda x, y: OrderedDict(x=x, y=y), nested]
 X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 1])
 
@@ -72,6 +94,23 @@ def test_tensors_are_found_replaced_and_never_changed(kind):
     assert [id(t) for t in tensors_of(batch)] == [id(X), id(Y)]
     again = with_tensors(doubled, [X, Y])
     assert [id(t) for t in tensors_of(again)] == [id(X), id(Y)]
+
+
+def test_an_object_that_is_copied_leads_back_to_the_copy():
+    called = map_tensors(torch.clone, Called(X, Y))
+    assert called._owner() is called
+    graph = map_tensors(torch.clone, Graph(X, Y))
+    assert graph._parent is graph
+
+
+def test_outlines_tell_apart_what_a_trace_depends_on():
+    """A recorded product is shared by batches of one outline."""
+    assert outline(Called(X, Y)) != outline(Called(X, Y.float()))
+    assert outline(deque([X])) != outline(deque([Y]))
+    assert outline(SimpleNamespace(x=X, scale=1.0)) != outline(SimpleNamespace(x=X, scale=2.0))
+    first, second = (pack_sequence([torch.ones(n), torch.ones(4 - n)]) for n in (3, 2))
+    assert outline(first) != outline(second)
+    assert outline(Pair(X, Y)) == outline(Pair(X + 1, Y))
 
 
 def test_a_packed_sequence_keeps_the_sizes_of_its_steps():
@@ -95,7 +134,7 @@ def own(model, batch):
     return nn.functional.cross_entropy(model(batch.x), batch.y)
 
 
-@pytest.mark.parametrize("kind", KINDS[:5])
+@pytest.mark.parametrize("kind", KINDS[:6])
 def test_the_pooled_mean_does_not_depend_on_the_cut(kind):
     torch.manual_seed(0)
     x, y = torch.randn(40, 4), torch.randint(3, (40,))

@@ -108,10 +108,7 @@ def steps(operator, switch, m=3):
 
 @pytest.mark.parametrize("record", [True, False])
 @pytest.mark.parametrize("name", ["mlp", "batchnorm-batch", "gpt", "hf-gpt2", "hf-bert"])
-def test_lanczos_reads_no_value(name, record, request):
-    if (name, record) == ("hf-gpt2", False):
-        reason = "without a cache of keys transformers looks for packed sequences in every forward"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_lanczos_reads_no_value(name, record):
     for operator in operators(network(name, torch.float32), record):
         with Waits() as waits:
             steps(operator, lambda on: setattr(waits, "on", on))

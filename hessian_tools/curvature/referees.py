@@ -45,12 +45,13 @@ def finite_difference(problem: Problem, direction: Sequence[Tensor]) -> Referenc
     ``direction`` holds v as a tensor for each parameter. The parameters are as before on return.
     """
 
-    def difference(step: float) -> list[Tensor]:
+    def difference(step: float) -> tuple[list[Tensor], float]:
         with _moved(problem, direction, step):
             ahead = list(mean_gradient(problem).values())
+        size = norm(ahead)
         with _moved(problem, direction, -step):
             behind = list(mean_gradient(problem).values())
-        return [a.sub_(b).div_(2 * step) for a, b in zip(ahead, behind, strict=True)]
+        return [a.sub_(b).div_(2 * step) for a, b in zip(ahead, behind, strict=True)], size
 
     return _at_the_best_step(problem, norm(direction), difference)
 
@@ -62,14 +63,13 @@ def slopes(problem: Problem, directions: Sequence[Sequence[Tensor]]) -> Referenc
     return.
     """
 
-    def difference(step: float) -> list[Tensor]:
-        rises = [_rise(problem, direction, step) for direction in directions]
-        return [torch.tensor(rises, dtype=torch.float64)]
+    size = abs(problem.loss) * len(directions) ** 0.5
 
-    # what two values of the loss may differ by without any slope
-    dtype = dtype_inside(problem) or problem.dtype
-    rounding = torch.finfo(dtype).eps * abs(problem.loss) * len(directions) ** 0.5
-    return _at_the_best_step(problem, norm(directions[0]), difference, rounding)
+    def difference(step: float) -> tuple[list[Tensor], float]:
+        rises = [_rise(problem, direction, step) for direction in directions]
+        return [torch.tensor(rises, dtype=torch.float64)], size
+
+    return _at_the_best_step(problem, norm(directions[0]), difference)
 
 
 def _rise(problem: Problem, direction: Sequence[Tensor], step: float) -> float:
@@ -93,25 +93,23 @@ def mean_loss(problem: Problem) -> float:
 def _at_the_best_step(
     problem: Problem,
     length: float,
-    difference: Callable[[float], list[Tensor]],
-    rounding: float = 0.0,
+    difference: Callable[[float], tuple[list[Tensor], float]],
 ) -> Reference:
     """``difference(t)`` along a vector of this ``length``, at the step that agrees best.
 
-    ``rounding`` is the error of what is subtracted, as far as the agreement of steps may not show
-    it: values that are equal by rounding agree perfectly.
+    With each difference comes the norm of what is subtracted. Its rounding, in the dtype in which
+    the loss computes, is the least error: values that are equal by rounding agree perfectly.
     """
+    eps = torch.finfo(dtype_inside(problem) or problem.dtype).eps
     scale = norm([p.detach() for p in problem.parameters.values()]) or 1.0
     best = Reference([], float("inf"), "")
     previous: list[Tensor] = []
     for relative_step in STEPS:
         step = relative_step * scale / length
-        product = difference(step)
+        product, size = difference(step)
         if previous:
-            agreement = relative_difference(previous, product)
-            if rounding:
-                unseen = rounding / step / (norm(product) or math.ulp(0.0))
-                agreement = max(agreement, unseen)
+            rounding = eps * size / step / (norm(product) or math.ulp(0.0))
+            agreement = max(relative_difference(previous, product), rounding)
             if agreement < best.uncertainty:
                 remark = f"step {relative_step:.0e}, its own uncertainty {agreement:.0e}"
                 best = Reference(product, agreement, remark)

@@ -31,9 +31,8 @@ LINE = "#1f4e79"
 FILL = "#9ecae1"
 MARK = "#d55e00"
 ZERO = "#bbbbbb"  # of the line at zero
-KNOWN = (
-    0.05  # an extreme Ritz value is an eigenvalue's where its residual bound is below this share
-)
+# An extreme Ritz value is an eigenvalue's where its residual bound is below this share of it.
+KNOWN = 0.05
 
 
 def draw(

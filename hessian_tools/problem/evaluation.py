@@ -27,6 +27,8 @@ ONCE_DIFFERENTIABLE_ATTENTION = (
     "flex_attention",
 )
 ONCE_DIFFERENTIABLE_EXPERTS = ("grouped_mm", "sonicmoe", "deepgemm")
+# model types of transformers whose layers write the states that they keep in place
+STATES_IN_PLACE = ("rwkv",)
 
 
 @contextlib.contextmanager
@@ -46,7 +48,9 @@ def evaluating(
         stack.enter_context(batch_norm_mode(model, batch_stats))
         stack.enter_context(twice_differentiable_attention(model))
         stack.enter_context(twice_differentiable_experts(model))
-        stack.enter_context(without_cache(model))
+        if _writes_states_in_place(model):
+            # the backward pass needs the states as they were
+            stack.enter_context(without_cache(model))
         stack.enter_context(twice_differentiable_kernels())
         stack.enter_context(uncompiled())
         stack.enter_context(dense_flex_attention())
@@ -159,12 +163,17 @@ def _switched(
             setattr(config, place, value)
 
 
+def _writes_states_in_place(model: nn.Module) -> bool:
+    kinds = [getattr(config, "model_type", None) for config in transformers_configs(model)]
+    return any(kind in STATES_IN_PLACE for kind in kinds)
+
+
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """No cache of keys, values or states in models of transformers.
 
-    A layer that runs again would meet its own keys there, and some layers (RWKV) write states in
-    place that the backward pass needs.
+    Not where there is no need: without one they look into the data for packed sequences, and a
+    device makes the host wait.
     """
     configs = transformers_configs(model)
     caching = [config for config in configs if getattr(config, "use_cache", None) is True]

@@ -62,7 +62,8 @@ class Problem:
         TypeError: an argument of the wrong kind.
         ValueError: no batches, no trainable parameter, complex or sparse parameters, a loss that is
             no scalar or does not depend on the parameters, a loss that fails, BatchNorm without
-            ``batch_stats``, batches whose examples cannot be counted, two evaluations that differ.
+            ``batch_stats``, batches whose examples cannot be counted, two evaluations that differ,
+            a loss that writes into the parameters.
         NumericalError: a loss that is NaN or infinite.
     """
 
@@ -76,6 +77,7 @@ class Problem:
         num_examples: Callable[[Batch], float] | None = None,
     ) -> None:
         _check_arguments(model, loss_fn, num_examples)
+        _check_no_max_norm(model)
         self.model = model
         self.loss_fn = loss_fn
         self.num_examples = num_examples
@@ -92,7 +94,9 @@ class Problem:
             self._differentiates_inside = self._needs_gradients()
             self.counts = [self._checked_count(i) for i in range(len(self.batches))]
             losses = [self._checked_loss(i) for i in range(len(self.batches))]
+            versions = {name: p._version for name, p in self.parameters.items()}
             again = [self.batch_value(batch) for batch in self.batches]
+        self._check_unwritten(versions)
         self._check_deterministic(losses, again)
         self.samples = self._samples()
         self._check_differentiable()
@@ -218,6 +222,19 @@ class Problem:
                 f"loss_fn(model, batch) failed on batch {index} "
                 f"({described(self.batches[index])}): {type(error).__name__}: {error}"
             ) from error
+
+    def _check_unwritten(self, versions: Mapping[str, int]) -> None:
+        """Raises ValueError where every evaluation writes into parameters (versions then rise).
+
+        A first one may prepare a model (RWKV rescales its layers).
+        """
+        written = [name for name, p in self.parameters.items() if p._version != versions[name]]
+        if written:
+            raise ValueError(
+                f"evaluating the loss writes into {', '.join(written[:3])}, so that its "
+                "derivatives are not those at the weights given; do that before, or on a copy that "
+                "the forward pass makes"
+            )
 
     def _check_deterministic(self, first: Sequence[float], second: Sequence[float]) -> None:
         for index, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -347,6 +364,19 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             "call model.requires_grad_() or unfreeze some"
         )
     return parameters
+
+
+def _check_no_max_norm(model: nn.Module) -> None:
+    """Raises ValueError for embeddings that rescale their rows whenever they are read."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            continue
+        if module.max_norm is not None and module.weight.requires_grad:
+            raise ValueError(
+                f"{name or 'model'} has max_norm={module.max_norm:g} and so writes into its own "
+                "weights in every forward pass, which derivatives do not see; rescale the rows "
+                "once and set max_norm = None"
+            )
 
 
 def _common_device(parameters: Mapping[str, Tensor]) -> torch.device:

@@ -4,7 +4,8 @@ Whatever is kept between products (recorded graphs, constants of a tangent progr
 weights it was made with. autograd counts the operations that write into a tensor, but not those
 through ``.data``, and neither swapped memory (``vector_to_parameters``) nor swapped tensors
 (``load_state_dict(assign=True)``, pruning) nor ``requires_grad``. So tensors are told by what they
-are: the object, where its memory lies, how often it was written, and a checksum of its values.
+are: the object, where its memory lies, how often it was written, and, for those of the model, a
+checksum of the values. The data is the Problem's own, so that nobody writes into it by ``.data``.
 """
 
 from collections.abc import Iterable, Iterator

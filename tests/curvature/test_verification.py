@@ -8,6 +8,7 @@ from problems import NETWORKS, Cubed, SilentlyWrong, network
 from torch import nn
 
 import hessian_tools as ht
+from hessian_tools.curvature.referees import finite_difference, relative_difference
 from hessian_tools.problem.networks import SmallResNet, SmallVGG
 
 
@@ -51,6 +52,34 @@ def test_kinks_do_not_disturb_the_referee(network_class):
         ht.Problem(network_class(), ht.cross_entropy, [batch], batch_stats=stats)
     ).verify()
     assert report.passed and report.checks[-1].name.startswith("finite difference"), str(report)
+
+
+class FloatInside(nn.Module):
+    """Computes in float32 whatever its parameters are."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.tanh(x.float() * self.weight.float()).sum(-1, keepdim=True)
+
+
+def test_differences_know_how_coarsely_the_loss_computes():
+    """Small steps change nothing there, and no change at two steps is no agreement."""
+    torch.manual_seed(0)
+    batch = (torch.randn(8, 6), torch.randn(8, 1))
+    problem = ht.Problem(FloatInside(), ht.mse, [batch])
+    v = torch.randn(6, dtype=torch.float64)
+    reference = finite_difference(problem, [v])
+
+    def exact(weight):
+        return (torch.tanh(batch[0].double() * weight).sum(-1) - batch[1][:, 0]).square().mean()
+
+    weight = problem.parameters["weight"].detach()
+    product = torch.autograd.functional.hessian(exact, weight) @ v
+    error = relative_difference(reference.product, [product])
+    assert error < reference.uncertainty < 1e-2
 
 
 class Tampered(ht.HessianOperator):

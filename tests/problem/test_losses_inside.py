@@ -55,13 +55,26 @@ def one_inner_step(model, batch):
     return (torch.func.functional_call(model, moved, (batch[0],)) - 1).square().mean()
 
 
+def laplacian(model, batch):
+    """Second derivatives by torch.func; the gradient of the last bias is zero without memory."""
+
+    def value(x):
+        return model(x)[0]
+
+    second = torch.vmap(torch.func.hessian(value))(batch[0])
+    return (second.diagonal(dim1=-2, dim2=-1).sum(-1) - 1).square().mean()
+
+
 def only_while_training(model, batch):
     """Another value without gradients, and no error there."""
     loss = model(batch[0]).square().mean()
     return 3 * loss if torch.is_grad_enabled() else loss
 
 
-@pytest.mark.parametrize("loss", [residual, penalty, forces, one_inner_step, only_while_training])
+LOSSES = [residual, penalty, forces, one_inner_step, laplacian, only_while_training]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_the_product_is_that_of_double_backward(loss):
     torch.manual_seed(0)
     width = 1 if loss is residual else 3

@@ -301,3 +301,27 @@ def test_batch_stats_is_true_or_false(word):
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     with pytest.raises(ValueError, match=r"pass True .* or False"):
         ht.Problem(model, ht.mse, [(torch.ones(3, 4), torch.ones(3, 8))], batch_stats=word)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_rows_that_are_rescaled_in_every_pass_are_refused(kind):
+    model = nn.Sequential(kind(5, 3, max_norm=0.1), nn.Flatten(), nn.LazyLinear(2))
+    tokens = torch.tensor([[0, 1], [2, 3]])
+    model(tokens)
+    weight = nn.init.ones_(model[0].weight)
+    batch = (tokens, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"^0 has max_norm=0.1 .* set max_norm = None$"):
+        ht.Problem(model, ht.cross_entropy, [batch])
+    assert torch.equal(weight, torch.ones(5, 3))
+    weight.requires_grad_(False)  # a constant that is rescaled once is one
+    assert ht.HessianOperator(ht.Problem(model, ht.cross_entropy, [batch])).verify().passed
+
+
+def test_a_loss_that_writes_into_parameters_is_refused(linear):
+    def clipping(model, batch):
+        with torch.no_grad():
+            model.weight.clamp_(-0.5, 0.5)
+        return model(batch[0]).square().mean()
+
+    with pytest.raises(ValueError, match="writes into weight, so that its derivatives"):
+        ht.Problem(linear, clipping, [(torch.randn(4, linear.in_features),)])

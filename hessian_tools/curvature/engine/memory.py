@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 AUTO_SHARE = 0.7  # of what is free; the rest is the allocator's and other people's
 _UNITS = {"": 1, "B": 1}
@@ -104,6 +104,21 @@ class ByteCounter(Protocol):
         """Lets ``peak`` begin again from ``now``."""
 
 
+# The positional and the keyword arguments of an operation.
+Arguments = tuple[tuple[object, ...], Mapping[str, object]]
+
+
+def write_zeros_out(arguments: Arguments) -> Arguments:
+    """``arguments`` of an operation with plain tensors for PyTorch's zeros without memory.
+
+    An operation that a dispatch mode calls on those may crash the process.
+    """
+    if not any(tensor._is_zerotensor() for tensor in _tensors(arguments)):
+        return arguments
+    positional, keywords = tree_map_only(Tensor, torch.clone, arguments)
+    return positional, keywords
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors' storages made inside it that are still alive.
 
@@ -130,7 +145,8 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        result = function(*args, **(kwargs or {}))
+        args, kwargs = write_zeros_out((args, kwargs or {}))
+        result = function(*args, **kwargs)
         given: set[int] | None = None
         for storage in _storages((result,) if isinstance(result, Tensor) else _tensors(result)):
             key = storage._cdata

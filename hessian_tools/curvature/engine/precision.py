@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hessian_tools.curvature.engine.memory import write_zeros_out
 from hessian_tools.problem.problem import Problem
 
 # Of float32 products; the first is the default, the last is what the process is set to.
@@ -139,7 +140,8 @@ class _Dtypes(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        result = operation(*args, **(kwargs or {}))
+        args, kwargs = write_zeros_out((args, kwargs or {}))
+        result = operation(*args, **kwargs)
         results = result if isinstance(result, tuple | list) else [result]
         self.seen |= {r.dtype for r in results if isinstance(r, Tensor) and r.is_floating_point()}
         return result

@@ -17,6 +17,7 @@ from torch import nn
 from hessian_tools.curvature.engine.fake_problem import FakeProblem
 from hessian_tools.curvature.engine.segment import segment
 from hessian_tools.curvature.engine.streamed import attention, cross_entropy
+from hessian_tools.problem.evaluation import without_cache
 from hessian_tools.problem.problem import Problem
 
 
@@ -65,6 +66,9 @@ def recomputing(
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
         stack.enter_context(problem.evaluating())
+        if segments.layers:
+            # a layer that runs again would meet its own keys there
+            stack.enter_context(without_cache(problem.model))
         stack.enter_context(applied(segments, problem.model))
         yield
 

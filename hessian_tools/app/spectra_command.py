@@ -196,7 +196,7 @@ def _computed(arguments: argparse.Namespace, prepared: _Run) -> Computed:
     if folder:
         if not folder.result:
             folder.finish({"spectra": spectra, "heterogeneity": js})
-        _draw(folder.path, spectra, js, prepared.described, arguments.format)
+        _draw(folder.path, spectra, js, prepared.described, arguments)
     return spectra, js
 
 
@@ -205,12 +205,14 @@ def _draw(
     spectra: BlockSpectra,
     js: JSHeterogeneity | None,
     title: str,
-    kind: str,
+    arguments: argparse.Namespace,
 ) -> None:
     # matplotlib takes longer to import than many runs to compute
     from hessian_tools.plots import spectra as plotting
 
-    pictures = plotting.draw(folder, spectra, js, title, kind)
+    pictures = plotting.draw(
+        folder, spectra, js, title, arguments.format, normalized=arguments.normalize
+    )
     say(f"saved: {', '.join(map(str, [folder / 'result.json', *pictures]))}")
 
 
@@ -344,7 +346,13 @@ def _add_options(command: argparse.ArgumentParser, default_blocks: str) -> None:
         default="full",
         help="full makes nodes countable, the others need less memory (default: full; paper: none)",
     )
-    add_run_options(command, "config.json, result.json, result.npz and pictures")
+    output = add_run_options(command, "config.json, result.json, result.npz and pictures")
+    output.add_argument(
+        "--normalize",
+        action="store_true",
+        help="draw each block divided by its tenth largest Ritz value, as the paper does (default: "
+        "eigenvalues as they are)",
+    )
 
 
 def _add_tolerance(command: argparse.ArgumentParser) -> None:

@@ -41,10 +41,12 @@ def draw(
     js: JSHeterogeneity | None,
     title: str,
     kind: str = "png",
+    normalized: bool = False,
 ) -> list[Path]:
     """Writes a run's pictures, as png, pdf or svg, and returns their paths.
 
-    block_spectra (spectrum for one block alone) and, with ``js``, js_matrix.
+    block_spectra (spectrum for one block alone) and, with ``js``, js_matrix. ``normalized``: see
+    :func:`block_spectra`.
     """
     if len(spectra) == 1:
         (name,) = spectra.names
@@ -52,7 +54,8 @@ def draw(
         spectrum(figure.subplots(), spectra[name])
         titled(figure, f"{title}: Hessian spectrum of {name}")
         return [written(figure, folder / f"spectrum.{kind}")]
-    figure = block_spectra(spectra, title=f"{title}: Hessian spectra by block")
+    titles = f"{title}: Hessian spectra by block"
+    figure = block_spectra(spectra, title=titles, normalized=normalized)
     paths = [written(figure, folder / f"block_spectra.{kind}")]
     if js is not None and any(READINGS[name].drawn for name in js.readings):
         matrices = js_matrices(js, title=f"{title}: distances between block spectra")
@@ -60,25 +63,40 @@ def draw(
     return paths
 
 
-def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
+def block_spectra(
+    spectra: BlockSpectra,
+    *,
+    title: str = "",
+    normalized: bool = False,
+) -> Figure:
     """Small multiples, a panel a block: share of eigenvalues per decade over one symlog axis.
 
     Both axes are logarithmic, for what matters (outliers) is few eigenvalues far out. The lowest
-    share drawn is about that of one eigenvalue of the largest block. Each panel gives its extreme
-    Ritz values, with "≤" and "≥" where they are bounds only. Beyond MAX_PANELS blocks, the title
-    says how many of them (evenly spread) are shown.
+    share drawn is about that of one eigenvalue of the largest block. Ritz values that are not
+    resolved at the kernel's width are spread as far as they are uncertain. Each panel gives its
+    extreme Ritz values, with "≤" and "≥" where they are bounds only. Beyond MAX_PANELS blocks, the
+    title says how many of them (evenly spread) are shown.
+
+    ``normalized``: each block is divided by its tenth largest Ritz value, as in the figures of
+    arXiv 2402.16788, which shows shapes whatever their scales; its title says by what.
     """
     count = min(len(spectra), MAX_PANELS)
     shown = np.unique(np.linspace(0, len(spectra) - 1, count).astype(int))
     labels = shortened(spectra.names)
+    quadratures = [spectra[name] for name in spectra.names]
+    if normalized:
+        units = [tenth_largest(quadrature) for quadrature in quadratures]
+        pairs = zip(quadratures, units, strict=True)
+        quadratures = [quadrature.scaled(1 / unit) for quadrature, unit in pairs]
+        labels = [f"{label} ÷ {unit:.2g}" for label, unit in zip(labels, units, strict=True)]
     figure, panels = _grid_of_panels([labels[i] for i in shown])
-    density = spectral_density(spectra, grid="symlog")
-    largest = max(quadrature.size for quadrature in spectra.values())
+    drawn = dict(zip(spectra.names, quadratures, strict=True))
+    density = spectral_density(drawn, grid="symlog", spread_unresolved=True)
+    largest = max(quadrature.size for quadrature in quadratures)
     lowest = math.floor(math.log10(0.5 / largest))
     for panel, row in zip(panels.flat, shown, strict=False):
-        quadrature = spectra[spectra.names[row]]
         _filled(panel, density.grid, density.values[row], 10.0**lowest)
-        _mark_ends(panel, density.axis, quadrature, 10.0**lowest)
+        _mark_ends(panel, density.axis, quadratures[row], 10.0**lowest)
         panel.axvline(0.0, color=ZERO, linewidth=0.6, zorder=0)
         panel.set_title(labels[row], fontsize=7.5, pad=3)
         panel.tick_params(labelsize=6.5)
@@ -89,11 +107,19 @@ def block_spectra(spectra: BlockSpectra, *, title: str = "") -> Figure:
     titled(figure, f"{title}{missing}")
     linear = f"logarithmic beyond ±{density.axis.linthresh:.1g}, linear between"
     ends = "extreme Ritz values marked, ≤ and ≥ where they are bounds only"
-    horizontal = f"eigenvalue ({linear})\n{ends}"
+    what = "eigenvalue / tenth largest Ritz value of the block" if normalized else "eigenvalue"
+    horizontal = f"{what} ({linear})\n{ends}"
     figure.supxlabel(horizontal, fontsize=8)
     vertical = f"share of eigenvalues per decade\n(kernel of {density.width:g} decades)"
     figure.supylabel(vertical, fontsize=8)
     return figure
+
+
+def tenth_largest(quadrature: Quadrature) -> float:
+    """The tenth largest of all Ritz values, the last where there are fewer; 1 if not positive."""
+    nodes = np.sort(quadrature.pooled[0])[::-1]
+    value = float(nodes[min(9, len(nodes) - 1)])
+    return value if value > 0 else 1.0
 
 
 def _grid_of_panels(labels: Sequence[str]) -> tuple[Figure, NDArray[Any]]:  # of Axes
@@ -289,10 +315,11 @@ def titled(figure: Figure, title: str) -> None:
 def written(figure: Figure, path: Path) -> Path:
     """The figure in the format of ``path``, whole or not at all; returns ``path``.
 
-    A PNG has 150 dots an inch.
+    A PNG has 150 dots an inch. The file knows its title.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=150)
+    metadata = {"Title": figure.get_suptitle().replace("\n", " ")}
+    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=150, metadata=metadata)
     return write_atomically(path, buffer.getvalue())
 
 

@@ -11,6 +11,14 @@ operators compared, so that scaling the loss changes nothing. The default fracti
 float32's rounding (6e-8 to 1e-7 of the largest eigenvalue): what rounding makes of zero stays
 inside the linear part and is not read as structure.
 
+A Ritz value x_i with residual bound r_i has an eigenvalue within r_i, and speaks for the
+eigenvalues about as far around it. Where r_i is more than a kernel's width on the axis (small ones
+beside a large bulk, on a symlog axis), a kernel at t_i shows lobes and gaps that no spectrum has.
+With ``spread_unresolved`` the weight of such a node lies as a Gaussian of 0.5 r_i in eigenvalue
+units, cut off at the ends of all nodes, before it is smeared. Prescribed bulks and outliers have
+the peaks of their exact densities then (tests/spectra/test_density.py), and are blurred rather than
+shifted.
+
 Shapes: B operators (blocks), G grid points, i runs over all nodes of all probes.
 """
 
@@ -19,6 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import gaussian_filter1d
 from scipy.special import ndtr
 
 from hessian_tools.results import registered
@@ -26,6 +35,8 @@ from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 LINEAR_FRACTION = 1e-6
 LOG_WIDTH = 0.2  # decades
+KERNEL_REACH = 8.0  # widths; beyond, less than 1e-13 of a node's density
+SPREAD = 0.5  # standard deviation of an unresolved node's weight, of its residual bound
 NUM_POINTS = 2_000
 _WIDTHS_IN_RANGE = 200  # of the nodes, on a linear axis
 _ROUNDING = 1e-12  # of the largest |node|: eigenvalues closer to each other are equal
@@ -153,6 +164,7 @@ def spectral_density(
     num_points: int | None = None,
     width: float | None = None,
     linear_fraction: float = LINEAR_FRACTION,
+    spread_unresolved: bool = False,
 ) -> SpectralDensity:
     """Densities of one or many operators on a common grid.
 
@@ -165,6 +177,8 @@ def spectral_density(
             symlog axis, 1/200 of the range of the nodes on a linear one (the literature's, arXiv
             2402.16788, is sqrt(1e-5) eigenvalue units whatever the spectrum).
         linear_fraction: see :func:`symlog_axis`.
+        spread_unresolved: nodes whose residual bound exceeds a kernel's width are spread over it,
+            for pictures without lobes that are artefacts; otherwise they count as points.
     Raises:
         ValueError: for an argument out of range, or no operator.
     """
@@ -175,13 +189,14 @@ def spectral_density(
         if width is None or num_points is not None:
             given = f"width is {width} and num_points {num_points}"
             raise ValueError(f"{given}; a SpectralGrid brings its points and needs a width")
-        return _densities(blocks, grid, _checked(width))
+        return _densities(blocks, grid, _checked(width), spread_unresolved)
     quadratures = blocks.values()
     axis = _axis(grid, quadratures, linear_fraction)
     width = _checked(_default_width(axis, quadratures) if width is None else width)
     if num_points is None:
         num_points = NUM_POINTS
-    return _densities(blocks, spanning_grid(quadratures, axis, num_points, 5 * width), width)
+    spanning = spanning_grid(quadratures, axis, num_points, 5 * width)
+    return _densities(blocks, spanning, width, spread_unresolved)
 
 
 def _axis(kind: str, quadratures: Iterable[Quadrature], linear_fraction: float) -> Axis:
@@ -213,17 +228,23 @@ def _densities(
     blocks: Mapping[str, Quadrature],
     grid: SpectralGrid,
     width: float,
+    spread_unresolved: bool,
 ) -> SpectralDensity:
-    sums = []
+    rows = []
     lost_mass = []
     for quadrature in blocks.values():
         nodes, weights = quadrature.pooled
         positions = grid.axis.position(nodes)
-        sums.append(kernel_sum(grid, positions, weights, width)[0])
+        is_point = np.full(len(nodes), True)
+        if spread_unresolved and np.ptp(nodes) > 0:
+            is_point = _uncertainties(quadrature, grid.axis) <= width
+        points = kernel_sum(grid, positions[is_point], weights[is_point], width)[0]
+        spread = _spread(grid, quadrature, ~is_point, width)
+        rows.append(points / (width * np.sqrt(2 * np.pi)) + spread)
         below = ndtr((grid.low - positions) / width)
         above = ndtr((positions - grid.high) / width)
         lost_mass.append(weights @ (below + above))
-    values = np.stack(sums) / (width * np.sqrt(2 * np.pi))
+    values = np.stack(rows)
     return SpectralDensity(
         names=tuple(blocks),
         grid=grid.points,
@@ -233,6 +254,45 @@ def _densities(
         width=width,
         lost_mass=np.array(lost_mass),
         grid_mass=values.sum(axis=1) * grid.spacing,
+    )
+
+
+def _uncertainties(quadrature: Quadrature, axis: Axis) -> Floats:
+    """How far each pooled node's residual bound reaches on the axis, on the side where further."""
+    nodes, _ = quadrature.pooled
+    residuals = quadrature.pooled_residuals
+    middle = axis.position(nodes)
+    right = axis.position(nodes + residuals) - middle
+    left = middle - axis.position(nodes - residuals)
+    return np.maximum(left, right)
+
+
+def _spread(
+    grid: SpectralGrid,
+    quadrature: Quadrature,
+    is_spread: NDArray[np.bool_],
+    width: float,
+) -> Floats:
+    """(G,) density of the pooled nodes in ``is_spread``, each as wide as its residual bound."""
+    if not is_spread.any():
+        return np.zeros(grid.num_points)
+    nodes, weights = quadrature.pooled
+    half = grid.spacing / 2
+    edges = np.linspace(grid.low - half, grid.high + half, grid.num_points + 1)
+    # no eigenvalue is known to lie beyond the nodes
+    bounded = np.clip(grid.axis.eigenvalue(edges), nodes.min(), nodes.max())
+    middles = nodes[is_spread][:, None]
+    reach = np.minimum(quadrature.pooled_residuals[is_spread], np.ptp(nodes))
+    deviations = SPREAD * reach[:, None]
+    below = ndtr((bounded - middles) / deviations)
+    inside = below[:, -1:] - below[:, :1]
+    shares = np.diff(below, axis=1) / inside
+    mass = weights[is_spread] @ shares
+    return gaussian_filter1d(
+        mass / grid.spacing,
+        width / grid.spacing,
+        mode="constant",
+        truncate=KERNEL_REACH,
     )
 
 

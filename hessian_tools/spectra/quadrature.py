@@ -89,6 +89,15 @@ class Quadrature:
         carries = self.weights > 0
         return self.nodes[carries], self.weights[carries] / self.num_probes
 
+    @property
+    def pooled_residuals(self) -> Floats:
+        """The residual bounds of the ``pooled`` nodes."""
+        return self.residuals[self.weights > 0]
+
+    def scaled(self, factor: float) -> "Quadrature":
+        """That of the operator times ``factor`` > 0."""
+        return replace(self, nodes=factor * self.nodes, residuals=factor * self.residuals)
+
     def without_probe(self, index: int) -> "Quadrature":
         """This quadrature from the other k - 1 probes; itself when exact."""
         if self.status == "exact":

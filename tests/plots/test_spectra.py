@@ -261,6 +261,20 @@ def test_a_ritz_value_that_has_not_converged_is_a_bound():
     assert plotting.extremes(outlier, 3).endswith("to  100")
 
 
+def test_normalized_panels_are_divided_by_the_tenth_largest_ritz_value():
+    found = spectra(["a.weight", "b.weight", "c.weight"], scales=[1e-3, 10.0, 0.0], exact=True)
+    figure = plotting.block_spectra(found, normalized=True)
+    assert_readable(figure)
+    labels = []
+    for name, panel in zip(found, figure.axes, strict=True):
+        tenth = np.sort(found[name].nodes[0])[-10] or 1.0
+        ends = np.array([found[name].nodes.min(), found[name].nodes.max()]) / tenth
+        assert panel.texts[0].get_text() == "{:.3g}  to  {:.3g}".format(*ends)
+        labels.append(f"{name[0]} ÷ {tenth:.2g}")
+    assert [panel.get_title() for panel in figure.axes] == labels
+    assert "tenth largest Ritz value" in figure.get_supxlabel()
+
+
 @pytest.mark.parametrize("kind", ["pdf", "svg", "png"])
 def test_formats(kind, tmp_path):
     figure = Figure((2, 2))

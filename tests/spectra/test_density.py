@@ -4,9 +4,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from scipy.signal import find_peaks
 from scipy.special import logsumexp
 from scipy.stats import norm
 
+import hessian_tools as ht
+from hessian_tools.curvature.symmetric import DiagonalOperator
 from hessian_tools.spectra.density import (
     Axis,
     SpectralGrid,
@@ -202,3 +206,61 @@ def test_bad_arguments(arguments, message):
         spectral_density(quadrature([[1.0, 2.0]]), **arguments)
     with pytest.raises(ValueError, match="empty"):
         spectral_density({})
+
+
+# ------------------------------------------------------------------- what is not resolved
+
+
+def normal(size, scale=1.0):
+    return scale * np.random.default_rng(0).standard_normal(size)
+
+
+def log_normal(size, decade, width):
+    return 10.0 ** np.random.default_rng(1).normal(decade, width, size)
+
+
+SHAPES = {
+    "a bulk above zero": np.abs(normal(3000)),
+    "a bulk of decades": log_normal(3000, -3, 1.2),
+    "two bulks": np.concatenate([log_normal(1500, -4, 0.3), log_normal(1500, 0, 0.2)]),
+    "a bulk and outliers": np.append(normal(2997, 1e-3), [1.0, 2.0, 10.0]),
+    "of low rank": np.append(np.zeros(2800), log_normal(200, -1, 0.6)),
+}
+
+
+def count_peaks(density, floor):
+    """Peaks that stand out by 40 % in what a logarithmic picture shows."""
+    heights = np.log10(np.maximum(np.pad(density, 1), floor))
+    return len(find_peaks(heights, prominence=0.15)[0])
+
+
+@pytest.mark.parametrize("steps", [12, 40, 100])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_spread_nodes_show_the_peaks_of_the_exact_density(shape, steps):
+    eigenvalues = SHAPES[shape]
+    operator = DiagonalOperator(torch.from_numpy(eigenvalues))
+    found = ht.slq(operator, num_probes=4, num_steps=steps, exact=False)
+    exact = ht.slq(operator, num_probes=1, num_steps=2, exact=True)
+    options = {"grid": "symlog", "spread_unresolved": True}
+    density = ht.spectral_density({"found": found, "exact": exact}, **options)
+    floor = 0.5 / len(eigenvalues)
+    shown, right = (count_peaks(values, floor) for values in density.values)
+    assert shown == right
+    assert density.grid_mass == pytest.approx(1, abs=1e-6)
+    assert (density.values >= 0).all()
+
+
+def test_resolved_nodes_are_points_however_they_are_drawn():
+    operator = DiagonalOperator(torch.tensor([1.0, 2.0, 50.0], dtype=torch.float64))
+    found = ht.slq(operator, num_probes=2, num_steps=3, exact=False)
+    plain = ht.spectral_density(found, grid="symlog")
+    spread = ht.spectral_density(found, grid="symlog", spread_unresolved=True)
+    np.testing.assert_array_equal(spread.values, plain.values)
+
+
+def test_a_single_node_without_resolution_is_drawn():
+    operator = DiagonalOperator(torch.from_numpy(normal(2000)))
+    for probes in (1, 2):
+        found = ht.slq(operator, num_probes=probes, num_steps=1, exact=False)
+        density = ht.spectral_density(found, grid="symlog", spread_unresolved=True)
+        assert density.grid_mass == pytest.approx(1, abs=1e-6)

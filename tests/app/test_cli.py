@@ -118,7 +118,7 @@ def own(tmp_path, monkeypatch):
 @pytest.fixture
 def undrawn(monkeypatch):
     """For tests of anything but pictures: these take longest."""
-    monkeypatch.setattr(plotting, "draw", lambda *arguments: [])
+    monkeypatch.setattr(plotting, "draw", lambda *arguments, **options: [])
 
 
 def start(*arguments, **keywords):
@@ -457,8 +457,8 @@ OF_SPECTRA = (
     "(default: 40, with --tolerance 100; paper: 100)",
 )
 HELP = {  # command -> number of options, what its help tells
-    "js0": (24, (*OF_SPECTRA, "(default: weights; paper: official)")),
-    "spectrum": (22, (*OF_SPECTRA, "(default: model; paper: official)")),
+    "js0": (25, (*OF_SPECTRA, "(default: weights; paper: official)")),
+    "spectrum": (23, (*OF_SPECTRA, "(default: model; paper: official)")),
     "partition": (
         29,
         ("arXiv 2406.16793", "(default: adam_mini)", "Exit code 1 when a claim is contradicted"),
@@ -625,7 +625,7 @@ def test_interrupted_while_saving_a_run_goes_on_without_computing(where, capsys,
 
     with monkeypatch.context() as patch:
         if where != "pictures":
-            patch.setattr(plotting, "draw", lambda *arguments: [])
+            patch.setattr(plotting, "draw", lambda *arguments, **options: [])
         patch.setattr(os, "replace", crash_replacing)
         patch.setattr(Path, "unlink", crash_unlinking)
         assert run(*command) == 130
@@ -804,3 +804,12 @@ def test_models_lists_the_zoo(capsys):
     assert [row["name"] for row in rows] == zoo.names() == [line.split()[0] for line in table[2:]]
     gpt2 = next(line for line in table if line.startswith("gpt2 "))
     assert "124,439,808" in gpt2 and "plays" in gpt2
+
+
+@pytest.mark.parametrize("option", [[], ["--normalize"]])
+def test_normalised_pictures_are_asked_for(option, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plotting, "draw", lambda *_, **options: drawn.append(options) or [])
+    command = ("js0", "--model", "own.py:net", "--no-verify", "--probes", "1", "--steps", "2")
+    assert run(*command, *option, "--out", tmp_path / "out") == 0
+    assert drawn == [{"normalized": bool(option)}]

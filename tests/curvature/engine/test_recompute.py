@@ -16,6 +16,7 @@ from hessian_tools.curvature.engine.recompute import (
     NONE,
     Segments,
     applied,
+    recomputing,
     repeated_layers,
 )
 from hessian_tools.curvature.engine.segment import segment
@@ -346,3 +347,19 @@ def test_layers_that_read_more_than_their_arguments_are_not_segments():
     problem = ht.Problem(Model(), ht.mse, [(torch.randn(4, 3), torch.randn(4, 3))])
     with pytest.raises(ValueError, match="read more than their arguments"):
         ht.HessianOperator(problem, segments=Segments(layers=True))
+
+
+def test_layers_with_a_cache_of_keys_are_segments_too():
+    """A cache is an object that a layer fills, so that it could not run again."""
+    model = hf("GPT2LMHeadModel", "GPT2Config", **{**GPT2, "n_layer": 6})
+    assert model.config.use_cache
+    tokens = torch.randint(11, (4, 6))
+    problem = ht.Problem(model, ht.huggingface, [{"input_ids": tokens, "labels": tokens}])
+    kept = {}
+    for segments in (NONE, Segments(layers=True)):
+        with recomputing(problem, segments), LiveBytes() as live:
+            loss = problem.batch_loss(problem.batches[0])
+            kept[segments] = live.now
+            del loss
+    assert kept[Segments(layers=True)] < 0.5 * kept[NONE]
+    assert model.config.use_cache

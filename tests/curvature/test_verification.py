@@ -43,6 +43,20 @@ def test_a_gradient_that_is_not_the_loss_own_is_found():
     )  # padding_idx drops the gradient of token 0 where it is read
 
 
+def test_what_every_derivative_is_blind_to_is_found_by_the_loss():
+    """A term that is detached has no gradient, and no Hessian either: those two agree."""
+
+    def half_blind(model, batch):
+        seen = model(batch[0]).square().mean()
+        return seen + torch.tanh(model.weight.detach()).square().sum()
+
+    batch = (torch.randn(8, 3, dtype=torch.float64),)
+    problem = ht.Problem(nn.Linear(3, 2, dtype=torch.float64), half_blind, [batch])
+    report = ht.HessianOperator(problem).verify()
+    failures = [check.name for check in report.failures]
+    assert failures == ["gradient against differences of the loss"], str(report)
+
+
 @pytest.mark.parametrize("network_class", [SmallResNet, SmallVGG])
 def test_kinks_do_not_disturb_the_referee(network_class):
     torch.manual_seed(0)

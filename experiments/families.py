@@ -1,4 +1,4 @@
-"""Are products right on whatever people bring? About 250 small models, each against a difference.
+"""Are products right on whatever people bring? Some 300 small models, each against a difference.
 
 Protocol, fixed before any result:
 

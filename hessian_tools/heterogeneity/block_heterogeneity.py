@@ -10,7 +10,7 @@ Shapes: B blocks, k probes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -233,10 +233,7 @@ def _contrast(names: Sequence[str], comparison: Comparison) -> Contrast:
 
     # what is left of the difference when each spectrum is divided by its own scale
     blocks = comparison.workspace.blocks
-    shapes = [
-        replace(blocks[index], nodes=blocks[index].nodes / 10.0 ** log10_rms[index])
-        for index in (large, small)
-    ]
+    shapes = [blocks[index].scaled(10.0 ** -log10_rms[index]) for index in (large, small)]
     axis = symlog_axis(shapes, comparison.workspace.settings.linear_fraction)
     shape = float(wasserstein_distances(shapes, axis)[0, 1])
     factor = float(10.0 ** (log10_rms[large] - log10_rms[small]))

@@ -51,7 +51,7 @@ def draw(
     if len(spectra) == 1:
         (name,) = spectra.names
         figure = Figure((8, 4.4), layout="constrained")
-        spectrum(figure.subplots(), spectra[name])
+        spectrum(figure.subplots(), spectra[name], normalized=normalized)
         titled(figure, f"{title}: Hessian spectrum of {name}")
         return [written(figure, folder / f"spectrum.{kind}")]
     titles = f"{title}: Hessian spectra by block"
@@ -74,8 +74,8 @@ def block_spectra(
     Both axes are logarithmic, for what matters (outliers) is few eigenvalues far out. The lowest
     share drawn is about that of one eigenvalue of the largest block. Ritz values that are not
     resolved at the kernel's width are spread as far as they are uncertain. Each panel gives its
-    extreme Ritz values, with "≤" and "≥" where they are bounds only. Beyond MAX_PANELS blocks, the
-    title says how many of them (evenly spread) are shown.
+    extreme Ritz values, with "≤" and "≥" where they are bounds. Beyond MAX_PANELS blocks, the title
+    says how many of them (evenly spread) are shown.
 
     ``normalized``: each block is divided by its tenth largest Ritz value, as in the figures of
     arXiv 2402.16788, which shows shapes whatever their scales; its title says by what.
@@ -213,12 +213,24 @@ def js_matrix(axes: Axes, js: JSHeterogeneity, reading: str) -> None:
     axes.set_title(f"{READINGS[reading].title}\n{mean}", fontsize=9)
 
 
-def spectrum(axes: Axes, quadrature: Quadrature, *, num_outliers: int = 10) -> None:
+def spectrum(
+    axes: Axes,
+    quadrature: Quadrature,
+    *,
+    num_outliers: int = 10,
+    normalized: bool = False,
+) -> None:
     """One spectrum: density over a linear eigenvalue axis, logarithmic upwards.
 
     :func:`outliers` are marked. The kernel is 0.6 of the mean distance of the nodes, so that the
     density shows none of the single nodes, but for exact spectra not below 1/200 of the range.
+    ``normalized``: divided by its tenth largest Ritz value, see :func:`block_spectra`.
     """
+    horizontal = "eigenvalue of the mean loss's Hessian"
+    if normalized:
+        unit = tenth_largest(quadrature)
+        quadrature = quadrature.scaled(1 / unit)
+        horizontal += f" / its tenth largest Ritz value, {unit:.2g}"
     span = float(np.ptp(quadrature.nodes))
     width = span * max(1 / 200, 0.6 / quadrature.nodes.shape[1]) or None
     density = spectral_density(quadrature, num_points=4_000, width=width)
@@ -233,7 +245,7 @@ def spectrum(axes: Axes, quadrature: Quadrature, *, num_outliers: int = 10) -> N
         axes.legend(fontsize=8, frameon=False)
     axes.axvline(0.0, color=ZERO, linewidth=0.6, zorder=0)
     axes.set_title(f"n = {quadrature.size:,}, {extremes(quadrature, 4)}", fontsize=9)
-    axes.set_xlabel("eigenvalue of the mean loss's Hessian", fontsize=9)
+    axes.set_xlabel(horizontal, fontsize=9)
     vertical = f"density per unit of eigenvalue\n(Gaussian kernel of {density.width:.2g})"
     axes.set_ylabel(vertical, fontsize=9)
     axes.set_ylim(floor, None)

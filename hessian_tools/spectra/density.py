@@ -16,12 +16,13 @@ eigenvalues about as far around it. Where r_i is more than a kernel's width on t
 beside a large bulk, on a symlog axis), a kernel at t_i shows lobes and gaps that no spectrum has.
 With ``spread_unresolved`` the weight of such a node lies as a Gaussian of 0.5 r_i in eigenvalue
 units, cut off at the ends of all nodes, before it is smeared. Prescribed bulks and outliers have
-the peaks of their exact densities then (tests/spectra/test_density.py), and are blurred rather than
-shifted.
+the peaks of their exact densities then (tests/spectra/test_density.py), but deep valleys between
+bulks fill.
 
 Shapes: B operators (blocks), G grid points, i runs over all nodes of all probes.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -234,16 +235,17 @@ def _densities(
     lost_mass = []
     for quadrature in blocks.values():
         nodes, weights = quadrature.pooled
-        positions = grid.axis.position(nodes)
         is_point = np.full(len(nodes), True)
         if spread_unresolved and np.ptp(nodes) > 0:
             is_point = _uncertainties(quadrature, grid.axis) <= width
-        points = kernel_sum(grid, positions[is_point], weights[is_point], width)[0]
+        positions = grid.axis.position(nodes[is_point])
+        points = kernel_sum(grid, positions, weights[is_point], width)[0]
         spread = _spread(grid, quadrature, ~is_point, width)
         rows.append(points / (width * np.sqrt(2 * np.pi)) + spread)
         below = ndtr((grid.low - positions) / width)
         above = ndtr((positions - grid.high) / width)
-        lost_mass.append(weights @ (below + above))
+        spread_beyond = weights[~is_point].sum() - spread.sum() * grid.spacing
+        lost_mass.append(weights[is_point] @ (below + above) + spread_beyond)
     values = np.stack(rows)
     return SpectralDensity(
         names=tuple(blocks),
@@ -277,23 +279,29 @@ def _spread(
     if not is_spread.any():
         return np.zeros(grid.num_points)
     nodes, weights = quadrature.pooled
-    half = grid.spacing / 2
-    edges = np.linspace(grid.low - half, grid.high + half, grid.num_points + 1)
-    # no eigenvalue is known to lie beyond the nodes
-    bounded = np.clip(grid.axis.eigenvalue(edges), nodes.min(), nodes.max())
     middles = nodes[is_spread][:, None]
     reach = np.minimum(quadrature.pooled_residuals[is_spread], np.ptp(nodes))
     deviations = SPREAD * reach[:, None]
-    below = ndtr((bounded - middles) / deviations)
-    inside = below[:, -1:] - below[:, :1]
-    shares = np.diff(below, axis=1) / inside
+
+    def below(eigenvalues: Floats) -> Floats:
+        # no eigenvalue is known to lie beyond the nodes
+        bounded = np.clip(eigenvalues, nodes.min(), nodes.max())
+        return ndtr((bounded - middles) / deviations)
+
+    # what lies beyond the grid reaches into it by the kernel
+    margin = math.ceil(KERNEL_REACH * width / grid.spacing)
+    cells = grid.num_points + 2 * margin
+    edges = grid.low + grid.spacing * (np.arange(cells + 1) - margin - 0.5)
+    whole = np.diff(below(np.array([-np.inf, np.inf])), axis=1)
+    shares = np.diff(below(grid.axis.eigenvalue(edges)), axis=1) / whole
     mass = weights[is_spread] @ shares
-    return gaussian_filter1d(
+    smeared = gaussian_filter1d(
         mass / grid.spacing,
         width / grid.spacing,
         mode="constant",
         truncate=KERNEL_REACH,
     )
+    return smeared[margin:-margin]
 
 
 def kernel_sum(

@@ -275,6 +275,16 @@ def test_normalized_panels_are_divided_by_the_tenth_largest_ritz_value():
     assert "tenth largest Ritz value" in figure.get_supxlabel()
 
 
+def test_a_normalized_spectrum_says_by_what_it_is_divided():
+    eigenvalues = np.linspace(1.0, 400.0, 400)
+    figure = Figure((6, 4))
+    plotting.spectrum(figure.subplots(), of(eigenvalues, 2, 400), normalized=True)
+    (axes,) = figure.axes
+    assert axes.get_xlabel().endswith("/ its tenth largest Ritz value, 3.9e+02")
+    low, high = axes.get_xlim()
+    assert low < 0 and 1 < high < 1.2
+
+
 @pytest.mark.parametrize("kind", ["pdf", "svg", "png"])
 def test_formats(kind, tmp_path):
     figure = Figure((2, 2))

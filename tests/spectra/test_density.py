@@ -264,3 +264,27 @@ def test_a_single_node_without_resolution_is_drawn():
         found = ht.slq(operator, num_probes=probes, num_steps=1, exact=False)
         density = ht.spectral_density(found, grid="symlog", spread_unresolved=True)
         assert density.grid_mass == pytest.approx(1, abs=1e-6)
+
+
+def test_what_is_spread_beyond_a_grid_is_lost_and_not_renormalised():
+    """A grid over part of the nodes shows that part of the density, as one over all of them does."""
+    operator = DiagonalOperator(torch.from_numpy(log_normal(3000, -3, 1.2)))
+    found = ht.slq(operator, num_probes=4, num_steps=12, exact=False)
+    whole = ht.spectral_density(found, grid="symlog", spread_unresolved=True)
+    start, stop = 600, 1400
+    part = SpectralGrid(whole.axis, whole.grid[start], whole.grid[stop - 1], stop - start)
+    cut = ht.spectral_density(found, grid=part, width=whole.width, spread_unresolved=True)
+    np.testing.assert_allclose(cut.values[0], whole.values[0, start:stop], atol=1e-9)
+    assert 0.05 < cut.lost_mass[0] < 0.95
+    assert cut.lost_mass + cut.grid_mass == pytest.approx(1, abs=1e-3)
+
+
+def test_a_scaled_operator_has_the_scaled_quadrature():
+    eigenvalues = torch.from_numpy(normal(500))
+    plain, thrice = (
+        ht.slq(DiagonalOperator(factor * eigenvalues), num_probes=2, num_steps=8, exact=False)
+        for factor in (1, 3)
+    )
+    np.testing.assert_allclose(plain.scaled(3).nodes, thrice.nodes, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(plain.scaled(3).residuals, thrice.residuals, rtol=1e-8, atol=1e-12)
+    np.testing.assert_array_equal(plain.scaled(3).weights, plain.weights)

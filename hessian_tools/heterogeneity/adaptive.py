@@ -5,11 +5,10 @@ every block.
 of three parts, as fractions of the mean); the run stops when it meets the tolerance, and until then
 :mod:`hessian_tools.heterogeneity.allocation` says which blocks grow.
 
-A tolerance is met in the estimate, not in the truth: where every spectrum is still unresolved (few
-steps, and a kernel much narrower than the gaps between nodes), JS is high and stays there for a
-while, which looks like convergence. What blocks at ``max_steps`` still change is reported in
-``steps``: the tolerance is then not met, and probes are added only until the other parts would meet
-it.
+The literature's readings are refused: where every spectrum is still unresolved (few steps, and a
+kernel much narrower than the gaps between nodes), JS is high and stays there for a while, which
+looks like convergence. What blocks at ``max_steps`` still change is reported in ``steps``: the
+tolerance is then not met, and probes are added only until the other parts would meet it.
 
 Shapes: B blocks, k probes, m steps.
 """
@@ -27,17 +26,16 @@ from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.curvature.progress import product_bar
 from hessian_tools.heterogeneity.allocation import Limits, next_growth
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, js_heterogeneity
-from hessian_tools.heterogeneity.growing import GrowingSpectra, Growth
-from hessian_tools.heterogeneity.readings import JS0, READINGS
+from hessian_tools.heterogeneity.readings import DEFAULT, READINGS, SCALE
 from hessian_tools.heterogeneity.uncertainty import Shares, Uncertainty, shares_of
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
+from hessian_tools.spectra.growing import GrowingSpectra, Growth
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.spectra.settings import Settings
 from hessian_tools.spectra.slq import names_and_cuts, solved
 
-FIRST_PROBES = 4  # with fewer the errors are unknown
-FIRST_STEPS = 16  # with fewer nothing is resolved
+FIRST_PROBES = 2
 
 
 @registered
@@ -101,7 +99,7 @@ def adaptive_js0(
     partition: Partition | Iterable[Block],
     *,
     tolerance: float = 0.05,
-    reading: str | Sequence[str] = JS0,
+    reading: str | Sequence[str] = DEFAULT,
     max_matvecs: int = 1000,
     max_steps: int = 100,
     seed: int = 0,
@@ -121,10 +119,10 @@ def adaptive_js0(
 
     Args:
         curvature, partition: see :func:`hessian_tools.blockwise_slq`.
-        tolerance: of the sum of standard error, bias and change over the last steps, relative to
-            the mean.
-        reading: one or several of :data:`hessian_tools.heterogeneity.readings.READINGS`, such as
-            "unnormalised" or "scale", all of which must meet the tolerance.
+        tolerance: the standard error of the mean, with what the last Lanczos steps changed in it,
+            relative to the mean (or to a tenth of a decade, where that is more).
+        reading: one or several of "scale", "curvature", "log" and "wasserstein", all of which must
+            meet the tolerance. The literature's readings are refused, as their error is not known.
         max_matvecs, max_steps: the most products for a block, and the most steps of a probe; the
             defaults are what the literature spends on every block, 10 probes of 100 steps.
         exact: "auto": blocks of at most max_matvecs rows that need no fewer products are computed
@@ -151,7 +149,8 @@ def adaptive_js0(
 
     with product_bar(None, shown=progress) as bar:
         growing = GrowingSpectra(operator, partition, settings, finished or {}, on_block, bar)
-        growths = _begin(growing, cuts, limits)
+        steps = max(READINGS[name].first_steps for name in asked)
+        growths = _begin(growing, cuts, limits, steps)
         history: list[Round] = []
         while growths or not history:
             for name, growth in growths.items():
@@ -165,7 +164,7 @@ def adaptive_js0(
     spectra = growing.spectra()
     return AdaptiveJS0(
         spectra=spectra,
-        heterogeneity=js_heterogeneity(spectra),
+        heterogeneity=js_heterogeneity(spectra, readings=_over_pairs(asked)),
         history=tuple(history),
         tolerance=tolerance,
         reading=asked,
@@ -187,9 +186,18 @@ def _round(
     )
 
 
-def _begin(growing: GrowingSpectra, cuts: Iterable[Cut], limits: Limits) -> dict[str, Growth]:
+def _over_pairs(asked: Sequence[str]) -> list[str] | None:
+    return [name for name in asked if name != SCALE] or None
+
+
+def _begin(
+    growing: GrowingSpectra,
+    cuts: Iterable[Cut],
+    limits: Limits,
+    first_steps: int,
+) -> dict[str, Growth]:
     """Computes the blocks that are so small that they are exact, and says how the others begin."""
-    steps = min(FIRST_STEPS, limits.max_steps, limits.max_matvecs // 2)
+    steps = min(first_steps, limits.max_steps, limits.max_matvecs // 2)
     probes = min(FIRST_PROBES, limits.max_matvecs // steps)
     first = replace(growing.settings, num_probes=probes, num_steps=steps)
     small = [cut for cut in cuts if first.is_exact(cut.block_size)]
@@ -214,9 +222,14 @@ def _check(
             f"tolerance is {tolerance!r}; choose a positive number, such as 0.05 for 5 % of the "
             "mean"
         )
-    if not asked or not set(asked) <= set(READINGS):
-        choices = ", ".join(map(repr, READINGS))
-        raise ValueError(f"reading is {asked!r}; choose from {choices}")
+    tolerable = [name for name, measure in READINGS.items() if measure.tolerable]
+    if not asked or not set(asked) <= set(tolerable):
+        choices = ", ".join(map(repr, tolerable))
+        literature = ", ".join(name for name in READINGS if name not in tolerable)
+        raise ValueError(
+            f"reading is {asked!r}; a tolerance can be had of {choices} (the error of {literature} "
+            "is not known: take a fixed number of probes and steps for them)"
+        )
     _check_limit("max_matvecs", max_matvecs, 6)
     _check_limit("max_steps", max_steps, 3)
     if exact not in ("auto", False):

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hessian_tools.heterogeneity.growing import Growth
 from hessian_tools.heterogeneity.uncertainty import Shares, Uncertainty
+from hessian_tools.spectra.growing import Growth
 from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 Integers = NDArray[np.int_]

@@ -1,10 +1,10 @@
 """How different the Hessian spectra of a network's blocks are: readings, their errors, a verdict.
 
-The readings are defined in :mod:`hessian_tools.heterogeneity.readings`. Standard errors and bias:
-jackknife over probes, a block at a time, see :mod:`hessian_tools.heterogeneity.comparison`. Few
-probes make spectra look more different than they are, by O(1/k): that bias is reported beside the
-error and not subtracted. What too few Lanczos steps do is in neither
-(:mod:`hessian_tools.heterogeneity.adaptive` estimates it).
+The readings are defined in :mod:`hessian_tools.heterogeneity.readings`. Errors:
+:mod:`hessian_tools.heterogeneity.estimate`. ``low`` and ``high`` are the ends of an interval that
+covers the exact value 95 times in 100, Lanczos steps included; both are nan where the steps do not
+resolve the reading, and for the literature's readings, which instead have a ``floor``: what blocks
+with one and the same spectrum read.
 
 Shapes: B blocks, k probes.
 """
@@ -14,14 +14,21 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from hessian_tools.heterogeneity.comparison import Comparison, Jackknife, jackknife
+from hessian_tools.heterogeneity.comparison import Found, compared
 from hessian_tools.heterogeneity.literature import LiteratureDensities
-from hessian_tools.heterogeneity.log_axis import wasserstein_distances
-from hessian_tools.heterogeneity.measure import GridSettings
-from hessian_tools.heterogeneity.readings import JS0, READINGS, SCALE, pair_readings
-from hessian_tools.heterogeneity.verdict import Contrast, Verdict, decide
+from hessian_tools.heterogeneity.log_axis import shape_distance
+from hessian_tools.heterogeneity.measure import Densities, GridSettings, Workspace
+from hessian_tools.heterogeneity.readings import (
+    CURVATURE,
+    DEFAULT,
+    JS0,
+    READINGS,
+    SCALE,
+    pair_readings,
+)
+from hessian_tools.heterogeneity.verdict import Contrast, Evidence, Verdict, decide
 from hessian_tools.results import registered
-from hessian_tools.spectra.density import LINEAR_FRACTION, LOG_WIDTH, symlog_axis
+from hessian_tools.spectra.density import LINEAR_FRACTION, LOG_WIDTH, unresolved_below
 from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 
@@ -30,13 +37,17 @@ from hessian_tools.spectra.quadrature import Floats, Quadrature
 class Reading:
     """One reading over pairs of blocks."""
 
-    mean: float  # over pairs of blocks
-    standard_error: float
-    matrix: Floats  # (B, B) symmetric, zero diagonal
+    mean: float  # over pairs of blocks, without what few probes add to it where that is known
+    standard_error: float  # from the probes
+    matrix: Floats  # (B, B) symmetric, zero diagonal; nan for blocks that are zero
     unit: str
     description: str
     # of ``mean`` from finitely many probes, by the jackknife; not subtracted
     bias: float = float("nan")
+    low: float = float("nan")  # of an interval that covers 95 times in 100, nan if not resolved
+    high: float = float("nan")
+    change: float = float("nan")  # that the last Lanczos steps made
+    floor: float = float("nan")  # of identical blocks, at these probes and steps
 
 
 @registered
@@ -44,17 +55,21 @@ class Reading:
 class ScaleSpread:
     """Standard deviation (over B, not B - 1) of log10 of the blocks' rms eigenvalues, in decades.
 
-    Blocks whose Hessian is exactly zero have no scale: they are -inf in ``log10_rms`` and left out
-    (nan if fewer than two remain).
+    ``value`` is without what the errors of the logarithms add, and negative where the blocks differ
+    by less than that (:class:`hessian_tools.heterogeneity.readings.Scale`). Blocks whose Hessian is
+    zero have no scale: they are -inf in ``log10_rms`` and left out (nan if fewer than two remain).
     """
 
     value: float
     standard_error: float
-    log10_rms: Floats  # (B,)
+    log10_rms: Floats  # (B,) as measured
     unit: str = READINGS[SCALE].unit
     description: str = READINGS[SCALE].description
-    # of ``value`` from finitely many probes, by the jackknife; not subtracted
-    bias: float = float("nan")
+    bias: float = 0.0  # taken off
+    low: float = float("nan")
+    high: float = float("nan")
+    change: float = 0.0
+    floor: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -67,7 +82,8 @@ class ScaleSpread:
 class JSHeterogeneity:
     """All readings of one set of block spectra.
 
-    ``js0``, ``standard_error`` and ``matrix`` are those of the literature's reading.
+    ``js0``, ``standard_error`` and ``matrix`` are those of the literature's reading, where it was
+    asked for.
     """
 
     names: tuple[str, ...]  # (B,)
@@ -75,11 +91,12 @@ class JSHeterogeneity:
     scale_spread: ScaleSpread
     verdict: Verdict
     num_matvecs: int
-    num_probes: int  # k of the jackknife, the fewest of any block; 0 when all blocks are exact
-    spacing: float  # dx of the literature's grid, in eigenvalue units
+    num_probes: int  # k, the fewest of any block; 0 when all blocks are exact
+    spacing: float  # dx of the literature's grid, in eigenvalue units; nan without its readings
     linthresh: float  # of the symlog axis, in eigenvalue units
     settings: dict[str, float]  # num_points, variance, margin, log_width, linear_fraction
     notes: tuple[str, ...]
+    num_steps: int = 0  # m, the most of any block; 0 when all blocks are exact
 
     @property
     def js0(self) -> float:
@@ -96,8 +113,8 @@ class JSHeterogeneity:
 
     @property
     def every_reading(self) -> dict[str, Reading | ScaleSpread]:
-        """The readings over pairs and the spread of scales, by name."""
-        return {**self.readings, SCALE: self.scale_spread}
+        """The spread of scales and the readings over pairs, by name."""
+        return {SCALE: self.scale_spread, **self.readings}
 
 
 def js_heterogeneity(
@@ -115,45 +132,39 @@ def js_heterogeneity(
     Args:
         spectra: BlockSpectra, or any mapping of names to Quadratures; blocks may differ in probes
             and steps.
-        readings: some of "bounded", "unnormalised", "log", "wasserstein"; None: all of them. The
-            spread of scales is always computed. Without "unnormalised" there is no ``js0``
-            (KeyError) and the verdict is "undecided".
+        readings: some of "curvature", "log", "wasserstein", and the literature's "bounded" and
+            "unnormalised"; None: "curvature". The spread of scales is always computed.
         num_points, variance, margin: of the literature's grid and kernel, in eigenvalue units.
         log_width: kernel of the "log" reading, in decades.
         linear_fraction: see :func:`hessian_tools.spectra.density.symlog_axis`.
     Raises:
         ValueError: for fewer than two blocks, an unknown reading, or a setting out of range.
     """
-    asked = pair_readings() if readings is None else tuple(readings)
+    asked = [name for name in DEFAULT if name != SCALE] if readings is None else list(readings)
     _check(spectra, asked)
     settings = GridSettings(num_points, variance, margin, log_width, linear_fraction)
     names = tuple(spectra)
     blocks = list(spectra.values())
-    comparison = Comparison(blocks, [*asked, SCALE], settings)
-    parts = jackknife(comparison)
-
-    log10_rms = comparison.values[SCALE]
-    scale = parts[SCALE]
-    spread = ScaleSpread(
-        comparison.means[SCALE],
-        scale.standard_error,
-        log10_rms,
-        bias=scale.bias,
-    )
-    num_probes = min((block.num_probes for block in blocks if block.status != "exact"), default=0)
-    literature = comparison.workspace.densities(LiteratureDensities)
-    spacing = literature.grid.spacing
+    # the verdict hears both of these
+    needed = list(dict.fromkeys([SCALE, CURVATURE, *asked]))
+    found, workspace = compared(blocks, needed, settings)
+    stochastic = [block for block in blocks if block.status != "exact"]
+    num_probes = min((block.num_probes for block in stochastic), default=0)
+    is_literature = any(not READINGS[name].tolerable for name in asked)
+    literature = workspace.densities(LiteratureDensities) if is_literature else None
+    notes = [*_notes(names, blocks, workspace, asked), *_literature_notes(literature)]
     return JSHeterogeneity(
         names=names,
-        readings={name: _reading(name, comparison, parts[name]) for name in asked},
-        scale_spread=spread,
-        verdict=_verdict(names, comparison, parts),
+        readings={name: _reading(found[name]) for name in asked},
+        scale_spread=_scale_spread(found[SCALE]),
+        verdict=_verdict(names, workspace, found),
         num_matvecs=sum(block.num_matvecs for block in blocks),
         num_probes=num_probes,
-        spacing=spacing,
-        linthresh=comparison.workspace.axis.linthresh,
+        spacing=literature.grid.spacing if literature else float("nan"),
+        linthresh=workspace.axis.linthresh,
         settings=asdict(settings),
-        notes=tuple(_notes(names, log10_rms, num_probes, spacing, literature.width)),
+        notes=tuple(notes),
+        num_steps=max((block.nodes.shape[1] for block in stochastic), default=0),
     )
 
 
@@ -168,93 +179,96 @@ def _check(spectra: Mapping[str, Quadrature], asked: Sequence[str]) -> None:
         raise ValueError(f"readings is {asked!r}; choose at least one of {choices}")
 
 
-def _reading(name: str, comparison: Comparison, part: Jackknife) -> Reading:
-    measure = READINGS[name]
+def _reading(found: Found) -> Reading:
     return Reading(
-        comparison.means[name],
-        part.standard_error,
-        comparison.values[name],
-        measure.unit,
-        measure.description,
-        part.bias,
+        found.mean,
+        found.standard_error,
+        found.values,
+        found.measure.unit,
+        found.measure.description,
+        found.bias,
+        found.low,
+        found.high,
+        found.change,
+        found.floor,
+    )
+
+
+def _scale_spread(found: Found) -> ScaleSpread:
+    return ScaleSpread(
+        found.mean,
+        found.standard_error,
+        found.values,
+        low=found.low,
+        high=found.high,
     )
 
 
 def _verdict(
     names: Sequence[str],
-    comparison: Comparison,
-    parts: Mapping[str, Jackknife],
+    workspace: Workspace,
+    found: Mapping[str, Found],
 ) -> Verdict:
-    contrast = _contrast(names, comparison)
-    witnesses = {
-        name: mean
-        for name, mean in comparison.means.items()
-        if READINGS[name].reference_cases is not None
+    evidence = {
+        name: Evidence(found[name].mean, found[name].low, found[name].high)
+        for name in (SCALE, CURVATURE)
     }
-    if JS0 not in parts:
-        return decide(np.nan, np.nan, contrast, witnesses, bias=np.nan)
-    part = parts[JS0]
-    return decide(
-        comparison.means[JS0],
-        part.standard_error,
-        contrast,
-        witnesses,
-        bias=part.bias,
-        unseen=_unseen(comparison),
-    )
+    literature = None
+    if JS0 in found:
+        literature = (found[JS0].mean, found[JS0].floor)
+    if workspace.is_zero.sum() > len(names) - 2:
+        return decide(evidence, None, literature)
+    contrast = _contrast(names, workspace, found[CURVATURE].values, found[SCALE].values)
+    return decide(evidence, contrast, literature)
 
 
-def _unseen(comparison: Comparison) -> str:
-    """Why the literature's densities could not differ; "" where they could."""
-    blocks = comparison.workspace.blocks
-    largest = max(float(np.abs(block.nodes).max()) for block in blocks)
-    width = comparison.workspace.densities(LiteratureDensities).width
-    if largest == 0:
-        return "the Hessian of every block is exactly zero, of which nothing can be told"
-    if largest < width:
-        return (
-            f"no eigenvalue exceeds {largest:.2g}, less than the width {width:.2g} of its kernel, "
-            "so that blocks look alike whatever they are; its scale-free companions remain"
-        )
-    return ""
-
-
-def _contrast(names: Sequence[str], comparison: Comparison) -> Contrast:
-    """The most distant pair of blocks, by the most telling reading that was computed."""
-    most_telling = [name for name in pair_readings() if name in comparison.values][-1]
-    matrix = comparison.values[most_telling]
-    above = np.triu_indices(len(matrix), 1)
-    farthest = np.transpose(above)[np.argmax(matrix[above])].tolist()
-    log10_rms = comparison.values[SCALE]
+def _contrast(
+    names: Sequence[str],
+    workspace: Workspace,
+    distances: Floats,
+    log10_rms: Floats,
+) -> Contrast:
+    """The most distant pair of blocks in their curvature."""
+    above = np.triu_indices(len(names), 1)
+    farthest = np.transpose(above)[np.nanargmax(distances[above])].tolist()
     large, small = sorted(farthest, key=lambda block: -log10_rms[block])
-    if not np.isfinite(log10_rms[small]):
-        factor = float("inf") if np.isfinite(log10_rms[large]) else 1.0
-        return Contrast(names[large], names[small], factor, float("nan"))
-
-    # what is left of the difference when each spectrum is divided by its own scale
-    blocks = comparison.workspace.blocks
-    shapes = [blocks[index].scaled(10.0 ** -log10_rms[index]) for index in (large, small)]
-    axis = symlog_axis(shapes, comparison.workspace.settings.linear_fraction)
-    shape = float(wasserstein_distances(shapes, axis)[0, 1])
     factor = float(10.0 ** (log10_rms[large] - log10_rms[small]))
+    one, other = (workspace.blocks[index] for index in (large, small))
+    shape = shape_distance(one, other, workspace.settings)
     return Contrast(names[large], names[small], factor, shape)
 
 
 def _notes(
     names: Sequence[str],
-    log10_rms: Floats,
-    num_probes: int,
-    spacing: float,
-    width: float,
+    blocks: Sequence[Quadrature],
+    workspace: Workspace,
+    asked: Sequence[str],
 ) -> Iterator[str]:
-    zero = [name for name, scale in zip(names, log10_rms, strict=True) if not np.isfinite(scale)]
+    zero = [name for name, is_zero in zip(names, workspace.is_zero, strict=True) if is_zero]
     if zero:
         yield (
-            f"{len(zero)} block(s) with an exactly zero Hessian are left out of the scale spread: "
-            f"{', '.join(zero)}"
+            f"{len(zero)} block(s) whose Hessian is zero, or rounding of zero, have neither scale "
+            f"nor curvature and are left out: {', '.join(zero)}"
         )
-    if num_probes == 1:
-        yield "one probe: standard errors are unknown (nan); take at least two"
+    bounds = [unresolved_below(block) for block in blocks]
+    if {"log", "wasserstein"} & set(asked) and max(bounds) >= workspace.axis.linthresh > 0:
+        coarsest = names[int(np.argmax(bounds))]
+        yield (
+            f"log and wasserstein do not tell eigenvalues below {workspace.axis.linthresh:.2g} "
+            f"apart, which {coarsest} does not resolve at its steps; values at other steps are "
+            "on another axis"
+        )
+
+
+def _literature_notes(densities: Densities | None) -> Iterator[str]:
+    if densities is None:
+        return
+    yield (
+        "bounded and unnormalised are the literature's: they move with the loss' scale and with "
+        "the number of Lanczos steps, and have a floor instead of an error"
+    )
+    spacing = densities.grid.spacing
+    width = densities.width
     if spacing > width:
         # between two grid points a node may be half a spacing from the nearer one, and exp(-38^2/2)
         # is where float64 ends

@@ -1,31 +1,38 @@
 """Readings over the symlog axis of :mod:`hessian_tools.spectra.density`, in decades.
 
 "log" is the JS divergence of densities smoothed on that axis. "wasserstein" is the 1-Wasserstein
-distance on it, exactly from nodes and weights, without a kernel. Neither changes when the loss is
+distance on it, from nodes and weights, without a kernel. Neither changes when the loss is
 multiplied by a constant.
 
-Shapes: B blocks.
+The axis, one for all blocks compared, knows what the spectra resolve: it is linear below the size
+at which a Ritz value's residual bound exceeds it
+(:func:`hessian_tools.spectra.density.unresolved_below`), and eigenvalues smaller than that count as
+small and no more. More Lanczos steps make it reach further down, so readings are compared only at
+like ``linthresh``.
+
+Both are estimates from probes. What these make too high on average, to second order, is taken off:
+for "wasserstein" as in :mod:`hessian_tools.heterogeneity.transport`; for "log", with p and q the
+densities of two blocks and f the integrand of the divergence, it is (f_pp Var p + f_qq Var q) / 2,
+where f_pp = q / (2 p (p + q)).
+
+Shapes: B blocks, G grid points.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial.distance import pdist, squareform
+from scipy.ndimage import gaussian_filter1d
 
-from hessian_tools.heterogeneity.measure import (
-    Densities,
-    GridSettings,
-    PairMeasure,
-    Replacement,
-    Workspace,
-)
-from hessian_tools.spectra.density import Axis, SpectralGrid, spanning_grid
+from hessian_tools.heterogeneity.divergence import js_divergences
+from hessian_tools.heterogeneity.estimate import Sample, probe_variance
+from hessian_tools.heterogeneity.measure import Densities, GridSettings, Sampled, Workspace
+from hessian_tools.heterogeneity.transport import transport
+from hessian_tools.spectra.density import KERNEL_REACH, SpectralGrid, kernel_sum, spanning_grid
 from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 _MARGIN = 8  # kernel widths beyond the extreme nodes: 1e-15 of the mass is lost at most
 _POINTS_A_WIDTH = 16  # the sum over grid points is then the integral, to rounding
-_SLAB = 1 << 23  # numbers in one temporary
+_NEGLIGIBLE = 1e-25  # a probability that cannot change a JS in float64
 
 
 class LogDensities(Densities):
@@ -41,13 +48,31 @@ class LogDensities(Densities):
     def width_for(self, settings: GridSettings) -> float:
         return settings.log_width
 
-    def serves(self, needed: SpectralGrid) -> bool:
-        """A grid that reaches further gives the same integral."""
-        return self.grid.low <= needed.low and needed.high <= self.grid.high
+    def variances(self) -> Floats:
+        """(B, G) of the rows, from the law of the probes."""
+        # the square of a Gaussian is one of 1 / sqrt(2) of its width
+        square = (self.grid.spacing / (self.width * np.sqrt(2 * np.pi))) ** 2
+        found = np.zeros_like(self.rows)
+        for index, block in enumerate(self.blocks):
+            if block.status == "exact":
+                continue
+            nodes, weights = block.pooled
+            positions = self.grid.axis.position(nodes)
+            sums, _ = kernel_sum(self.grid, positions, weights, self.width / np.sqrt(2))
+            pieces = block.num_probes * (block.size / 2 + 1)
+            found[index] = np.maximum(square * sums - self.rows[index] ** 2, 0.0) / pieces
+        return found
+
+    def means(self, values: Floats, block: Quadrature) -> Floats:
+        """What the kernel at each pooled node of ``block`` averages of (G,) ``values``."""
+        smooth = gaussian_filter1d(
+            values, self.width / self.grid.spacing, mode="nearest", truncate=KERNEL_REACH
+        )
+        return np.interp(self.grid.axis.position(block.pooled[0]), self.grid.points, smooth)
 
 
 @dataclass(frozen=True)
-class Log(PairMeasure):
+class Log(Sampled):
     """JS of densities with a kernel of constant width in decades."""
 
     name: str = "log"
@@ -58,17 +83,60 @@ class Log(PairMeasure):
         "JS divergence of densities over a symmetric-log eigenvalue axis, at most ln 2"
     )
     scale_free: bool = True
-    reference_cases: tuple[float, float] | None = (0.081, 0.693)
+    least: float = 0.05
 
-    def values(self, workspace: Workspace) -> Floats:
-        return workspace.densities(LogDensities).divergences
+    def sample(self, workspace: Workspace) -> Sample:
+        densities = LogDensities(workspace)
+        blocks = workspace.blocks
+        matrix = js_divergences(densities.rows) - _excess(densities)
+        np.fill_diagonal(matrix, 0.0)
+        slopes = _slopes(densities.rows)
 
-    def row(self, replacement: Replacement) -> Floats:
-        return replacement.divergences(LogDensities)
+        def average(index: int, block: Quadrature) -> tuple[Floats, float]:
+            values = densities.means(slopes[index], block)
+            return values, float(block.pooled[1] @ values)
+
+        def effect(index: int, quadrature: Quadrature) -> float:
+            return average(index, quadrature)[1] - average(index, blocks[index])[1]
+
+        terms = []
+        for index, block in enumerate(blocks):
+            values, mean = average(index, block)
+            terms.append(probe_variance(block, values - mean))
+        return Sample(
+            values=matrix,
+            mean=float(matrix[np.triu_indices(len(matrix), 1)].mean()),
+            variances=np.array([variance for variance, _ in terms]),
+            freedoms=np.array([freedom for _, freedom in terms]),
+            effect=effect,
+        )
+
+
+def _excess(densities: LogDensities) -> Floats:
+    """(B, B) what the probes make the divergences too high (see the module's docstring)."""
+    rows = densities.rows
+    relative = np.divide(
+        densities.variances(), rows, out=np.zeros_like(rows), where=rows > _NEGLIGIBLE
+    )
+    excess = np.empty((len(rows), len(rows)))
+    for index, row in enumerate(rows):
+        sums = np.maximum(row + rows, _NEGLIGIBLE)
+        excess[index] = ((rows / sums) * relative[index]).sum(axis=1) / 4
+    return excess + excess.T
+
+
+def _slopes(rows: Floats) -> Floats:
+    """(B, G) derivative of the mean divergence with respect to each block's probabilities."""
+    num_pairs = len(rows) * (len(rows) - 1) / 2
+    bounded = np.maximum(rows, _NEGLIGIBLE)
+    slopes = np.empty_like(rows)
+    for index, row in enumerate(bounded):
+        slopes[index] = np.log(2 * row / (row + bounded)).sum(axis=0) / 2 / num_pairs
+    return slopes
 
 
 @dataclass(frozen=True)
-class Wasserstein(PairMeasure):
+class Wasserstein(Sampled):
     """1-Wasserstein distance in decades; unlike JS it has no ceiling."""
 
     name: str = "wasserstein"
@@ -78,51 +146,12 @@ class Wasserstein(PairMeasure):
     description: str = "1-Wasserstein distance of the spectra over a symmetric-log eigenvalue axis"
     scale_free: bool = True
     drawn: bool = True
-    reference_cases: tuple[float, float] | None = (0.11, 2.03)
 
-    def values(self, workspace: Workspace) -> Floats:
-        return wasserstein_distances(workspace.blocks, workspace.axis)
-
-    def row(self, replacement: Replacement) -> Floats:
-        blocks = replacement.workspace.blocks
-        axis = replacement.workspace.axis
-        others = [blocks[index] for index in np.flatnonzero(replacement.others)]
-        return np.array([_wasserstein(replacement.block, other, axis) for other in others])
+    def sample(self, workspace: Workspace) -> Sample:
+        return transport(workspace.blocks, workspace.axis.position, 0)
 
 
-def wasserstein_distances(blocks: Sequence[Quadrature], axis: Axis) -> Floats:
-    """1-Wasserstein distances of all pairs, (B, B), in the axis' unit.
-
-    They are the exact integrals of |F_p - F_q| over the axis, F the cumulative distributions, which
-    are constant between neighbouring nodes of any block.
-    """
-    pooled = [block.pooled for block in blocks]
-    positions = axis.position(np.concatenate([nodes for nodes, _ in pooled]))
-    weights = np.concatenate([weights for _, weights in pooled])
-    owners = np.repeat(np.arange(len(blocks)), [len(nodes) for nodes, _ in pooled])
-    order = np.argsort(positions, kind="stable")
-    gaps = np.diff(positions[order])
-    owners = owners[order][:-1]
-    weights = weights[order][:-1]
-
-    distances = np.zeros(len(blocks) * (len(blocks) - 1) // 2)
-    reached = np.zeros((len(blocks), 1))  # F of every block at the end of the slab before
-    columns = max(1, _SLAB // len(blocks))
-    for slab in np.split(np.arange(len(gaps)), range(columns, len(gaps), columns)):
-        jumps = np.zeros((len(blocks), len(slab)))
-        jumps[owners[slab], np.arange(len(slab))] = weights[slab]
-        cumulative = reached + np.cumsum(jumps, axis=1)
-        reached = cumulative[:, -1:]
-        distances += pdist(cumulative * gaps[slab], "cityblock")
-    return squareform(distances)
-
-
-def _wasserstein(left: Quadrature, right: Quadrature, axis: Axis) -> float:
-    """One entry of :func:`wasserstein_distances`."""
-    left_nodes, left_weights = left.pooled
-    right_nodes, right_weights = right.pooled
-    positions = axis.position(np.concatenate([left_nodes, right_nodes]))
-    order = np.argsort(positions, kind="stable")
-    jumps = np.concatenate([left_weights, -right_weights])[order]
-    difference = np.cumsum(jumps)[:-1]
-    return float(np.abs(difference) @ np.diff(positions[order]))
+def shape_distance(one: Quadrature, other: Quadrature, settings: GridSettings) -> float:
+    """ "wasserstein" of two blocks, each divided by its own scale."""
+    shapes = [block.scaled(1 / block.rms.value) for block in (one, other)]
+    return Wasserstein().sample(Workspace(shapes, settings)).mean

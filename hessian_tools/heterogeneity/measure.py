@@ -1,9 +1,14 @@
 """What a reading of heterogeneity is made of: a measure, and the work that measures share.
 
-A :class:`Measure` holds the names of a reading and how it follows from the spectra of blocks:
-from a :class:`Workspace` (all blocks, and the densities that several measures need), and again from
-a :class:`Replacement` (one block is another). The jackknife asks for the latter once per probe, so
-it should cost one row of the matrix instead of all of it.
+A :class:`Measure` holds the names of a reading and how it follows from the spectra of blocks, which
+come as a :class:`Workspace`. There are two kinds:
+
+- :class:`Sampled`: knows its error from the law of the probes
+  (:mod:`hessian_tools.heterogeneity.estimate`), and what the Lanczos steps leave open.
+- :class:`Jackknifed`: any other function of the spectra. Its error is found by leaving out one
+  probe after the other (:mod:`hessian_tools.heterogeneity.comparison`), for which it is asked again
+  about a :class:`Replacement` (one block is another): that should cost one row of the matrix
+  instead of all of it.
 
 Shapes: B blocks, G grid points.
 """
@@ -16,13 +21,18 @@ from functools import cached_property
 import numpy as np
 
 from hessian_tools.heterogeneity.divergence import js_divergences, js_to, probabilities
+from hessian_tools.heterogeneity.estimate import Sample
 from hessian_tools.spectra.density import (
     LINEAR_FRACTION,
     LOG_WIDTH,
+    Axis,
     SpectralGrid,
     symlog_axis,
+    unresolved_below,
 )
 from hessian_tools.spectra.quadrature import Floats, Quadrature
+
+ROUNDING = 0.1  # of the linear fraction: what is smaller is taken for zero
 
 
 @dataclass(frozen=True)
@@ -48,13 +58,29 @@ class GridSettings:
 class Workspace:
     """B blocks to be compared, and what several measures need of them, computed at most once.
 
-    Attributes: ``axis``, the symlog axis of all blocks (:mod:`hessian_tools.spectra.density`).
+    Attributes: ``axis``, the symlog axis of all blocks (:mod:`hessian_tools.spectra.density`), is
+    linear where an eigenvalue has no logarithm: below the rounding, and below what the Lanczos
+    steps resolve. ``is_zero``, (B,), are the blocks in which nothing exceeds a tenth of the former.
+
+    ``axis`` is given where another's is to be used.
     """
 
-    def __init__(self, blocks: Sequence[Quadrature], settings: GridSettings) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Quadrature],
+        settings: GridSettings,
+        axis: Axis | None = None,
+    ) -> None:
         self.blocks = list(blocks)
         self.settings = settings
-        self.axis = symlog_axis(self.blocks, settings.linear_fraction)
+        rounding = symlog_axis(self.blocks, settings.linear_fraction)
+        self.is_zero = np.array([_largest(block) for block in self.blocks]) <= (
+            ROUNDING * rounding.linthresh
+        )
+        if axis is None:
+            resolved = max(map(unresolved_below, self.blocks))
+            axis = Axis("symlog", max(rounding.linthresh, resolved))
+        self.axis = axis
         self._densities: dict[type[Densities], Densities] = {}
 
     def densities(self, kind: type["Densities"]) -> "Densities":
@@ -71,6 +97,10 @@ class Workspace:
             densities.serves(other.densities(kind).grid)
             for kind, densities in self._densities.items()
         )
+
+
+def _largest(block: Quadrature) -> float:
+    return float(np.abs(block.nodes).max())
 
 
 class Densities(ABC):
@@ -127,9 +157,9 @@ class Replacement:
 class Measure(ABC):
     """One way to measure heterogeneity; what it gives for a set of block spectra is a reading.
 
-    A subclass gives every field a default and says how the reading is computed. It becomes known to
-    tables, pictures and the command line by its entry in
-    :data:`hessian_tools.heterogeneity.readings.READINGS`.
+    A subclass of :class:`Sampled` or :class:`Jackknifed` gives every field a default and says how
+    the reading is computed. It becomes known to tables, pictures and the command line by its entry
+    in :data:`hessian_tools.heterogeneity.readings.READINGS`.
     """
 
     name: str  # what users ask for, and the key of a result
@@ -139,10 +169,24 @@ class Measure(ABC):
     description: str
     scale_free: bool  # whether it stays the same when the loss is multiplied by a constant
     drawn: bool = False  # whether js_matrix.png shows it
-    # Readings of the quadratics on which GD beats Adam (case 4) and Adam beats GD (case 3) of arXiv
-    # 2402.16788, kappa = 2000, exact eigenvalues; not published, computed by this package. A
-    # reading that has them is heard in the verdict.
-    reference_cases: tuple[float, float] | None = None
+    over_pairs: bool = True  # whether it is a mean over pairs of blocks
+    # what an adaptive run can bring to a tolerance: its error must hold what the steps leave open
+    tolerable: bool = True
+    least: float = 0.1  # a tolerance is a fraction of the reading, or of this where it is larger
+    first_steps: int = 16  # Lanczos steps with which an adaptive run begins
+    needs_steps: bool = True  # whether more than two Lanczos steps change it
+
+
+class Sampled(Measure):
+    """A reading whose error follows from the law of the probes."""
+
+    @abstractmethod
+    def sample(self, workspace: Workspace) -> Sample:
+        """The reading, and what each block's probes leave uncertain of it."""
+
+
+class Jackknifed(Measure):
+    """A reading that is computed again without one probe after the other."""
 
     @abstractmethod
     def values(self, workspace: Workspace) -> Floats:
@@ -156,8 +200,15 @@ class Measure(ABC):
     def mean_after(self, replacement: Replacement, values: Floats, mean: float) -> float:
         """The reading after ``replacement``; ``values`` and ``mean`` are those before it."""
 
+    def floor(self, workspace: Workspace) -> float:
+        """What blocks with one and the same spectrum would read at these probes and steps.
 
-class PairMeasure(Measure):
+        nan where nothing tells.
+        """
+        return float("nan")
+
+
+class PairMeasure(Jackknifed):
     """A distance between two blocks; the reading is its mean over the B (B - 1) / 2 pairs."""
 
     @abstractmethod

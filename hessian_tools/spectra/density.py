@@ -143,6 +143,18 @@ def symlog_axis(
     return Axis("symlog", linear_fraction * largest or 1.0)
 
 
+def unresolved_below(quadrature: Quadrature) -> float:
+    """The size below which Ritz values say no more than that eigenvalues are small; 0 if none is.
+
+    A node whose residual bound exceeds its size may stand for an eigenvalue of either sign: it has
+    no logarithm. Such nodes and their bounds reach up to here.
+    """
+    nodes, _ = quadrature.pooled
+    sizes = np.abs(nodes)
+    bounds = quadrature.pooled_residuals
+    return float(np.max(sizes + bounds, where=bounds > sizes, initial=0.0))
+
+
 def spanning_grid(
     quadratures: Iterable[Quadrature],
     axis: Axis,

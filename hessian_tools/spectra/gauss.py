@@ -6,7 +6,7 @@ The eigenvalues of T are the nodes, the squared first components of its eigenvec
 Shapes: k probes, m Lanczos steps, n size of the operator.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -97,27 +97,69 @@ def gauss_quadratures(
 
 
 def truncated(quadrature: Quadrature, num_steps: int) -> Quadrature:
-    """What ``num_steps`` <= m steps would have left of ``quadrature``; itself when exact.
+    """What ``num_steps`` <= m steps would have left of ``quadrature``; itself when exact."""
+    ((short,),) = all_truncated([quadrature], [lambda made: num_steps])
+    return short
+
+
+def all_truncated(
+    quadratures: Sequence[Quadrature],
+    lengths: Sequence[Callable[[int], int]],
+) -> list[list[Quadrature]]:
+    """For each of ``lengths`` what so many of their m steps would have left of all quadratures.
 
     No product is spent: T of fewer steps is the leading part of T, which is the Jacobi matrix of
     nodes and weights, hence what Lanczos makes of diag(nodes) from sqrt(weights) (Gragg & Harrod
-    1984).
+    1984). Exact quadratures stay, and so do those that are no longer.
     """
-    if quadrature.status == "exact" or num_steps >= quadrature.nodes.shape[1]:
-        return quadrature
-    measure = _DiagonalOfEachRow(torch.from_numpy(quadrature.nodes))
-    run = lanczos(measure, torch.from_numpy(quadrature.weights).sqrt(), num_steps)
-    steps = np.minimum(run.steps, quadrature.steps)
-    nodes, weights, residuals = ritz(run.alphas, run.betas, steps)
-    return replace(
-        quadrature,
-        nodes=nodes,
-        weights=weights,
-        residuals=residuals,
-        steps=steps,
-        num_matvecs=quadrature.num_probes * num_steps,
-        status="breakdown" if (steps < num_steps).any() else "complete",
-    )
+    found = [list(quadratures) for _ in lengths]
+    for made in {block.nodes.shape[1] for block in quadratures if block.status != "exact"}:
+        shorter = [(index, length(made)) for index, length in enumerate(lengths)]
+        shorter = [(index, steps) for index, steps in shorter if steps < made]
+        if not shorter:
+            continue
+        chosen = [
+            index
+            for index, block in enumerate(quadratures)
+            if block.status != "exact" and block.nodes.shape[1] == made
+        ]
+        group = [quadratures[index] for index in chosen]
+        run = _jacobi(group, max(steps for _, steps in shorter))
+        for index, steps in shorter:
+            parts = _leading(run, group, steps)
+            for place, part in zip(chosen, parts, strict=True):
+                found[index][place] = part
+    return found
+
+
+def _jacobi(group: Sequence[Quadrature], num_steps: int) -> LanczosResult:
+    """The leading parts of the T of all probes of ``group``, whose m is the same."""
+    nodes = np.concatenate([block.nodes for block in group])
+    weights = np.concatenate([block.weights for block in group])
+    measure = _DiagonalOfEachRow(torch.from_numpy(nodes))
+    return lanczos(measure, torch.from_numpy(weights).sqrt(), num_steps)
+
+
+def _leading(
+    run: LanczosResult,
+    group: Sequence[Quadrature],
+    num_steps: int,
+) -> Iterator[Quadrature]:
+    steps = np.minimum(run.steps, np.concatenate([block.steps for block in group]))
+    steps = np.minimum(steps, num_steps)
+    tables = ritz(run.alphas[:, :num_steps], run.betas[:, :num_steps], steps)
+    ends = np.cumsum([block.num_probes for block in group])[:-1]
+    split = [np.split(table, ends) for table in (*tables, steps)]
+    for block, nodes, weights, residuals, valid in zip(group, *split, strict=True):
+        yield replace(
+            block,
+            nodes=nodes,
+            weights=weights,
+            residuals=residuals,
+            steps=valid,
+            num_matvecs=block.num_probes * num_steps,
+            status="breakdown" if (valid < num_steps).any() else "complete",
+        )
 
 
 class _DiagonalOfEachRow(SymmetricOperator):

@@ -102,13 +102,16 @@ class Quadrature:
         """This quadrature from the other k - 1 probes; itself when exact."""
         if self.status == "exact":
             return self
-        kept = np.arange(self.num_probes) != index
+        return self.of_probes(np.arange(self.num_probes) != index)
+
+    def of_probes(self, chosen: slice | NDArray[np.bool_]) -> "Quadrature":
+        """This quadrature from some of its probes; ``num_matvecs`` stays."""
         return replace(
             self,
-            nodes=self.nodes[kept],
-            weights=self.weights[kept],
-            residuals=self.residuals[kept],
-            steps=self.steps[kept],
+            nodes=self.nodes[chosen],
+            weights=self.weights[chosen],
+            residuals=self.residuals[chosen],
+            steps=self.steps[chosen],
         )
 
     def with_probes(self, other: "Quadrature") -> "Quadrature":

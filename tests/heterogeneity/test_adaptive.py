@@ -12,8 +12,8 @@ from hessian_tools.curvature.symmetric import DenseOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import js_heterogeneity
-from hessian_tools.heterogeneity.growing import GrowingSpectra, Growth
 from hessian_tools.spectra.gauss import truncated
+from hessian_tools.spectra.growing import GrowingSpectra, Growth
 from hessian_tools.spectra.settings import Settings
 from hessian_tools.spectra.slq import blockwise_slq, slq
 

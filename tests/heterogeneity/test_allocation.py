@@ -10,10 +10,10 @@ from scipy.stats import chi2
 
 from hessian_tools.heterogeneity.allocation import Limits, next_growth
 from hessian_tools.heterogeneity.comparison import Comparison
-from hessian_tools.heterogeneity.growing import Growth
 from hessian_tools.heterogeneity.measure import GridSettings
 from hessian_tools.heterogeneity.uncertainty import Shares, Uncertainty, shares_of
 from hessian_tools.spectra.gauss import truncated
+from hessian_tools.spectra.growing import Growth
 from hessian_tools.spectra.quadrature import Quadrature
 
 ZEROS = np.zeros(3)

@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 .PHONY: demo test bench bench-gpu clean
 
 demo: .venv/installed
-	$(BIN)/hessian-tools js0 --model gpt-nano vgg-nano --probes 3 --steps 24 --out results/demo
+	$(BIN)/hessian-tools js0 --model gpt-nano vgg-nano --out results/demo
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

@@ -47,6 +47,7 @@ import hessian_tools as ht
 from hessian_tools.app import report
 from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.curvature.engine.engine import Collect, Spread
+from hessian_tools.heterogeneity.readings import pair_readings
 from hessian_tools.problem import zoo
 from hessian_tools.problem.batches import to_device
 from hessian_tools.spectra.quadrature import Estimate
@@ -254,7 +255,12 @@ def moved(one: ht.Quadrature, other: ht.Quadrature) -> float:
 
     It shows where small eigenvalues went, which no moment does.
     """
-    pair = ht.js_heterogeneity({"one": one, "other": other}, readings=("wasserstein",))
+    # the two may share their probes, so that nothing is to be taken off for them
+    plain = [
+        replace(block, status="exact", residuals=np.zeros_like(block.residuals))
+        for block in (one, other)
+    ]
+    pair = ht.js_heterogeneity(dict(enumerate(plain)), readings=("wasserstein",))
     return pair.readings["wasserstein"].mean
 
 
@@ -298,7 +304,7 @@ def compared(
     """Columns of a network's table: the probes' errors, then those of each arithmetic."""
     runs = {label: spectra(name, knobs, label, settings, out) for label in VARIANTS}
     for run in runs.values():
-        run["heterogeneity"] = ht.js_heterogeneity(run["blocks"])
+        run["heterogeneity"] = ht.js_heterogeneity(run["blocks"], readings=pair_readings())
     reference = runs.pop(REFERENCE)
     columns = {"standard error of probes": standard_errors(reference)}
     for label, run in runs.items():

@@ -27,3 +27,18 @@ def plus_minus(value: float, error: float) -> str:
     places = max(digit, 0)
     rounded = round(value, digit) + 0.0  # which makes -0.0 of it 0.0
     return f"{rounded:.{places}f} ± {round(error, digit):.{places}f}"
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """``value`` and the ends of its interval, to two digits of the half width: 1.23 (1.1 to 1.4).
+
+    What cannot be negative and is estimated below zero is given as 0.
+    """
+    value, low = max(value, 0.0), max(low, 0.0)
+    half = (high - low) / 2
+    if half <= 1e-12 * abs(value):
+        return f"{value:.3g} (exact)"
+    if not 1e-6 < half < 1e6:
+        return f"{value:.3g} ({low:.3g} to {high:.3g})"
+    places = max(1 - math.floor(math.log10(half)), 0)
+    return f"{value:.{places}f} ({low:.{places}f} to {high:.{places}f})"

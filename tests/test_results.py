@@ -41,7 +41,7 @@ def samples():
     spectra = ht.BlockSpectra(
         blocks, 2, 5, 0, "rademacher", "full", "some route", ("a note", "another")
     )
-    js = ht.js_heterogeneity(spectra)
+    js = ht.js_heterogeneity(spectra, readings=["log", "unnormalised"])
     check = Check("symmetry", float("nan"), 1e-3, "remark")
     found = [
         blocks["b[q,head=1]"], spectra, Estimate(1.5, math.nan), RitzValue(-math.inf, 0.1, 1e-300),

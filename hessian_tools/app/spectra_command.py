@@ -24,9 +24,9 @@ from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import PRESETS, partition
 from hessian_tools.curvature.engine.precision import PRECISIONS
 from hessian_tools.curvature.hessian import HessianOperator
-from hessian_tools.heterogeneity.adaptive import adaptive_js0
+from hessian_tools.heterogeneity.adaptive import FIRST_PROBES, adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, js_heterogeneity
-from hessian_tools.heterogeneity.readings import JS0, READINGS
+from hessian_tools.heterogeneity.readings import DEFAULT, READINGS
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import JsonObject
 from hessian_tools.spectra.lanczos import REORTHOGONALIZE
@@ -36,6 +36,7 @@ from hessian_tools.spectra.slq import blockwise_slq
 
 FIXED = {"probes": 4, "steps": 40}
 LIMITS = {"probes": 10, "steps": 100}  # of --tolerance: the literature's setting
+TOLERANCE = 0.05  # of js0, where nothing else says how much to spend
 # Of all options, those that the numbers depend on besides network and data.
 _KNOBS = (
     "command",
@@ -46,6 +47,8 @@ _KNOBS = (
     "reorthogonalize",
     "seed",
     "precision",
+    "exact",
+    "reading",
 )
 
 Computed = tuple[BlockSpectra, JSHeterogeneity | None]
@@ -122,19 +125,30 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _settle(arguments: argparse.Namespace) -> None:
-    """Fills in the defaults that depend on --tolerance; refuses what does not go together."""
+    """Fills in the defaults that depend on each other; refuses what does not go together."""
+    if arguments.command == "js0":
+        _settle_readings(arguments)
     defaults = FIXED if arguments.tolerance is None else LIMITS
     for knob, default in defaults.items():
         if getattr(arguments, knob) is None:
             setattr(arguments, knob, default)
-    if arguments.tolerance is None and arguments.reading is not None:
-        raise ValueError(
-            f"--reading {' '.join(arguments.reading)} is what --tolerance is about; give "
-            "--tolerance as well"
-        )
     for name in arguments.model:
         if arguments.model.count(name) > 1:
             raise ValueError(f"--model names {name} twice; name each model once")
+
+
+def _settle_readings(arguments: argparse.Namespace) -> None:
+    """A tolerance, unless probes or steps are given or a reading has none."""
+    arguments.reading = arguments.reading or list(DEFAULT)
+    without = [name for name in arguments.reading if not READINGS[name].tolerable]
+    if without and arguments.tolerance is not None:
+        raise ValueError(
+            f"--tolerance {arguments.tolerance:g} cannot be had of {' and '.join(without)}, the "
+            "literature's, whose error is not known; give --probes and --steps instead"
+        )
+    is_fixed = arguments.probes is not None or arguments.steps is not None or without
+    if arguments.tolerance is None and not is_fixed:
+        arguments.tolerance = TOLERANCE
 
 
 def _prepared(arguments: argparse.Namespace, reference: str) -> _Run:
@@ -171,12 +185,13 @@ def _folder(
         path = path / re.sub(r"[/\\:]", "_", reference)
     config = {knob: getattr(arguments, knob) for knob in _KNOBS}
     if arguments.tolerance:
-        config |= {"tolerance": arguments.tolerance, "reading": arguments.reading}
+        config |= {"tolerance": arguments.tolerance}
     return RunFolder(path, config | settings)
 
 
 def _print_spectra(prepared: _Run, spectra: BlockSpectra) -> None:
-    notes = "".join(f"note: {note}\n" for note in spectra.notes)
+    told = [*spectra.notes, report.exact_offer(spectra)]
+    notes = "".join(f"note: {note}\n" for note in told if note)
     print(f"{prepared.described}\n{report.spectra_table(spectra)}\n{notes}", flush=True)
 
 
@@ -192,7 +207,10 @@ def _computed(arguments: argparse.Namespace, prepared: _Run) -> Computed:
         js = folder.result["heterogeneity"]
     else:
         spectra = _block_spectra(arguments, prepared)
-        js = js_heterogeneity(spectra) if arguments.command == "js0" else None
+        js = None
+        if arguments.command == "js0":
+            over_pairs = [name for name in arguments.reading if READINGS[name].over_pairs]
+            js = js_heterogeneity(spectra, readings=over_pairs or None)
     if folder:
         if not folder.result:
             folder.finish({"spectra": spectra, "heterogeneity": js})
@@ -251,13 +269,18 @@ def _announce(
     """Says what will be computed and how long it may take."""
     blocks = prepared.blocks
     say(f"plan: {prepared.described}: {len(left)} of {len(blocks)} blocks to compute")
-    most = arguments.probes * arguments.steps
+    probes, steps = arguments.probes, arguments.steps
+    limit = ""
+    if arguments.tolerance:
+        # how an adaptive run begins; few go on for much longer
+        probes = FIRST_PROBES
+        steps = max(READINGS[name].first_steps for name in arguments.reading)
+        limit = ", at first"
     products = 0
     for name in left:
         size = blocks[name].numel
-        is_exact = size <= most
-        products += size if is_exact else arguments.probes * min(arguments.steps, size)
-    limit = ", at most" if arguments.tolerance else ""
+        is_exact = size <= max(probes * steps, arguments.exact or 0)
+        products += size if is_exact else probes * min(steps, size)
     say(hessian.announcement(products, len(left)) + limit)
 
 
@@ -276,6 +299,7 @@ def _products(
             seed=arguments.seed,
             probes=arguments.probe_kind,
             reorthogonalize=arguments.reorthogonalize,
+            exact=arguments.exact or "auto",
             finished=prepared.finished,
             on_block=on_block,
         )
@@ -283,12 +307,13 @@ def _products(
         hessian,
         prepared.blocks,
         tolerance=arguments.tolerance,
-        reading=arguments.reading or [JS0],
+        reading=arguments.reading,
         max_matvecs=arguments.probes * arguments.steps,
         max_steps=arguments.steps,
         seed=arguments.seed,
         probes=arguments.probe_kind,
         reorthogonalize=arguments.reorthogonalize,
+        exact=arguments.exact or "auto",
         finished=prepared.finished,
         on_block=on_block,
     )
@@ -326,12 +351,18 @@ def _add_options(command: argparse.ArgumentParser, default_blocks: str) -> None:
     add(
         "--probes",
         **COUNT,
-        help="random vectors a block (default: 4, with --tolerance 10; paper: 10)",
+        help="random vectors a block (default: what --tolerance needs, or 4; paper: 10)",
     )
     add(
         "--steps",
         **COUNT,
-        help="Lanczos steps a probe (default: 40, with --tolerance 100; paper: 100)",
+        help="Lanczos steps a probe (default: what --tolerance needs, or 40; paper: 100)",
+    )
+    add(
+        "--exact",
+        **COUNT,
+        help="blocks of at most N rows: exact spectra from N products (default: those that take no "
+        "more products than probes would)",
     )
     add(
         "--probe-kind",
@@ -356,20 +387,22 @@ def _add_options(command: argparse.ArgumentParser, default_blocks: str) -> None:
 
 
 def _add_tolerance(command: argparse.ArgumentParser) -> None:
-    scale_free = [f"{name} ({m.title})" for name, m in READINGS.items() if m.scale_free]
-    add = command.add_argument_group("until it is good enough").add_argument
+    without = [name for name, measure in READINGS.items() if not measure.tolerable]
+    add = command.add_argument_group("readings, and until they are good enough").add_argument
     add(
         "--tolerance",
         type=positive,
         metavar="FRACTION",
-        help="add probes and steps where they are needed until standard error, bias left and "
-        "change over the last steps sum to this fraction of the mean; a block then gets at most "
-        "--probes times --steps products (default: none, the same for every block)",
+        help="add probes and steps where they are needed until the standard error of every "
+        "reading, with what the last steps changed in it, is this fraction of it; a block then "
+        "gets at most --probes times --steps products, 10 times 100 unless given (default: "
+        f"{TOLERANCE}, or none where --probes or --steps is given)",
     )
     add(
         "--reading",
         nargs="+",
         choices=list(READINGS),
-        help="what must meet --tolerance; those that do not change when the loss is multiplied by "
-        f"a constant: {', '.join(scale_free)} (default: {JS0})",
+        help=f"what to read; {' and '.join(without)}, the literature's, have no tolerance and "
+        "change when the loss is multiplied by a constant (default: "
+        f"{' '.join(DEFAULT)}, which few products resolve)",
     )

@@ -105,7 +105,7 @@ def adaptive_js0(
     seed: int = 0,
     probes: str = "rademacher",
     reorthogonalize: str = "full",
-    exact: bool | str = "auto",
+    exact: bool | str | int = "auto",
     finished: Mapping[str, Quadrature] | None = None,
     on_block: Callable[[str, Quadrature], None] | None = None,
     progress: bool = True,
@@ -126,7 +126,7 @@ def adaptive_js0(
         max_matvecs, max_steps: the most products for a block, and the most steps of a probe; the
             defaults are what the literature spends on every block, 10 probes of 100 steps.
         exact: "auto": blocks of at most max_matvecs rows that need no fewer products are computed
-            exactly; False: none.
+            exactly; a number: so are all up to that size; False: none.
         finished: quadratures of an earlier run with the same arguments, by name, to go on from.
             Their Lanczos vectors are gone: more probes cost only themselves, more steps begin
             again.
@@ -140,7 +140,7 @@ def adaptive_js0(
     """
     asked = (reading,) if isinstance(reading, str) else tuple(reading)
     _check(tolerance, asked, max_matvecs, max_steps, exact)
-    limits = Limits(max_matvecs, max_steps, exact == "auto")
+    limits = Limits(max_matvecs, max_steps, exact is not False)
     settings = Settings(max_matvecs, max_steps, seed, probes, reorthogonalize, exact)
     operator = as_operator(curvature)
     names, cuts = names_and_cuts(partition)
@@ -215,7 +215,7 @@ def _check(
     asked: Sequence[str],
     max_matvecs: int,
     max_steps: int,
-    exact: bool | str,
+    exact: bool | str | int,
 ) -> None:
     if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < np.inf:
         raise ValueError(
@@ -232,10 +232,10 @@ def _check(
         )
     _check_limit("max_matvecs", max_matvecs, 6)
     _check_limit("max_steps", max_steps, 3)
-    if exact not in ("auto", False):
+    if exact is True:
         raise ValueError(
-            f"exact is {exact!r}; allowed are 'auto' and False, as exact blocks leave nothing to "
-            "adapt"
+            "exact is True; allowed are 'auto', False and a size up to which blocks are exact, as "
+            "exact blocks alone leave nothing to adapt"
         )
 
 

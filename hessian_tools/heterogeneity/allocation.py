@@ -1,7 +1,7 @@
 """Which blocks of an adaptive run get more Lanczos steps, more probes, or their exact spectrum.
 
 A block grows by what it contributes to the uncertainty. Steps (half as many again) go first, to the
-blocks that change the mean most, until the rest change it by less than an eighth of the tolerance;
+blocks that change the mean most, until the rest change it by less than 0.3 of the tolerance;
 then probes, at most doubled in a round: to the blocks of the largest bias likewise, and by Neyman's
 allocation, k_b ~ sqrt(V_b / m_b), with V_b / k_b the block's part of SE^2 and m_b the products that
 a probe costs (Neyman 1934; Cochran, Sampling Techniques, 5.5). A block that would take as many
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hessian_tools.heterogeneity.estimate import Z
 from hessian_tools.heterogeneity.uncertainty import Shares, Uncertainty
 from hessian_tools.spectra.growing import Growth
 from hessian_tools.spectra.quadrature import Floats, Quadrature
@@ -23,8 +24,9 @@ from hessian_tools.spectra.quadrature import Floats, Quadrature
 Integers = NDArray[np.int_]
 Mask = NDArray[np.bool_]
 
-_SHARE = 0.25  # of the tolerance, above which steps or bias are worked on
-_REST = 0.125  # of the tolerance, what the blocks that are left alone may contribute
+_STEPS = 0.6  # of the tolerance, above which the change over the last steps is worked on
+_BIAS = 0.25  # of the tolerance, above which the square of the bias is
+_REST = 0.5  # of these, what the blocks that are left alone may contribute
 
 
 @dataclass(frozen=True)
@@ -105,24 +107,25 @@ def _need_steps(share: Shares, standing: Standing, tolerance: float) -> Integers
     """The blocks that shall get more steps for this reading."""
     if not _steps_matter(share.uncertainty, tolerance):
         return np.array([], dtype=int)
-    return _largest(np.abs(share.steps), standing.can_lengthen, _REST * tolerance)
+    return _largest(np.abs(share.steps), standing.can_lengthen, _REST * _STEPS * tolerance)
 
 
 def _steps_matter(uncertainty: Uncertainty, tolerance: float) -> bool:
-    return uncertainty.steps > _SHARE * tolerance
+    return uncertainty.steps > _STEPS * tolerance
 
 
 def _wanted_probes(share: Shares, standing: Standing, tolerance: float) -> Floats:
     """(B,) how many probes each block should have for this reading, without regard to limits."""
     uncertainty = share.uncertainty
     wanted = standing.probes.astype(np.float64)
-    if uncertainty.bias**2 > _SHARE * tolerance:
+    if uncertainty.bias**2 > _BIAS * tolerance:
         can_help = standing.can_widen | standing.can_be_exact
-        biased = _largest(np.abs(share.biases), can_help, np.sqrt(_REST * tolerance))
+        biased = _largest(np.abs(share.biases), can_help, np.sqrt(_REST * _BIAS * tolerance))
         wanted[biased] = 2 * standing.probes[biased]
     # what steps and bias leave; steps that no block can add are not held against the probes
     steps = 0.0 if _steps_matter(uncertainty, tolerance) else uncertainty.steps
-    room = max(tolerance - steps - uncertainty.bias**2, tolerance / 2)
+    left = max(tolerance - uncertainty.bias**2, 0.0) ** 2 - (steps / Z) ** 2
+    room = max(float(np.sqrt(max(left, 0.0))), tolerance / 2)
     if uncertainty.doubt * uncertainty.standard_error > room:
         wanted = np.maximum(wanted, _neyman(share, standing, room))
     return wanted

@@ -9,6 +9,7 @@ with one and the same spectrum read.
 Shapes: B blocks, k probes.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -16,7 +17,6 @@ import numpy as np
 
 from hessian_tools.heterogeneity.comparison import Found, compared
 from hessian_tools.heterogeneity.literature import LiteratureDensities
-from hessian_tools.heterogeneity.log_axis import shape_distance
 from hessian_tools.heterogeneity.measure import Densities, GridSettings, Workspace
 from hessian_tools.heterogeneity.readings import (
     CURVATURE,
@@ -26,10 +26,12 @@ from hessian_tools.heterogeneity.readings import (
     SCALE,
     pair_readings,
 )
+from hessian_tools.heterogeneity.transport import shape_distance
 from hessian_tools.heterogeneity.verdict import Contrast, Evidence, Verdict, decide
 from hessian_tools.results import registered
 from hessian_tools.spectra.density import LINEAR_FRACTION, LOG_WIDTH, unresolved_below
 from hessian_tools.spectra.quadrature import Floats, Quadrature
+from hessian_tools.tables import interval
 
 
 @registered
@@ -116,6 +118,17 @@ class JSHeterogeneity:
         """The spread of scales and the readings over pairs, by name."""
         return {SCALE: self.scale_spread, **self.readings}
 
+    def told(self, name: str) -> str:
+        """A reading in words: with its interval or its floor, or why it has none."""
+        reading = self.every_reading[name]
+        if math.isnan(reading.mean):
+            return "nothing to compare"
+        if not READINGS[name].tolerable:
+            return f"{reading.mean:.3g} (floor {reading.floor:.2g})"
+        if math.isnan(reading.low):
+            return f"not resolved at {self.num_probes} x {self.num_steps}"
+        return interval(reading.mean, reading.low, reading.high)
+
 
 def js_heterogeneity(
     spectra: Mapping[str, Quadrature],
@@ -149,9 +162,9 @@ def js_heterogeneity(
     needed = list(dict.fromkeys([SCALE, CURVATURE, *asked]))
     found, workspace = compared(blocks, needed, settings)
     stochastic = [block for block in blocks if block.status != "exact"]
-    num_probes = min((block.num_probes for block in stochastic), default=0)
-    is_literature = any(not READINGS[name].tolerable for name in asked)
-    literature = workspace.densities(LiteratureDensities) if is_literature else None
+    literature = None
+    if any(not READINGS[name].tolerable for name in asked):
+        literature = workspace.densities(LiteratureDensities)
     notes = [*_notes(names, blocks, workspace, asked), *_literature_notes(literature)]
     return JSHeterogeneity(
         names=names,
@@ -159,7 +172,7 @@ def js_heterogeneity(
         scale_spread=_scale_spread(found[SCALE]),
         verdict=_verdict(names, workspace, found),
         num_matvecs=sum(block.num_matvecs for block in blocks),
-        num_probes=num_probes,
+        num_probes=min((block.num_probes for block in stochastic), default=0),
         spacing=literature.grid.spacing if literature else float("nan"),
         linthresh=workspace.axis.linthresh,
         settings=asdict(settings),
@@ -234,7 +247,7 @@ def _contrast(
     large, small = sorted(farthest, key=lambda block: -log10_rms[block])
     factor = float(10.0 ** (log10_rms[large] - log10_rms[small]))
     one, other = (workspace.blocks[index] for index in (large, small))
-    shape = shape_distance(one, other, workspace.settings)
+    shape = shape_distance(one, other)
     return Contrast(names[large], names[small], factor, shape)
 
 

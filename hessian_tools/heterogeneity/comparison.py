@@ -199,33 +199,44 @@ def _jackknifed(
     measures = {name: m for name, m in READINGS.items() if name in names}
     comparison = Comparison(workspace, measures)  # type: ignore[arg-type]
     parts = jackknife(comparison)
-    blocks = workspace.blocks
-    freedoms = np.array([_freedom(block) for block in blocks])
     changes = [Comparison(less, comparison.measures).means for less in shorter]
     alone = _changes_alone(comparison, shorter)
     found = {}
-    for name, measure in comparison.measures.items():
-        mean = comparison.means[name]
+    for name, mean in comparison.means.items():
         change = max((abs(means[name] - mean) for means in changes), default=np.inf)
-        variances = parts[name].variances
-        within = quantile(variances, freedoms) * float(np.sqrt(variances.sum()))
-        half = np.nan
-        if measure.tolerable and is_resolved(mean, within, change, measure.least):
-            half = np.hypot(within, change)
-        found[name] = Found(
-            measure=measure,
-            values=comparison.values[name],
-            mean=mean,
-            variances=variances,
-            biases=parts[name].biases,
-            freedoms=freedoms,
-            change=change,
-            alone=np.array([means[name] - mean for means in alone]),
-            low=float(mean - half),
-            high=float(mean + half),
-            floor=measure.floor(workspace),
-        )
+        each = np.array([means[name] - mean for means in alone])
+        found[name] = _found(comparison, name, parts[name], change, each)
     return found
+
+
+def _found(
+    comparison: Comparison,
+    name: str,
+    part: Jackknife,
+    change: float,
+    alone: Floats,
+) -> Found:
+    measure = comparison.measures[name]
+    mean = comparison.means[name]
+    freedoms = np.array([_freedom(block) for block in comparison.workspace.blocks])
+    error = float(np.sqrt(part.variances.sum()))
+    within = quantile(part.variances, freedoms) * error
+    half = np.nan
+    if measure.tolerable and is_resolved(mean, within, change, measure.least):
+        half = np.hypot(within, change)
+    return Found(
+        measure=measure,
+        values=comparison.values[name],
+        mean=mean,
+        variances=part.variances,
+        biases=part.biases,
+        freedoms=freedoms,
+        change=change,
+        alone=alone,
+        low=float(mean - half),
+        high=float(mean + half),
+        floor=measure.floor(comparison.workspace),
+    )
 
 
 def _freedom(block: Quadrature) -> float:

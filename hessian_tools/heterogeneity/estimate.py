@@ -81,7 +81,10 @@ def quantile(variances: Floats, freedoms: Floats) -> float:
     if not total > 0:
         return Z
     shares = variances / total
-    freedom = LIGHT_TAILS / float((shares**2 / freedoms).sum())
+    doubt = float((shares**2 / freedoms).sum())
+    if doubt == 0:
+        return Z
+    freedom = LIGHT_TAILS / doubt
     return float(t.ppf((1 + COVERAGE) / 2, max(freedom, 1.0)))
 
 

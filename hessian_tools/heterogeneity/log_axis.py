@@ -149,9 +149,3 @@ class Wasserstein(Sampled):
 
     def sample(self, workspace: Workspace) -> Sample:
         return transport(workspace.blocks, workspace.axis.position, 0)
-
-
-def shape_distance(one: Quadrature, other: Quadrature, settings: GridSettings) -> float:
-    """ "wasserstein" of two blocks, each divided by its own scale."""
-    shapes = [block.scaled(1 / block.rms.value) for block in (one, other)]
-    return Wasserstein().sample(Workspace(shapes, settings)).mean

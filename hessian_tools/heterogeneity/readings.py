@@ -109,7 +109,8 @@ def _law(block: Quadrature) -> tuple[float, float]:
         freedom = 2 / relative if relative > 0 else np.inf
         return freedom, freedom
     error = 2 * block.rms.standard_error / block.rms.value
-    return 2 / error**2, float(block.num_probes - 1)
+    # nan, with one probe, stays nan
+    return (np.inf if error == 0 else 2 / error**2), float(block.num_probes - 1)
 
 
 def _spread(workspace: Workspace, logs: Floats, kept: NDArray[np.int_], laws: Floats) -> Spread:

@@ -163,6 +163,12 @@ class Curvature(Sampled):
         return among(workspace, lambda blocks: transport(blocks, _decades, 2))
 
 
+def shape_distance(one: Quadrature, other: Quadrature) -> float:
+    """The distance of curvatures of two blocks, each divided by its own scale."""
+    shapes = [block.scaled(1 / block.rms.value) for block in (one, other)]
+    return transport(shapes, _decades, 2).mean
+
+
 def _decades(eigenvalues: Floats) -> Floats:
     return np.log10(np.abs(eigenvalues))
 

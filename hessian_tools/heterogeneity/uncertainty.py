@@ -5,21 +5,22 @@ The remaining uncertainty is that of an interval that covers 95 times in 100, as
 
 - the **standard error** from the probes, times a **doubt**: Student's t over 1.96, for the error is
   itself known from few probes (:mod:`hessian_tools.heterogeneity.estimate`);
-- the change that the last Lanczos **steps** made, over 1.96, added in squares;
+- the change that the last Lanczos **steps** made, over 1.96, added in squares. Of two measures the
+  larger counts: all blocks changed together, and the root of the sum of squares of the changes that
+  single blocks make, for changes that cancel are no convergence;
 - for readings that are jackknifed, the square of the **bias**: what taking the O(1/k) part off
   leaves (Quenouille 1956).
 
 Readings are never wanted to a fraction of nothing: below ``measure.least`` (a tenth of a decade for
 most) they are wanted to a fraction of that.
 
-Shapes: B blocks, k_b probes of block b.
+Shapes: B blocks.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hessian_tools.heterogeneity.comparison import Found, compared
 from hessian_tools.heterogeneity.estimate import Z, quantile
@@ -49,7 +50,6 @@ class Uncertainty:
 class Shares:
     """What each block contributes to the uncertainty of one reading, as fractions of its mean."""
 
-    probes: NDArray[np.int_]  # (B,) k_b
     variances: Floats  # (B,) terms of SE^2
     freedoms: Floats  # (B,) degrees of freedom of each
     biases: Floats  # (B,)
@@ -62,7 +62,7 @@ class Shares:
             standard_error=float(np.sqrt(self.variances.sum())),
             doubt=quantile(self.variances, self.freedoms) / Z,
             bias=float(self.biases.sum()),
-            steps=abs(self.together),
+            steps=max(abs(self.together), float(np.linalg.norm(self.steps))),
         )
 
 
@@ -72,16 +72,14 @@ def shares_of(
 ) -> tuple[dict[str, Shares], dict[str, float]]:
     """The shares of all blocks in the uncertainty of each reading, and the readings themselves."""
     found, _ = compared(blocks, readings, GridSettings())
-    probes = np.array([block.num_probes for block in blocks])
-    shares = {name: _shares(one, probes) for name, one in found.items()}
+    shares = {name: _shares(one) for name, one in found.items()}
     return shares, {name: one.mean for name, one in found.items()}
 
 
-def _shares(found: Found, probes: NDArray[np.int_]) -> Shares:
+def _shares(found: Found) -> Shares:
     # 1 where nothing is compared: blocks that are all zero differ by 0 +- 0
     unit = float(np.nanmax([abs(found.mean), found.measure.least])) or 1.0
     return Shares(
-        probes=probes,
         variances=found.variances / unit**2,
         freedoms=found.freedoms,
         biases=found.biases / unit,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
 from hessian_tools.heterogeneity.readings import READINGS
 from hessian_tools.results import write_atomically
-from hessian_tools.spectra.density import Axis, spectral_density
+from hessian_tools.spectra.density import Axis, spectral_density, unresolved_below
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature, RitzValue
 
 MAX_PANELS = 48  # more small multiples than these cannot be read on one page
@@ -31,6 +31,7 @@ LINE = "#1f4e79"
 FILL = "#9ecae1"
 MARK = "#d55e00"
 ZERO = "#bbbbbb"  # of the line at zero
+BAND = "#eeeeee"  # where nothing is resolved
 # An extreme Ritz value is an eigenvalue's where its residual bound is below this share of it.
 KNOWN = 0.05
 
@@ -73,9 +74,10 @@ def block_spectra(
 
     Both axes are logarithmic, for what matters (outliers) is few eigenvalues far out. The lowest
     share drawn is about that of one eigenvalue of the largest block. Ritz values that are not
-    resolved at the kernel's width are spread as far as they are uncertain. Each panel gives its
-    extreme Ritz values, with "≤" and "≥" where they are bounds. Beyond MAX_PANELS blocks, the title
-    says how many of them (evenly spread) are shown.
+    resolved at the kernel's width are spread as far as they are uncertain, and a grey band marks
+    where they do not even tell the sign. Each panel gives its extreme Ritz values, with "≤" and "≥"
+    where they are bounds. Beyond MAX_PANELS blocks, the title says how many of them (evenly spread)
+    are shown.
 
     ``normalized``: each block is divided by its tenth largest Ritz value, as in the figures of
     arXiv 2402.16788, which shows shapes whatever their scales; its title says by what.
@@ -98,6 +100,7 @@ def block_spectra(
         _filled(panel, density.grid, density.values[row], 10.0**lowest)
         _mark_ends(panel, density.axis, quadratures[row], 10.0**lowest)
         panel.axvline(0.0, color=ZERO, linewidth=0.6, zorder=0)
+        _mark_unresolved(panel, density.axis, quadratures[row])
         panel.set_title(labels[row], fontsize=7.5, pad=3)
         panel.tick_params(labelsize=6.5)
     first: Axes = panels[0, 0]
@@ -107,12 +110,21 @@ def block_spectra(
     titled(figure, f"{title}{missing}")
     linear = f"logarithmic beyond ±{density.axis.linthresh:.1g}, linear between"
     ends = "extreme Ritz values marked, ≤ and ≥ where they are bounds only"
+    exact = sum(quadrature.status == "exact" for quadrature in quadratures)
+    ends += f"\ngrey: not resolved; {exact} of {len(quadratures)} spectra are exact"
     what = "eigenvalue / tenth largest Ritz value of the block" if normalized else "eigenvalue"
     horizontal = f"{what} ({linear})\n{ends}"
     figure.supxlabel(horizontal, fontsize=8)
     vertical = f"share of eigenvalues per decade\n(kernel of {density.width:g} decades)"
     figure.supylabel(vertical, fontsize=8)
     return figure
+
+
+def _mark_unresolved(axes: Axes, axis: Axis, quadrature: Quadrature) -> None:
+    """A band where Ritz values say no more than that eigenvalues are small."""
+    reach = float(axis.position(unresolved_below(quadrature)))
+    if reach > 0:
+        axes.axvspan(-reach, reach, color=BAND, linewidth=0, zorder=-1)
 
 
 def tenth_largest(quadrature: Quadrature) -> float:
@@ -207,9 +219,7 @@ def js_matrix(axes: Axes, js: JSHeterogeneity, reading: str) -> None:
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
     bar.set_label(result.unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    is_known = not math.isnan(result.standard_error)
-    error = f" ± {result.standard_error:.2g}" if is_known else ""
-    mean = f"mean over pairs {result.mean:.3g}{error} {result.unit}"
+    mean = f"mean over pairs {js.told(reading)}, {result.unit}"
     axes.set_title(f"{READINGS[reading].title}\n{mean}", fontsize=9)
 
 

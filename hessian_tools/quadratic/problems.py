@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, js_heterogeneity
+from hessian_tools.heterogeneity.readings import pair_readings
 from hessian_tools.spectra.probes import draw_probes
 from hessian_tools.spectra.quadrature import BlockSpectra, Floats, Quadrature
 
@@ -120,7 +121,7 @@ class Quadratic:
 
     def heterogeneity(self, problem: int = 0) -> JSHeterogeneity:
         """Every reading of how different the blocks' spectra are; needs two blocks or more."""
-        return js_heterogeneity(self.spectra(problem))
+        return js_heterogeneity(self.spectra(problem), readings=pair_readings())
 
     def __str__(self) -> str:
         sizes = self.block_sizes

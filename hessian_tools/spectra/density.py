@@ -15,9 +15,10 @@ A Ritz value x_i with residual bound r_i has an eigenvalue within r_i, and speak
 eigenvalues about as far around it. Where r_i is more than a kernel's width on the axis (small ones
 beside a large bulk, on a symlog axis), a kernel at t_i shows lobes and gaps that no spectrum has.
 With ``spread_unresolved`` the weight of such a node lies as a Gaussian of 0.5 r_i in eigenvalue
-units, cut off at the ends of all nodes, before it is smeared. Prescribed bulks and outliers have
-the peaks of their exact densities then (tests/spectra/test_density.py), but deep valleys between
-bulks fill.
+units, cut off at the ends of all nodes, before it is smeared. r_i is about the gap to the next
+nodes there (0.7 to 2 times in the median on planted bulks), so that this is no narrower than the
+gaps are. Prescribed bulks and outliers have the peaks of their exact densities then
+(tests/spectra/test_density.py), but deep valleys between bulks fill.
 
 Shapes: B operators (blocks), G grid points, i runs over all nodes of all probes.
 """

@@ -113,22 +113,18 @@ def all_truncated(
     1984). Exact quadratures stay, and so do those that are no longer.
     """
     found = [list(quadratures) for _ in lengths]
-    for made in {block.nodes.shape[1] for block in quadratures if block.status != "exact"}:
-        shorter = [(index, length(made)) for index, length in enumerate(lengths)]
-        shorter = [(index, steps) for index, steps in shorter if steps < made]
-        if not shorter:
-            continue
-        chosen = [
-            index
-            for index, block in enumerate(quadratures)
-            if block.status != "exact" and block.nodes.shape[1] == made
-        ]
+    groups: dict[int, list[int]] = {}
+    for index, block in enumerate(quadratures):
+        if block.status != "exact":
+            groups.setdefault(block.nodes.shape[1], []).append(index)
+    for made, chosen in groups.items():
         group = [quadratures[index] for index in chosen]
-        run = _jacobi(group, max(steps for _, steps in shorter))
-        for index, steps in shorter:
-            parts = _leading(run, group, steps)
-            for place, part in zip(chosen, parts, strict=True):
-                found[index][place] = part
+        wanted = [min(length(made), made) for length in lengths]
+        run = _jacobi(group, max(wanted))
+        for column, steps in zip(found, wanted, strict=True):
+            if steps < made:
+                for place, part in zip(chosen, _leading(run, group, steps), strict=True):
+                    column[place] = part
     return found
 
 

@@ -15,6 +15,7 @@ from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t
 
 from hessian_tools.errors import NumericalError
 from hessian_tools.results import registered
@@ -34,10 +35,18 @@ class Estimate:
 
     value: float
     standard_error: float
+    freedom: float = np.inf
+
+    @property
+    def half_width(self) -> float:
+        """Of the interval that covers 95 times in 100, by Student's t; nan with a single probe."""
+        if self.standard_error == 0:
+            return 0.0
+        return float(t.ppf(0.975, self.freedom)) * self.standard_error
 
     def times(self, factor: float) -> "Estimate":
         """The estimate of ``factor`` (> 0) times the quantity."""
-        return Estimate(factor * self.value, factor * self.standard_error)
+        return replace(self, value=factor * self.value, standard_error=factor * self.standard_error)
 
 
 @registered
@@ -152,7 +161,7 @@ class Quadrature:
                 f"moment({power}) of eigenvalues up to {unit:.3g} is beyond float64's range; "
                 "take a lower power, or multiply the loss by a constant"
             )
-        return Estimate(mean, self._standard_error(values)).times(factor)
+        return self._estimate(mean, self._standard_error(values)).times(factor)
 
     @property
     def trace(self) -> Estimate:
@@ -168,7 +177,7 @@ class Quadrature:
         squares, unit = self._moments(2)  # in the unit, as those of 1e-200 are beyond float64
         value = float(np.sqrt(squares.mean()))
         slope = 2 * value or 1  # of a zero operator: 0 +- 0
-        return Estimate(value, self._standard_error(squares) / slope).times(unit)
+        return self._estimate(value, self._standard_error(squares) / slope).times(unit)
 
     @property
     def frobenius(self) -> Estimate:
@@ -229,6 +238,9 @@ class Quadrature:
             residual_bound=float(self.residuals[probe, column]),
             standard_error=self._standard_error(self.nodes[:, column]),
         )
+
+    def _estimate(self, value: float, standard_error: float) -> Estimate:
+        return Estimate(value, standard_error, max(self.num_probes - 1, 1))
 
     def _standard_error(self, values: Floats) -> float:
         """Of the mean of (k,) ``values``, one a probe."""

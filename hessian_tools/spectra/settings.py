@@ -9,7 +9,6 @@ from hessian_tools.spectra.probes import PROBE_KINDS
 _CHOICES = {
     "probes": PROBE_KINDS,
     "reorthogonalize": REORTHOGONALIZE,
-    "exact": ("auto", True, False),
 }
 
 
@@ -26,7 +25,7 @@ class Settings:
     seed: int
     probes: str
     reorthogonalize: str
-    exact: bool | str
+    exact: bool | str | int  # a number: as "auto", and up to this size
     rows: int | None = None  # start vectors that go through at a time; None: all
 
     def __post_init__(self) -> None:
@@ -38,12 +37,21 @@ class Settings:
             if value not in choices:
                 allowed = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} is {value!r}; allowed are {allowed}")
+        if isinstance(self.exact, str | bool):
+            if self.exact not in ("auto", True, False):
+                raise ValueError(
+                    f"exact is {self.exact!r}; allowed are 'auto', True, False and a size up to "
+                    "which blocks are exact"
+                )
+        else:
+            _check_integer("exact", self.exact, least=1)
 
     def is_exact(self, size: int) -> bool:
         """Whether an operator of this size is solved from its dense matrix."""
-        if self.exact == "auto":
-            return size <= self.num_probes * self.num_steps
-        return bool(self.exact)
+        if isinstance(self.exact, bool):
+            return self.exact
+        most = 0 if isinstance(self.exact, str) else self.exact
+        return size <= max(most, self.num_probes * self.num_steps)
 
     def matvecs(self, size: int) -> int:
         """Products that an operator of this size takes."""

@@ -48,7 +48,7 @@ def slq(
     probes: str = "rademacher",
     reorthogonalize: str = "full",
     name: str = "",
-    exact: bool | str = "auto",
+    exact: bool | str | int = "auto",
 ) -> Quadrature:
     """Stochastic Lanczos quadrature of one symmetric operator of size n.
 
@@ -62,10 +62,10 @@ def slq(
         reorthogonalize: "full" | "local" | "none" (see :mod:`hessian_tools.spectra.lanczos`).
         name: of the block, when there are several: each has probes of its own.
         exact: "auto" forms the dense matrix and takes its eigenvalues, in float64, where n <= k m,
-            since that costs no more products and leaves no error; True always, False never. The
-            matrix is symmetrised first. How far from symmetric it was is reported in ``asymmetry``
-            and not judged: a block that vanishes up to rounding (a key bias under softmax) has no
-            symmetric digits at all.
+            since that costs no more products and leaves no error; a number does so up to that n as
+            well; True always, False never. The matrix is symmetrised first. How far from symmetric
+            it was is reported in ``asymmetry`` and not judged: a block that vanishes up to rounding
+            (a key bias under softmax) has no symmetric digits at all.
     Raises:
         TypeError: for anything but an operator.
         ValueError: for an argument out of range.
@@ -92,7 +92,7 @@ def blockwise_slq(
     seed: int = 0,
     probes: str = "rademacher",
     reorthogonalize: str = "full",
-    exact: bool | str = "auto",
+    exact: bool | str | int = "auto",
     finished: Mapping[str, Quadrature] | None = None,
     on_block: Callable[[str, Quadrature], None] | None = None,
     progress: bool = True,

@@ -157,9 +157,8 @@ def test_js0_prints_saves_and_draws(capsys):
     lines = out.splitlines()
     assert lines[0].startswith("own.py:net (155 parameters, data of its own, loss 1.")
     assert [line.split()[0] for line in lines[3:6]] == ["0.weight", "2.weight", "4.weight"]
-    assert "JS0 (literature, unnormalised)" in out and re.search(
-        r"^own.py:net: (SGD|Adam|undecided)\.", out, re.M
-    )
+    assert "curvature [decades]" in out and "JS0" not in out
+    assert re.search(r"^own.py:net: (Adam|undecided)\.", out, re.M)
     assert "a model's noise" not in out and err[0].startswith(
         "verified (relative errors): symmetry "
     )
@@ -211,10 +210,8 @@ def test_json_on_stdout_is_right_and_alone(capsys):
             and block["matvecs"] == block["size"]
         )
         start += block["size"]
-    assert start == 155 and set(found["readings"]) == {
-        "bounded", "unnormalised", "log", "wasserstein", "scale_spread",
-    }  # fmt: skip
-    assert found["verdict"]["decision"] in ("SGD", "Adam", "undecided")
+    assert start == 155 and set(found["readings"]) == {"scale", "curvature"}
+    assert found["verdict"]["decision"] in ("Adam", "undecided")
 
 
 def test_spectrum_is_of_the_whole_hessian_or_of_blocks(capsys):
@@ -344,7 +341,7 @@ def test_out_of_memory_is_one_line(capsys, monkeypatch):
     def exhausted(*arguments, **keywords):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(spectra_command, "blockwise_slq", exhausted)
+    monkeypatch.setattr(spectra_command, "adaptive_js0", exhausted)
     assert run("js0", "--model", "own.py:net", "--no-verify") == 2
     _, err = said(capsys)
     assert len(err) == 1 and "out of memory" in err[0] and "--memory" in err[0]
@@ -392,6 +389,32 @@ def test_tolerance_spends_by_need_and_tells(capsys, undrawn):
     assert "another tolerance (tolerance was 0.2, is now 0.1)" in said(capsys)[1][-1]
 
 
+def test_the_default_spends_what_the_readings_need(capsys):
+    assert run("js0", "--model", "own.py:large", "--no-verify") == 0
+    out, err = said(capsys)
+    (line,) = (line for line in err if line.startswith("tolerance 0.05 met after "))
+    assert "scale" in line and "curvature" in line
+    products = int(re.search("after ([0-9]+) products", line)[1])
+    assert products <= 16 * 12 + 600 and "not resolved" not in out
+
+
+def test_the_literatures_readings_take_a_fixed_run(capsys):
+    command = ("js0", "--model", "own.py:net", "--no-verify", "--reading", "unnormalised")
+    assert run(*command) == 0
+    out, err = said(capsys)
+    assert "(floor " in out and not any(line.startswith("tolerance") for line in err)
+    assert "JS0 (literature, unnormalised) [nats / dx]" in out
+
+
+def test_blocks_are_exact_up_to_the_size_asked_for(capsys):
+    command = ("js0", "--model", "own.py:net", "--no-verify", "--exact")
+    for size, exact in (("40", 1), ("80", 3)):
+        assert run(*command, size) == 0
+        rows = said(capsys)[0].splitlines()
+        found = [line for line in rows if line.startswith(("0.weight", "2.weight", "4.weight"))]
+        assert sum(line.endswith("exact") for line in found) >= exact
+
+
 def test_an_interrupted_tolerance_run_goes_on(capsys, monkeypatch, undrawn):
     """Interrupted while its last blocks grow: what is in the journal is not computed again."""
     command = (
@@ -437,7 +460,11 @@ def test_an_interrupted_tolerance_run_goes_on(capsys, monkeypatch, undrawn):
     [
         (("--tolerance", "0"), "'0' is not a positive number, such as 0.05"),
         (("--tolerance", "5%"), "'5%' is not a positive number"),
-        (("--reading", "log"), "--reading log is what --tolerance is about"),
+        (
+            ("--reading", "log", "bounded", "--tolerance", "0.1"),
+            "--tolerance 0.1 cannot be had of bounded, the literature's",
+        ),
+        (("--exact", "0"), "'0' is not a whole number of at least 1"),
         (("--tolerance", "0.1", "--reading", "js"), "invalid choice: 'js'"),
         (("--tolerance", "0.1", "--probes", "1", "--steps", "4"), "max_matvecs is 4"),
         (
@@ -453,12 +480,12 @@ def test_bad_tolerances_and_precisions_are_one_line(options, told, capsys):
 
 
 OF_SPECTRA = (
-    "(default: 4, with --tolerance 10; paper: 10)",
-    "(default: 40, with --tolerance 100; paper: 100)",
+    "(default: what --tolerance needs, or 4; paper: 10)",
+    "(default: what --tolerance needs, or 40; paper: 100)",
 )
 HELP = {  # command -> number of options, what its help tells
-    "js0": (25, (*OF_SPECTRA, "(default: weights; paper: official)")),
-    "spectrum": (23, (*OF_SPECTRA, "(default: model; paper: official)")),
+    "js0": (26, (*OF_SPECTRA, "(default: weights; paper: official)")),
+    "spectrum": (24, (*OF_SPECTRA, "(default: model; paper: official)")),
     "partition": (
         29,
         ("arXiv 2406.16793", "(default: adam_mini)", "Exit code 1 when a claim is contradicted"),

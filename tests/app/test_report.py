@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hessian_tools as ht
+from hessian_tools import tables
 from hessian_tools.app import report
 from hessian_tools.curvature.symmetric import DiagonalOperator
 
@@ -42,10 +43,10 @@ def test_table():
 
 def test_spectra_table():
     assert report.spectra_table(SMALL).splitlines() == [
-        "block        size  rms eigenvalue  smallest  largest  trace  HVPs  status",
-        "-----------  ----  --------------  --------  -------  -----  ----  ------",
-        "a.weight        3            2.16        -1        3  4 ± 0     3   exact",
-        "longer.bias     2               0         0        0  0 ± 0     2   exact",
+        "block        size  rms eigenvalue  smallest  largest  trace ± 95 %  HVPs  status",
+        "-----------  ----  --------------  --------  -------  ------------  ----  ------",
+        "a.weight        3            2.16        -1        3         4 ± 0     3   exact",
+        "longer.bias     2               0         0        0         0 ± 0     2   exact",
     ]
 
 
@@ -71,31 +72,68 @@ def test_plus_minus(value, error, text):
     assert report.plus_minus(value, error) == text
 
 
+@pytest.mark.parametrize(
+    "value, low, high, text",
+    [
+        (1.349, 1.3423, 1.3558, "1.3490 (1.3423 to 1.3558)"),
+        (12.345, 11.2, 13.3, "12.3 (11.2 to 13.3)"),
+        (-0.01, -0.2, 0.11, "0.000 (0.000 to 0.110)"),
+        (123.0, 80.0, 170.0, "123 (80 to 170)"),
+        (2.5, 2.5, 2.5, "2.5 (exact)"),
+        (1e9, 9e8, 1.2e9, "1e+09 (9e+08 to 1.2e+09)"),
+    ],
+)
+def test_interval(value, low, high, text):
+    assert tables.interval(value, low, high) == text
+
+
 def test_readings_table_has_a_column_a_model():
-    js = ht.js_heterogeneity(spectra({"a": [1.0, 1.0], "b": [1000.0, 1000.0]}))
-    other = ht.js_heterogeneity(spectra({"a": [1.0, 1.0], "b": [1.0, 1.0]}))
+    asked = {"readings": ["curvature", "log", "wasserstein", "bounded", "unnormalised"]}
+    js = ht.js_heterogeneity(spectra({"a": [1.0, 1.0], "b": [1000.0, 1000.0]}), **asked)
+    other = ht.js_heterogeneity(spectra({"a": [1.0, 1.0], "b": [1.0, 1.0]}), **asked)
     lines = report.readings_table({"first": js, "second": other}).splitlines()
-    assert lines[0].split() == [
-        "reading",
-        "(mean",
-        "over",
-        "pairs",
-        "±",
-        "standard",
-        "error)",
-        "first",
-        "second",
-    ]
-    start = lines[1].index(" ")
+    assert lines[0].split() == ["reading", "(95", "%", "interval)", "first", "second"]
+    start = lines[1].index("  ")
     rows = {line[:start].strip(): line[start:].split() for line in lines[2:]}
     assert [name.split(" [")[0] for name in rows] == [
-        "JS bounded", "JS0 (literature, unnormalised)", "JS log", "Wasserstein", "spread of block scales", "verdict",
-    ]  # fmt: skip
-    assert rows["JS bounded [nats]"][:3] == ["0.693", "±", "0"]  # ln 2: disjoint
-    assert rows["Wasserstein [decades]"] == ["3", "±", "0", "0", "±", "0"]  # a factor of 1000
-    assert rows["spread of block scales [decades]"] == ["1.5", "±", "0", "0", "±", "0"]
-    assert rows["verdict"] == [js.verdict.decision, other.verdict.decision]
+        "spread of block scales",
+        "curvature",
+        "JS log",
+        "Wasserstein",
+        "JS bounded (literature)",
+        "JS0 (literature, unnormalised)",
+        "verdict",
+    ]
+    assert rows["JS bounded (literature) [nats]"][:3] == ["0.693", "(floor", "0)"]  # ln 2: disjoint
+    assert rows["Wasserstein [decades]"] == ["3", "(exact)", "0", "(exact)"]  # a factor of 1000
+    assert rows["curvature [decades]"] == ["3", "(exact)", "0", "(exact)"]
+    assert rows["spread of block scales [decades]"] == ["1.5", "(exact)", "0", "(exact)"]
+    assert " ".join(rows["verdict"]) == f"{js.verdict.decision} {other.verdict.decision}"
+    assert other.verdict.decision == "no heterogeneity found"
     assert rows["JS0 (literature, unnormalised) [nats / dx]"][0] == f"{js.js0:.3g}"
+
+
+def test_what_is_not_resolved_has_no_number():
+    eigenvalues = torch.linspace(-1, 1, 4000, dtype=torch.float64) ** 3
+    blocks = {
+        name: ht.slq(DiagonalOperator(scale * eigenvalues), num_probes=2, num_steps=2, exact=False)
+        for name, scale in (("a", 1.0), ("b", 1.7))
+    }
+    js = ht.js_heterogeneity(blocks)
+    assert js.told("curvature") == "not resolved at 2 x 2"
+    assert "(exact)" not in js.told("scale") and "not resolved" not in js.told("scale")
+    found = report.summary(ht.BlockSpectra(blocks, 2, 2, 0, "rademacher", "full", "a route"), js)
+    assert found["readings"]["curvature"]["resolved"] is False
+    assert found["readings"]["curvature"]["low"] is None
+    assert js.verdict.decision == "undecided" and "curvature" in js.verdict.reason
+
+
+def test_exact_spectra_are_offered_where_they_are_within_reach():
+    assert report.exact_offer(SMALL) == ""
+    operator = DiagonalOperator(torch.linspace(1, 2, 60, dtype=torch.float64))
+    near = ht.slq(operator, num_probes=2, num_steps=5, exact=False)
+    found = ht.BlockSpectra({"a": near, **SMALL}, 2, 5, 0, "rademacher", "full", "a route")
+    assert report.exact_offer(found).endswith("for 60 products: --exact 60")
 
 
 def test_verdict_text_is_wrapped_and_complete():
@@ -106,14 +144,14 @@ def test_verdict_text_is_wrapped_and_complete():
 
 
 def test_summary_is_json_with_the_tables_numbers():
-    js = ht.js_heterogeneity(SMALL)
+    js = ht.js_heterogeneity(SMALL, readings=["unnormalised"])
     found = json.loads(json.dumps(report.summary(SMALL, js), allow_nan=False))
     first = found["blocks"][0]
     assert first["name"] == "a.weight" and (first["smallest"], first["largest"]) == (-1, 3)
     assert first["trace"] == pytest.approx(4) and first["rms"] == pytest.approx(np.sqrt(14 / 3))
     assert found["matvecs"] == 5 and found["route"] == "the route"
     assert found["notes"] == ["a note", *js.notes] and js.notes
-    assert found["readings"]["scale_spread"]["mean"] == "nan"  # one of two blocks is zero
+    assert found["readings"]["scale"]["mean"] == "nan"  # one of two blocks is zero
     assert found["readings"]["unnormalised"]["mean"] == js.js0
     assert found["verdict"] == {"decision": js.verdict.decision, "words": str(js.verdict)}
     assert set(report.summary(SMALL, None)) == {"blocks", "matvecs", "route", "notes"}

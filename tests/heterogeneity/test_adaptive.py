@@ -5,6 +5,7 @@ import pytest
 import torch
 from problems.compared import same_quadrature
 from problems.planted import FakeHessian, cut_of, random_symmetric
+from scipy.stats import norm
 from tqdm import tqdm
 
 from hessian_tools.blocks.partition import Partition
@@ -12,6 +13,7 @@ from hessian_tools.curvature.symmetric import DenseOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import js_heterogeneity
+from hessian_tools.heterogeneity.readings import pair_readings
 from hessian_tools.spectra.gauss import truncated
 from hessian_tools.spectra.growing import GrowingSpectra, Growth
 from hessian_tools.spectra.settings import Settings
@@ -43,7 +45,9 @@ def spent(hessian):
     return sum(rows for _, rows in hessian.calls)
 
 
-@pytest.mark.parametrize("reading", ["wasserstein", "log", "scale", ("wasserstein", "scale")])
+@pytest.mark.parametrize(
+    "reading", ["curvature", "wasserstein", "log", "scale", ("curvature", "scale")]
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_tolerance_is_met_against_the_true_spectra(reading, seed):
     """The truth is in the eigenvalues; three times the tolerance is allowed, as standard errors are
@@ -54,7 +58,7 @@ def test_the_tolerance_is_met_against_the_true_spectra(reading, seed):
         n: slq(DenseOperator(hessian.matrices[n]), num_probes=2, num_steps=2, exact=True)
         for n in spectra
     }
-    truth = js_heterogeneity(exact)
+    truth = js_heterogeneity(exact, readings=pair_readings())
     truth = {name: truth.readings[name].mean for name in truth.readings} | {
         "scale": truth.scale_spread.value
     }
@@ -86,30 +90,29 @@ def test_products_are_counted_truthfully_and_history_tells():
     assert found.history[-1].means == {"wasserstein": last.mean}
     part = found.uncertainties["wasserstein"]
     assert part.standard_error == pytest.approx(last.standard_error / last.mean)
-    assert part.bias == pytest.approx(last.bias / last.mean) and found.estimates[
-        "wasserstein"
-    ] == pytest.approx(last.mean - last.bias)
+    assert part.steps >= last.change / last.mean * (1 - 1e-12)
+    assert part.bias == 0 and found.estimates["wasserstein"] == last.mean
+    half = (last.high - last.low) / 2
+    assert part.total >= half / norm.ppf(0.975) / last.mean * (1 - 1e-12)
 
 
 def test_a_smaller_tolerance_costs_more_and_a_large_one_only_the_first_round():
     costs = []
-    for tolerance in (10.0, 0.005, 0.002):
+    for tolerance in (10.0, 0.002, 0.0005):
         hessian, partition, _ = setting()
         run(hessian, partition, tolerance=tolerance)
         costs.append(spent(hessian))
-    assert costs[0] == 12 + 3 * 64 < costs[1] < costs[2]
+    assert costs[0] == 12 + 3 * 32 < costs[1] < costs[2]
 
 
 def test_products_go_where_the_uncertainty_is():
-    """The block of one outlier decides the spread of scales: it grows, or becomes exact; the flat
-    ones are left."""
+    """The block of one outlier decides the spread of scales: it grows, or becomes exact."""
     hessian, partition, _ = setting()
-    found = run(hessian, partition, reading="scale", tolerance=0.03)
+    found = run(hessian, partition, reading="scale", tolerance=0.004)
     cost = {name: q.num_matvecs for name, q in found.spectra.items()}
-    assert cost["low"] > cost["high"] >= cost["mid"] == 64 and cost["tiny"] == 12
-    assert (
-        found.spectra["low"].status == "exact" and cost["low"] == 64 + 90
-    )  # what was spent before counts as well
+    assert found.met and cost["low"] > 4 * max(cost["high"], cost["mid"])
+    assert found.spectra["low"].status == "exact"
+    assert cost["low"] > 90  # what was spent before counts as well
 
 
 @pytest.mark.parametrize("mode", ["full", "local", "none"])
@@ -125,7 +128,13 @@ def test_limits_force_what_a_fixed_run_gives(mode):
         fixed = blockwise_slq(
             hessian, [b for b in partition if b.name == name], num_probes=k, num_steps=m, **options
         )
-        assert same_quadrature(q, fixed[name], 1e-7) and q.num_matvecs == k * m <= 96
+        assert q.num_matvecs == k * m <= 96
+        if mode == "full":
+            assert same_quadrature(q, fixed[name], 1e-7)
+        # copies of converged eigenvalues share their weight by rounding, moments do not change
+        for power in (1, 2, 5):
+            moments = [one.per_probe(lambda x, p=power: x**p) for one in (q, fixed[name])]
+            assert np.allclose(*moments, rtol=1e-7)
     assert max(q.nodes.shape[1] for q in found.spectra.values()) == 24
 
 
@@ -134,10 +143,8 @@ def test_runs_are_continued_not_repeated(monkeypatch):
     kept."""
     hessian, partition, _ = setting()
     found = run(hessian, partition, exact=False, tolerance=1e-9, max_matvecs=200, max_steps=40)
-    assert (
-        spent(hessian) == sum(q.nodes.size for q in found.spectra.values())
-        and found.spectra.notes == ()
-    )
+    assert spent(hessian) == sum(q.nodes.size for q in found.spectra.values())
+    assert not any("made again" in note for note in found.spectra.notes)
 
 
 def test_without_memory_for_the_vectors_products_are_repeated_and_told():
@@ -268,7 +275,11 @@ def test_nonfinite_products_name_block_and_step():
         ({"tolerance": 0}, "tolerance is 0"),
         ({"tolerance": float("nan")}, "tolerance is nan"),
         ({"tolerance": "5 %"}, "tolerance is '5 %'"),
-        ({"reading": "js"}, r"reading is \('js',\); choose from 'bounded'"),
+        (
+            {"reading": "js"},
+            r"reading is \('js',\); a tolerance can be had of 'scale', 'curvature'",
+        ),
+        ({"reading": "unnormalised"}, "error of bounded, unnormalised is not known"),
         ({"reading": ()}, r"reading is \(\)"),
         ({"max_matvecs": 5}, "max_matvecs is 5; an integer of at least 6"),
         ({"max_steps": 2.5}, "max_steps is 2.5"),

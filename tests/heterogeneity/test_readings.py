@@ -11,6 +11,7 @@ from problems.compared import same
 from problems.planted import FakeHessian, blocks, cut_of, random_symmetric
 
 import hessian_tools as ht
+from hessian_tools import tables
 from hessian_tools.app import cli, report
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.heterogeneity.measure import PairMeasure, Replacement, Workspace
@@ -55,11 +56,11 @@ def spectra(added):
 
 def test_every_entry_bears_its_own_name():
     assert {name: measure.name for name, measure in READINGS.items()} == {n: n for n in READINGS}
-    assert pair_readings() == ("bounded", "unnormalised", "log", "wasserstein")
+    assert pair_readings() == ("curvature", "log", "wasserstein", "bounded", "unnormalised")
 
 
 def test_a_new_reading_is_computed_with_its_error(spectra):
-    js = ht.js_heterogeneity(spectra)
+    js = ht.js_heterogeneity(spectra, readings=["top"])
     tops = np.array([top(block) for block in spectra.values()])
     pairs = [abs(a - b) for i, a in enumerate(tops) for b in tops[:i]]
     reading = js.readings["top"]
@@ -68,29 +69,30 @@ def test_a_new_reading_is_computed_with_its_error(spectra):
 
 
 def test_a_new_reading_is_in_table_and_json(spectra):
-    js = ht.js_heterogeneity(spectra)
+    js = ht.js_heterogeneity(spectra, readings=["top"])
     reading = js.readings["top"]
     lines = report.readings_table({"net": js}).splitlines()
     (row,) = (line for line in lines if line.startswith("Top distance [decades]"))
-    assert row.endswith(report.plus_minus(reading.mean, reading.standard_error))
+    assert row.endswith(tables.interval(reading.mean, reading.low, reading.high))
     summary = json.loads(json.dumps(report.summary(spectra, js)))
     assert summary["readings"]["top"]["mean"] == reading.mean
 
 
 def test_a_new_reading_is_drawn(spectra, monkeypatch, tmp_path):
-    js = ht.js_heterogeneity(spectra)
+    js = ht.js_heterogeneity(spectra, readings=pair_readings())
     axes = Figure().subplots()
     plotting.js_matrix(axes, js, "top")
     assert axes.get_title().startswith("Distance of the largest eigenvalues\nmean over pairs ")
     figures = []
     monkeypatch.setattr(plotting, "written", lambda figure, path: figures.append(figure) or path)
     plotting.draw(tmp_path, spectra, js, "net")
-    titles = [panel.get_title().split("\n")[0] for panel in figures[-1].axes[:3]]
-    assert titles == [READINGS[name].title for name in ("unnormalised", "wasserstein", "top")]
+    titles = [panel.get_title().split("\n")[0] for panel in figures[-1].axes[:4]]
+    drawn = ("curvature", "wasserstein", "unnormalised", "top")
+    assert titles == [READINGS[name].title for name in drawn]
 
 
 def test_a_new_reading_is_saved_and_loaded(spectra, tmp_path):
-    js = ht.js_heterogeneity(spectra)
+    js = ht.js_heterogeneity(spectra, readings=["top"])
     ht.save(js, tmp_path / "js")
     loaded = ht.load(tmp_path / "js")
     assert same(loaded, js) and loaded.readings["top"].mean == js.readings["top"].mean
@@ -108,19 +110,18 @@ def test_a_new_reading_can_be_asked_to_meet_a_tolerance(added, capsys):
     assert found.heterogeneity.readings["top"].mean == pytest.approx(1.0, abs=0.1)
     with pytest.raises(SystemExit):
         cli.main(["js0", "--help"])
-    assert "scale,top}" in capsys.readouterr().out
+    assert "unnormalised,top}" in capsys.readouterr().out
 
 
 def test_results_saved_before_the_registry_load():
-    """The repository's own results were written by earlier versions."""
-    js = ht.load(Path(__file__).parents[2] / "results" / "gpt2_official" / "result")[
-        "heterogeneity"
-    ]
-    assert list(js.readings) == ["bounded", "unnormalised", "log", "wasserstein"]
+    """Readings of an earlier version, without intervals; its numbers are those that it printed."""
+    path = Path(__file__).parents[1] / "fixtures" / "js0_0.1.0"
+    js = ht.load(path)["heterogeneity"]
+    assert set(js.readings) == {"bounded", "unnormalised", "log", "wasserstein"}
     size = len(js.names)
     for name, reading in js.every_reading.items():
-        measure = READINGS[name]
-        assert (reading.unit, reading.description) == (measure.unit, measure.description)
         values = js.scale_spread.log10_rms if name == "scale" else reading.matrix
         assert values.shape == ((size,) if name == "scale" else (size, size))
-        assert measure.mean(values) == pytest.approx(reading.mean, rel=1e-12)
+        assert np.isnan(reading.low) and np.isfinite(reading.mean)
+        mean = np.std(values) if name == "scale" else values[np.triu_indices(size, 1)].mean()
+        assert mean == pytest.approx(reading.mean, rel=1e-12)

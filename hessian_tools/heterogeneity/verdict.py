@@ -26,8 +26,9 @@ from hessian_tools.results import registered
 
 Decision = Literal["Adam", "undecided", "no heterogeneity found", "nothing to compare"]
 
-# Spread of block scales in decades, half way in logarithm from the highest of two ResNets, a VGG, an
-# MLP and a Mixer (0.77) to the lowest of four Transformers (1.17), docs/evidence/js0_families.md.
+# Spread of block scales in decades, half way in logarithm from the highest of two ResNets, a VGG,
+# an MLP and a Mixer (0.77) to the lowest of four Transformers (1.17), see
+# docs/evidence/js0_families.md.
 BETWEEN = 0.95
 _CALIBRATION = (
     "Calibration: nine networks at initialisation, and what the literature reports about their "

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hessian_tools.heterogeneity.estimate import Z
 from hessian_tools.heterogeneity.uncertainty import Shares, Uncertainty
 from hessian_tools.spectra.growing import Growth
 from hessian_tools.spectra.quadrature import Floats, Quadrature
@@ -124,7 +123,7 @@ def _wanted_probes(share: Shares, standing: Standing, tolerance: float) -> Float
         wanted[biased] = 2 * standing.probes[biased]
     # what steps and bias leave; steps that no block can add are not held against the probes
     steps = 0.0 if _steps_matter(uncertainty, tolerance) else uncertainty.steps
-    left = max(tolerance - uncertainty.bias**2, 0.0) ** 2 - (steps / Z) ** 2
+    left = max(tolerance - uncertainty.bias**2, 0.0) ** 2 - steps**2
     room = max(float(np.sqrt(max(left, 0.0))), tolerance / 2)
     if uncertainty.doubt * uncertainty.standard_error > room:
         wanted = np.maximum(wanted, _neyman(share, standing, room))

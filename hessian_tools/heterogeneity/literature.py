@@ -73,20 +73,15 @@ class Bounded(PairMeasure):
         return replacement.divergences(LiteratureDensities)
 
     def floor(self, workspace: Workspace) -> float:
-        """The mean over blocks of what two halves of a block's own probes differ by.
+        """What disjoint groups of a block's own probes differ by, brought to groups of all k.
 
-        nan with less than two probes in each block. With half the probes it is a little high where
-        kernels overlap, and right where they do not.
+        The mean over blocks. Between groups of k/4 and of k/2 probes the divergence falls as a
+        power of their number, by which the latter is continued to k (with the power 1/2 for fewer
+        than four probes). nan where a block has one probe.
         """
         densities = workspace.densities(LiteratureDensities)
-        found = []
-        for block in workspace.blocks:
-            if block.status == "exact":
-                found.append(0.0)
-            elif block.num_probes > 1:
-                halves = probabilities(densities.grid, _halves(block), densities.width)
-                found.append(float(js_divergences(halves)[0, 1]))
-        return float(np.mean(found)) if len(found) == len(workspace.blocks) else float("nan")
+        found = [_own_divergence(block, densities) for block in workspace.blocks]
+        return float(np.mean(found))
 
 
 @dataclass(frozen=True)
@@ -111,6 +106,24 @@ class Unnormalised(Bounded):
         return super().floor(workspace) / workspace.densities(LiteratureDensities).grid.spacing
 
 
-def _halves(block: Quadrature) -> list[Quadrature]:
-    middle = block.num_probes // 2
-    return [block.of_probes(slice(0, middle)), block.of_probes(slice(middle, None))]
+def _own_divergence(block: Quadrature, densities: Densities) -> float:
+    """Of two sets of ``block.num_probes`` probes each; see ``Bounded.floor``."""
+    if block.status == "exact":
+        return 0.0
+    k = block.num_probes
+    if k == 1:
+        return float("nan")
+    half = _between_groups(block, k // 2, densities)
+    power = 0.5
+    if k >= 4 and half > 0:
+        quarter = _between_groups(block, k // 4, densities)
+        power = math.log(quarter / half) / math.log((k // 2) / (k // 4))
+    return half * ((k // 2) / k) ** min(max(power, 0.0), 1.0)
+
+
+def _between_groups(block: Quadrature, size: int, densities: Densities) -> float:
+    """The mean divergence between disjoint groups of ``size`` probes."""
+    starts = range(0, block.num_probes - size + 1, size)
+    groups = [block.of_probes(slice(start, start + size)) for start in starts]
+    matrix = js_divergences(probabilities(densities.grid, groups, densities.width))
+    return float(matrix[np.triu_indices(len(groups), 1)].mean())

@@ -16,12 +16,13 @@ Shapes: B blocks, N nodes of all blocks together.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hessian_tools.heterogeneity.estimate import Sample, probe_variance
 from hessian_tools.heterogeneity.measure import Sampled, Workspace
+from hessian_tools.spectra.gauss import all_truncated
 from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 Position = Callable[[Floats], Floats]  # from eigenvalues to the axis
@@ -143,6 +144,10 @@ class Curvature(Sampled):
     where in size the Frobenius norm of the block lies. The unresolved bulk near zero has next to
     none of it, so that a few Lanczos steps suffice.
 
+    The distributions are means of those that m and m - 1 steps give. Of eigenvalues on both sides
+    of zero, Gauss quadratures of odd and of even order err in opposite directions (one has a node
+    near zero, the other has not), as Gauss and anti-Gauss rules do (Laurie 1996).
+
     Signs do not enter: x and -x are the same curvature. What an optimizer's step must be small for
     is the size of an eigenvalue, whichever its sign, and a second-moment estimate sees squares
     alone. Two blocks of which one is the other's negative therefore read 0.
@@ -160,13 +165,39 @@ class Curvature(Sampled):
     first_steps: int = 6
 
     def sample(self, workspace: Workspace) -> Sample:
-        return among(workspace, lambda blocks: transport(blocks, _decades, 2))
+        return among(workspace, _averaged_transport)
+
+
+def _averaged_transport(blocks: Sequence[Quadrature]) -> Sample:
+    found = transport(_averaged(blocks), _decades, 2)
+
+    def effect(index: int, quadrature: Quadrature) -> float:
+        return found.effect(index, _averaged([quadrature])[0])
+
+    return replace(found, effect=effect)
+
+
+def _averaged(blocks: Sequence[Quadrature]) -> list[Quadrature]:
+    """Each block's spectrum as the mean of what all its steps and all but the last give."""
+    (shorter,) = all_truncated(blocks, [lambda steps: max(steps - 1, 1)])
+    return [_mean(block, less) for block, less in zip(blocks, shorter, strict=True)]
+
+
+def _mean(one: Quadrature, other: Quadrature) -> Quadrature:
+    if one.status == "exact":
+        return one
+    return replace(
+        one,
+        nodes=np.concatenate([one.nodes, other.nodes], axis=1),
+        weights=np.concatenate([one.weights, other.weights], axis=1) / 2,
+        residuals=np.concatenate([one.residuals, other.residuals], axis=1),
+    )
 
 
 def shape_distance(one: Quadrature, other: Quadrature) -> float:
     """The distance of curvatures of two blocks, each divided by its own scale."""
     shapes = [block.scaled(1 / block.rms.value) for block in (one, other)]
-    return transport(shapes, _decades, 2).mean
+    return _averaged_transport(shapes).mean
 
 
 def _decades(eigenvalues: Floats) -> Floats:

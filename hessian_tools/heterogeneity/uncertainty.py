@@ -1,11 +1,10 @@
 """What remains uncertain about a reading, and which blocks it comes from.
 
-The remaining uncertainty is that of an interval that covers 95 times in 100, as a standard error
-(its half width over 1.96), as a fraction of the reading:
+The remaining uncertainty is a standard error, as a fraction of the reading:
 
 - the **standard error** from the probes, times a **doubt**: Student's t over 1.96, for the error is
   itself known from few probes (:mod:`hessian_tools.heterogeneity.estimate`);
-- the change that the last Lanczos **steps** made, over 1.96, added in squares. Of two measures the
+- the change that the last Lanczos **steps** made, added in squares. Of two measures the
   larger counts: all blocks changed together, and the root of the sum of squares of the changes that
   single blocks make, for changes that cancel are no convergence;
 - for readings that are jackknifed, the square of the **bias**: what taking the O(1/k) part off
@@ -42,7 +41,7 @@ class Uncertainty:
     @property
     def total(self) -> float:
         """What is compared with the tolerance."""
-        error = float(np.hypot(self.doubt * self.standard_error, self.steps / Z))
+        error = float(np.hypot(self.doubt * self.standard_error, self.steps))
         return error + self.bias**2
 
 

@@ -46,8 +46,8 @@ def shares_from(probes, variances, biases, steps, together):
 
 
 def test_the_total_is_the_sum_of_three_parts():
-    """Those of the interval in squares, over the 1.96 of its half width."""
-    error = np.hypot(0.02, 0.005 / norm.ppf(0.975))
+    """Probes and steps in squares."""
+    error = np.hypot(0.02, 0.005)
     assert Uncertainty(0.01, 2.0, -0.3, 0.005).total == pytest.approx(error + 0.09)
 
 
@@ -179,7 +179,7 @@ def test_bias_is_worked_on_above_a_quarter_of_the_tolerance(bias, probes):
 @pytest.mark.parametrize(
     ("steps", "bias", "max_steps", "room"),
     [
-        (0.02, 0.1, 100, np.sqrt(0.09**2 - (0.02 / norm.ppf(0.975)) ** 2)),
+        (0.02, 0.1, 100, np.sqrt(0.09**2 - 0.02**2)),
         (0.2, 0.1, 10, 0.09),  # steps that no block can add are not held against the probes
         (0.02, 0.25, 100, 0.05),  # half the tolerance is the least
     ],

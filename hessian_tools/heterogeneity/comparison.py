@@ -118,7 +118,7 @@ def _interval(measure: Measure, sample: Sample, change: float) -> tuple[float, f
     within = sample.quantile * sample.standard_error
     if not is_resolved(sample.mean, within, change, measure.least):
         return float("nan"), float("nan")
-    return sample.interval(change)
+    return sample.interval(measure.step_doubt * change)
 
 
 class Comparison:
@@ -223,7 +223,7 @@ def _found(
     within = quantile(part.variances, freedoms) * error
     half = np.nan
     if measure.tolerable and is_resolved(mean, within, change, measure.least):
-        half = np.hypot(within, change)
+        half = np.hypot(within, measure.step_doubt * change)
     return Found(
         measure=measure,
         values=comparison.values[name],

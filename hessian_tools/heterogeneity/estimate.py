@@ -67,7 +67,7 @@ class Sample:
         return quantile(self.variances, self.freedoms)
 
     def interval(self, change: float) -> tuple[float, float]:
-        """Low and high end; ``change`` is what the last steps made."""
+        """Low and high end; ``change`` is what the steps may still make."""
         half = float(np.hypot(self.quantile * self.standard_error, change))
         return self.mean - half, self.mean + half
 

@@ -175,6 +175,7 @@ class Measure(ABC):
     least: float = 0.1  # a tolerance is a fraction of the reading, or of this where it is larger
     first_steps: int = 16  # Lanczos steps with which an adaptive run begins
     needs_steps: bool = True  # whether more than two Lanczos steps change it
+    step_doubt: float = 1.0  # times the change of the last steps, in the interval
 
 
 class Sampled(Measure):

@@ -146,7 +146,9 @@ class Curvature(Sampled):
 
     The distributions are means of those that m and m - 1 steps give. Of eigenvalues on both sides
     of zero, Gauss quadratures of odd and of even order err in opposite directions (one has a node
-    near zero, the other has not), as Gauss and anti-Gauss rules do (Laurie 1996).
+    near zero, the other has not), as Gauss and anti-Gauss rules do (Laurie 1996). The average moves
+    less over the last steps than it is off, which ``step_doubt`` makes up for
+    (docs/evidence/coverage.md).
 
     Signs do not enter: x and -x are the same curvature. What an optimizer's step must be small for
     is the size of an eigenvalue, whichever its sign, and a second-moment estimate sees squares
@@ -163,6 +165,7 @@ class Curvature(Sampled):
     scale_free: bool = True
     drawn: bool = True
     first_steps: int = 6
+    step_doubt: float = 2.0
 
     def sample(self, workspace: Workspace) -> Sample:
         return among(workspace, _averaged_transport)

@@ -364,3 +364,13 @@ def test_partition_errors():
         run(hessian, "semantic")
     with pytest.raises(TypeError, match="Problem"):
         run(object(), partition)
+
+
+def test_blocks_are_exact_up_to_a_size():
+    operator = DiagonalOperator(torch.linspace(1, 2, 60, dtype=torch.float64))
+    for exact, status in ((59, "complete"), (60, "exact"), (1000, "exact")):
+        assert slq(operator, num_probes=2, num_steps=5, exact=exact).status == status
+    with pytest.raises(ValueError, match="exact is 0; it must be an integer of at least 1"):
+        slq(operator, num_probes=2, num_steps=5, exact=0)
+    with pytest.raises(ValueError, match="exact is 'never'; allowed are 'auto', True, False"):
+        slq(operator, num_probes=2, num_steps=5, exact="never")

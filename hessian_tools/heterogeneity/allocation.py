@@ -106,7 +106,10 @@ def _need_steps(share: Shares, standing: Standing, tolerance: float) -> Integers
     """The blocks that shall get more steps for this reading."""
     if not _steps_matter(share.uncertainty, tolerance):
         return np.array([], dtype=int)
-    return _largest(np.abs(share.steps), standing.can_lengthen, _REST * _STEPS * tolerance)
+    changes = np.abs(share.steps)
+    # blocks that change the mean little each, but much together, must grow as well
+    rest = min(_REST * _STEPS * tolerance, changes.sum() / 2)
+    return _largest(changes, standing.can_lengthen, rest)
 
 
 def _steps_matter(uncertainty: Uncertainty, tolerance: float) -> bool:

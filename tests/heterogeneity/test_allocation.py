@@ -153,6 +153,11 @@ def test_steps_go_first_to_the_blocks_that_change_the_mean_most():
     assert next_growth(three(), {"log": shares}, 0.1, limits)["a"] == Growth(4, 12)
 
 
+def test_blocks_that_change_the_mean_only_together_grow():
+    shares = shares_from(FOURS, ZEROS, ZEROS, np.array([0.01, 0.004, 0.001]), 0.2)
+    assert next_growth(three(), {"log": shares}, 0.1, FREE) == {"a": Growth(4, 15)}
+
+
 @pytest.mark.parametrize(("change", "grows"), [(0.031, True), (0.029, False)])
 def test_three_tenths_of_the_tolerance_are_left_alone(change, grows):
     shares = shares_from(FOURS, ZEROS, ZEROS, np.array([0.2, change, 0.0]), 0.0)

@@ -79,9 +79,9 @@ def add(
         "js0",
         help="heterogeneity of the block spectra, and a verdict: SGD or Adam",
         description=(
-            "Spectra of a model's parameter blocks at initialisation, their Jensen-Shannon "
-            "heterogeneity in all readings, and a verdict (paper: arXiv 2402.16788). Several "
-            "models are compared side by side."
+            "How different the Hessian spectra of a model's parameter blocks are, in readings with "
+            "intervals that cover, and a verdict (paper: arXiv 2402.16788). Products are spent "
+            "until the readings are known to --tolerance. Several models are compared side by side."
         ),
         epilog=epilog,
     )

@@ -121,8 +121,8 @@ class JSHeterogeneity:
     def told(self, name: str) -> str:
         """A reading in words: with its interval or its floor, or why it has none."""
         reading = self.every_reading[name]
-        if math.isnan(reading.mean):
-            return "nothing to compare"
+        if self.verdict.decision == "nothing to compare" and math.isnan(reading.mean):
+            return self.verdict.decision
         if not READINGS[name].tolerable:
             return f"{reading.mean:.3g} (floor {reading.floor:.2g})"
         if math.isnan(reading.low):

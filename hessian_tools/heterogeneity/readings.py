@@ -113,6 +113,15 @@ def _law(block: Quadrature) -> tuple[float, float]:
     return (np.inf if error == 0 else 2 / error**2), float(block.num_probes - 1)
 
 
+def _of_log10_rms(freedoms: Floats) -> tuple[Floats, Floats]:
+    """Bias and variance of log10 rms, where the squared rms has a chi-squared law."""
+    is_exact = np.isinf(freedoms)
+    halves = np.where(is_exact, 1.0, freedoms / 2)
+    biases = (digamma(halves) - np.log(halves)) / (2 * _LN10)
+    variances = polygamma(1, halves) / (2 * _LN10) ** 2
+    return np.where(is_exact, 0.0, biases), np.where(is_exact, 0.0, variances)
+
+
 def _spread(workspace: Workspace, logs: Floats, kept: NDArray[np.int_], laws: Floats) -> Spread:
     count = len(kept)
     variances = np.zeros(len(logs))
@@ -120,11 +129,7 @@ def _spread(workspace: Workspace, logs: Floats, kept: NDArray[np.int_], laws: Fl
     if count < 2:
         nothing = float("nan")
         return Spread(logs, nothing, variances, freedoms, lambda b, q: 0.0, nothing, nothing)
-    halves = laws[:, 0] / 2
-    is_exact = np.isinf(halves)
-    errors = np.where(is_exact, 0.0, polygamma(1, halves)) / (2 * _LN10) ** 2
-    finite = np.where(is_exact, 1.0, halves)
-    offsets = np.where(is_exact, 0.0, digamma(finite) - np.log(finite)) / (2 * _LN10)
+    offsets, errors = _of_log10_rms(laws[:, 0])
     centred = logs[kept] - offsets
     centred -= centred.mean()
     raw = float((centred**2).mean())

@@ -37,26 +37,6 @@ _CALIBRATION = (
 )
 
 
-class PublishedJS0(NamedTuple):
-    """A row of the table of Zhang et al., "Why Transformers Need Adam", arXiv 2402.16788."""
-
-    model: str
-    js0: float
-    transformer_like: bool  # a network on which Adam beats SGD by far
-    at_initialisation: bool
-
-
-PUBLISHED_JS0 = (
-    PublishedJS0("VGG16", 0.09, False, True),
-    PublishedJS0("ResNet18", 0.10, False, True),
-    PublishedJS0("GPT2 (pretrained)", 18.84, True, False),
-    PublishedJS0("MLP-mixer", 34.90, True, True),
-    PublishedJS0("BERT", 53.38, True, True),
-    PublishedJS0("GPT2", 83.23, True, True),
-    PublishedJS0("ViT-base", 286.41, True, True),
-)
-
-
 class Evidence(NamedTuple):
     """A reading and its interval; the latter is nan where the reading is not resolved."""
 

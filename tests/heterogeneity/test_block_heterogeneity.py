@@ -257,6 +257,13 @@ def test_one_probe_has_an_error_too():
     assert js.readings["curvature"].standard_error > 0 and js.scale_spread.standard_error > 0
 
 
+def test_one_probe_of_one_step_tells_nothing():
+    found = {name: quadrature([[level]]) for name, level in (("a", 1.0), ("b", 5.0))}
+    js = js_heterogeneity(found)
+    assert js.told("scale") == js.told("curvature") == "not resolved at 1 x 1"
+    assert js.verdict.decision == "undecided"
+
+
 def zero(k=3):
     """What SLQ leaves of a zero block."""
     return quadrature(np.zeros((k, 2)), np.array([[1.0, 0.0]] * k))

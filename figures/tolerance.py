@@ -56,7 +56,7 @@ def drawn(panel, readings) -> None:
         panel.plot(100 * share, 100 * deviation, marker, color=colour)
     reach = max(8.0, *(100 * abs(deviation) for deviation in readings["deviations"]))
     panel.set_ylim(-1.15 * reach, 1.15 * reach)
-    panel.set_xlim(0, None)
+    panel.set_xlim(0, 108 * max(readings["share"]))
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 

@@ -162,9 +162,7 @@ def js_heterogeneity(
     needed = list(dict.fromkeys([SCALE, CURVATURE, *asked]))
     found, workspace = compared(blocks, needed, settings)
     stochastic = [block for block in blocks if block.status != "exact"]
-    literature = None
-    if any(not READINGS[name].tolerable for name in asked):
-        literature = workspace.densities(LiteratureDensities)
+    literature = _literature(workspace, asked)
     notes = [*_notes(names, blocks, workspace, asked), *_literature_notes(literature)]
     return JSHeterogeneity(
         names=names,
@@ -271,6 +269,13 @@ def _notes(
             f"apart, which {coarsest} does not resolve at its steps; values at other steps are "
             "on another axis"
         )
+
+
+def _literature(workspace: Workspace, asked: Sequence[str]) -> Densities | None:
+    """The literature's densities, where one of its readings was asked for."""
+    if all(READINGS[name].tolerable for name in asked):
+        return None
+    return workspace.densities(LiteratureDensities)
 
 
 def _literature_notes(densities: Densities | None) -> Iterator[str]:

@@ -198,8 +198,15 @@ def _mean(one: Quadrature, other: Quadrature) -> Quadrature:
 
 
 def shape_distance(one: Quadrature, other: Quadrature) -> float:
-    """The distance of curvatures of two blocks, each divided by its own scale."""
-    shapes = [block.scaled(1 / block.rms.value) for block in (one, other)]
+    """The distance of curvatures of two blocks, each divided by its own scale.
+
+    nan where a scale is unknown, as of one step whose residual is.
+    """
+    scales = [block.rms.value for block in (one, other)]
+    if not np.all(np.isfinite(scales)):
+        return float("nan")
+    pairs = zip((one, other), scales, strict=True)
+    shapes = [block.scaled(1 / scale) for block, scale in pairs]
     return _averaged_transport(shapes).mean
 
 

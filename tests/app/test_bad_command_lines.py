@@ -116,7 +116,6 @@ BAD = [
     ("js0 --model own.py:net --precision tf32 --dtype float64", "torch.float64; use"),
     ("js0 --model own.py:net --tolerance 0", "'0' is not a positive number, such as"),
     ("js0 --model own.py:net --tolerance inf", "'inf' is not a positive number"),
-    ("js0 --model own.py:net --reading log", "give --tolerance as well"),
     ("js0 --model own.py:net --tolerance 1 --reading unknown", "'unknown' (choose from"),
     ("js0 --model own.py:net --probe-kind cauchy", "'cauchy' (choose from"),
     ("js0 --model own.py:net --reorthogonalize some", "'some' (choose from"),

@@ -72,7 +72,7 @@ def test_json_has_the_same_numbers(run):
     assert numbers["problem"]["kappa"] == 500
     assert numbers["problem"]["block_kappas"]["block 1"] == 498
     assert numbers["bounds"][0]["violations"] == 0
-    readings = {"bounded", "unnormalised", "log", "wasserstein", "scale_spread"}
+    readings = {"bounded", "unnormalised", "log", "wasserstein", "curvature", "scale_spread"}
     assert set(numbers["heterogeneity"]) == readings
     fastest = numbers["methods"][0]
     assert fastest["name"] == "nesterov"

@@ -1,6 +1,8 @@
 """Readings of heterogeneity against scipy, quad, the literature's recipe written out, and closed
 forms."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from problems.planted import blocks, exact, quadrature
@@ -401,3 +403,12 @@ def test_contrast_names_scale_and_shape():
     told = other.verdict.scale_free
     assert "flat and peaked" in told or "peaked and flat" in told
     assert f"by {np.log10(2):.2g} decades" in told  # both have rms 1, one all of it at 2
+
+
+def test_spectra_without_residual_bounds_are_compared():
+    """Those of other libraries; of one step not even the scale is known then."""
+    for steps, told in ((3, "("), (1, "not resolved at 1 x 1")):
+        drawn = blocks(2, k=1, m=steps)
+        unknown = np.full((1, steps), np.nan)
+        found = {name: dataclasses.replace(q, residuals=unknown) for name, q in drawn.items()}
+        assert told in js_heterogeneity(found).told("scale")

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from hessian_tools.blocks.block import Block
 from hessian_tools.curvature.engine.engine import ROUTES, Collect, Engine, Spread
-from hessian_tools.curvature.engine.plan import Plan, PlanRequest
+from hessian_tools.curvature.engine.plan import Plan, PlanRequest, passes_of_a_product
 from hessian_tools.curvature.engine.precision import PRECISIONS, arithmetic, dtype_inside
 from hessian_tools.curvature.engine.recompute import Segments
 from hessian_tools.curvature.operators import CurvatureOperator
+from hessian_tools.curvature.quick import verify_quickly
 from hessian_tools.curvature.referees import Reference, finite_difference, float64_copy
 from hessian_tools.curvature.verification import Verification, verify
 from hessian_tools.problem.batches import batch_length
 from hessian_tools.problem.problem import Problem
+
+LEVELS = ("full", "quick")  # of verification
 
 
 class HessianOperator(CurvatureOperator):
@@ -86,6 +89,7 @@ class HessianOperator(CurvatureOperator):
             )
         request = PlanRequest(record, microbatch, segments)
         self._engine = Engine(problem, self.arithmetic, memory, request, route)
+        self.announced = 0.0  # forward passes of the products that were last announced
 
     def products(
         self,
@@ -127,12 +131,26 @@ class HessianOperator(CurvatureOperator):
     def steady(self) -> AbstractContextManager[None]:
         return self._engine.steady()
 
-    def verify(self, blocks: Sequence[Block] = (), *, seed: int = 0) -> Verification:
+    def verify(
+        self,
+        blocks: Sequence[Block] = (),
+        *,
+        seed: int = 0,
+        level: str = "full",
+    ) -> Verification:
         """Holds this operator against finite differences and a Hessian's properties.
 
-        Costs about 100 forward passes and a float64 copy of the model. See
-        :func:`hessian_tools.curvature.verification.verify`.
+        Needs a float64 copy of the model, and about 100 forward passes for the ``level`` "full"
+        (:func:`hessian_tools.curvature.verification.verify`), some 15 for "quick", the essential
+        ones of these checks (:mod:`hessian_tools.curvature.quick`), without ``blocks``.
+
+        Raises:
+            ValueError: another ``level``.
         """
+        if level not in LEVELS:
+            raise ValueError(f"level is {level!r}; allowed are {', '.join(map(repr, LEVELS))}")
+        if level == "quick":
+            return verify_quickly(self, seed)
         return verify(self, blocks, seed=seed)
 
     def release(self) -> None:
@@ -146,20 +164,28 @@ class HessianOperator(CurvatureOperator):
 
     @property
     def plan(self) -> Plan:
-        """How products keep within the memory budget; another one after memory has run out."""
+        """How products keep within the memory budget; another one after memory has run out.
+
+        Its bytes are measured: where a bound of them has done so far, trials (33 to 100 forward
+        passes of an example) are made now.
+        """
+        self._engine.measure()
         return self._engine.plan
 
     @property
     def krylov_bytes(self) -> int:
         """What the budget leaves for Lanczos vectors."""
-        return self.plan.krylov_bytes
+        return self._engine.plan.krylov_bytes
 
     def announcement(self, products: int, blocks: int) -> str:
         """The plan in lines to print before ``products`` products of ``blocks`` blocks.
 
         Times a forward pass to forecast how long they take.
         """
-        pieces = [batch for _, batch in self.plan.pieces]
+        self.announced = products * passes_of_a_product(blocks == 1)
+        self._engine.measure_if_worth(self.announced)
+        plan = self._engine.plan
+        pieces = [batch for _, batch in plan.pieces]
         with self.problem.evaluating():
             self.problem.batch_value(pieces[0])  # the first pass pays for warming up
             started = time.perf_counter()
@@ -167,7 +193,7 @@ class HessianOperator(CurvatureOperator):
             seconds = time.perf_counter() - started
         examples = [batch_length(piece) or 1 for piece in pieces]
         share = examples[0] / sum(examples)
-        return self.plan.announcement(products, blocks, seconds / share)
+        return plan.announcement(products, blocks, seconds / share)
 
 
 def as_operator(curvature: Problem | CurvatureOperator) -> CurvatureOperator:

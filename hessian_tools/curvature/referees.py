@@ -81,6 +81,54 @@ def _rise(problem: Problem, direction: Sequence[Tensor], step: float) -> float:
     return (ahead - behind) / (2 * step)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What loss and gradient do between w - t v and w + t v."""
+
+    product: list[Tensor]  # H v, by parameter
+    slope_error: float  # of <g, v> by the gradient against that by the loss, relative
+    remark: str
+
+
+def at_one_step(problem: Problem, direction: Sequence[Tensor]) -> Step:
+    """H v and <g, v> from the two points of the first of :data:`STEPS`, which cost 6 passes.
+
+    Without another step to compare, it is good for agreement only. The parameters are as before on
+    return.
+    """
+    relative_step = STEPS[0]
+    step = relative_step * _scale(problem) / norm(direction)
+    with _moved(problem, direction, step):
+        loss_ahead, ahead = _loss_and_gradient(problem)
+    with _moved(problem, direction, -step):
+        loss_behind, behind = _loss_and_gradient(problem)
+    pairs = list(zip(ahead, behind, direction, strict=True))
+    slopes_seen = [((a + b).flatten().double() @ d.flatten().double()) / 2 for a, b, d in pairs]
+    by_gradient = torch.stack(slopes_seen).sum()[None].cpu()
+    by_loss = torch.tensor([(loss_ahead - loss_behind) / (2 * step)], dtype=torch.float64)
+    return Step(
+        product=[(a - b) / (2 * step) for a, b, _ in pairs],
+        slope_error=relative_difference([by_gradient], [by_loss]),
+        remark=f"step {relative_step:.0e}",
+    )
+
+
+def _loss_and_gradient(problem: Problem) -> tuple[float, list[Tensor]]:
+    """L and its gradient at the present weights, from one forward pass over each batch."""
+    parameters = list(problem.parameters.values())
+    value = 0.0
+    total = [torch.zeros_like(p) for p in parameters]
+    for weight, batch in zip(problem.weights, problem.batches, strict=True):
+        with problem.evaluating(), torch.enable_grad():
+            loss = problem.batch_loss(batch)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        value += weight * float(loss)
+        for summed, gradient in zip(total, gradients, strict=True):
+            if gradient is not None:
+                summed.add_(gradient.detach(), alpha=weight)
+    return value, total
+
+
 def mean_loss(problem: Problem) -> float:
     """L at the present weights."""
     total = 0.0
@@ -101,7 +149,7 @@ def _at_the_best_step(
     the loss computes, is the least error: values that are equal by rounding agree perfectly.
     """
     eps = torch.finfo(dtype_inside(problem) or problem.dtype).eps
-    scale = norm([p.detach() for p in problem.parameters.values()]) or 1.0
+    scale = _scale(problem)
     best = Reference([], float("inf"), "")
     previous: list[Tensor] = []
     for relative_step in STEPS:
@@ -117,6 +165,33 @@ def _at_the_best_step(
             break
         previous = product
     return best
+
+
+def _scale(problem: Problem) -> float:
+    """The norm of the parameters, which steps are relative to."""
+    return norm([p.detach() for p in problem.parameters.values()]) or 1.0
+
+
+def float64_twin(problem: Problem) -> Problem | None:
+    """A float64 copy that has not been checked as a new Problem is, which costs 5 passes or more.
+
+    So it may fail where it is evaluated. None where none can be made.
+    """
+    # what float64_copy shares is shared here as well; batches are cast below
+    kept: dict[int, object] = {id(problem.batches): [], id(problem.samples): []}
+    kept |= {id(function): function for function in (problem.loss_fn, problem.num_examples)}
+    double = torch.float64
+    try:
+        twin = copy.deepcopy(problem, kept)
+        twin.model.to(double)
+        twin.batches = [to_device(batch, problem.device, double) for batch in problem.batches]
+        twin.samples = [(n, to_device(b, problem.device, double)) for n, b in problem.samples]
+    except (RuntimeError, ValueError, TypeError):
+        return None
+    named = twin.model.named_parameters()
+    twin.parameters = {name: p for name, p in named if p.requires_grad}
+    twin.dtype = double
+    return twin
 
 
 def float64_copy(problem: Problem) -> Problem | None:

@@ -38,8 +38,10 @@ COARSE = ("tf32", "float16", "bfloat16")
 # and its spectrum by a few percent (experiments/precision.py). The mathematics is then held against
 # the referee in float64.
 ROUNDED = 0.5
+FULL_PASSES = 100  # forward passes that the full set takes, about
 CONCLUSIVE = 0.05  # a referee whose own uncertainty is larger decides nothing
 REFEREE = "finite difference"  # of the gradient, for the Hessian
+GRADIENT = "gradient against differences of the loss"
 SLOPES = 3  # directions in which the gradient is held against differences of the loss
 
 
@@ -120,7 +122,7 @@ def verify(
         checks.append(_block_check(operator, block, v, tolerance))
     outcomes = [_cut_batches(operator, v, hv, tolerance)]
     operator.release()
-    outcomes += _against_referee(operator, v, hv, seed)
+    outcomes += against_referee(operator, v, hv, seed)
     checks += [outcome for outcome in outcomes if isinstance(outcome, Check)]
     skipped = [outcome for outcome in outcomes if isinstance(outcome, str)]
     return Verification(tuple(checks), tuple(skipped))
@@ -140,7 +142,7 @@ def _symmetry_and_linearity(
     x = hv / (norm([hv]) or 1.0)
     hx, combination = operator.matmat(torch.stack([x, 2 * v - 3 * w]))
     y = hx / (norm([hx]) or 1.0)
-    asymmetry = relative_difference([_dot(y, hx)], [_dot(x, operator @ y)])
+    asymmetry = relative_difference([dot(y, hx)], [dot(x, operator @ y)])
     yield Check("symmetry", asymmetry, tolerance)
     yield Check("linearity", relative_difference([combination], [2 * hv - 3 * hw]), tolerance)
 
@@ -184,12 +186,13 @@ def _cut_batches(
         return f"cut batches: {_first_line(error)}"
 
 
-def _against_referee(
+def against_referee(
     operator: CurvatureOperator,
     v: Tensor,
     hv: Tensor,
     seed: int,
 ) -> list[Check | str]:
+    """The gradient against the loss, the product ``hv`` against its referee; or why not."""
     problem = operator.problem
     copied = float64_copy(problem)
     is_coarse = copied is not None and operator.arithmetic.name in COARSE
@@ -225,12 +228,12 @@ def _gradient_check(problem: Problem, tolerance: float, seed: int) -> Check | st
     by_gradient = torch.stack([_inner(gradient, direction) for direction in directions])
     distance = relative_difference([by_gradient.cpu()], reference.product)
     allowed = max(tolerance, 5 * reference.uncertainty)
-    return Check("gradient against differences of the loss", distance, allowed, reference.remark)
+    return Check(GRADIENT, distance, allowed, reference.remark)
 
 
 def _inner(one: Sequence[Tensor], two: Sequence[Tensor]) -> Tensor:
     pairs = zip(one, two, strict=True)
-    return torch.stack([_dot(a.flatten(), b.flatten()).squeeze() for a, b in pairs]).sum()
+    return torch.stack([dot(a.flatten(), b.flatten()).squeeze() for a, b in pairs]).sum()
 
 
 def _compared(
@@ -257,7 +260,7 @@ def _three(blocks: list[Block]) -> list[Block]:
     return list({block.name: block for block in chosen}.values())
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
     """The dot product in float64, piecewise to spare memory."""
     pairs = zip(a.split(1 << 20), b.split(1 << 20), strict=True)
     return torch.stack([x.double() @ y.double() for x, y in pairs]).sum()[None]

@@ -94,6 +94,17 @@ class DoubleBackward:
         """Frees the recorded graphs; the next product records them again."""
         self._graphs = {}
 
+    @property
+    def surprises(self) -> bool:
+        """Whether passes over the recorded graphs may fail, or hold more than the graphs show.
+
+        So it is where an operation has no second derivative, and where the model runs again.
+        """
+        graphs = [tensor for _, graph in self._graphs.values() for tensor in graph.values()]
+        names = [node.name() for node in _nodes(graphs)]
+        is_refused = any("NotImplemented" in name or "Error" in name for name in names)
+        return self._recomputes or is_refused
+
     def _context(
         self,
         batch: Batch,
@@ -228,11 +239,11 @@ def refuse_once_differentiable(loss: Tensor) -> None:
             raise _refusal(reason, [])
 
 
-def refuse_unlike_backward(problem: Problem) -> None:
+def refuse_unlike_backward(problem: Problem) -> bool:
     """Refuses custom Functions that run a backward pass of their own (reentrant checkpointing).
 
     Their parameters get a gradient in ``.grad``, but ``autograd.grad`` does not see them, so that
-    their curvature would silently be zero.
+    their curvature would silently be zero. Returns whether there are custom Functions at all.
 
     Raises:
         NotTwiceDifferentiable: naming the Functions and a parameter whose gradients differ.
@@ -243,7 +254,7 @@ def refuse_unlike_backward(problem: Problem) -> None:
         loss = problem.batch_loss(batch)
         functions = _custom_functions([loss])
         if not functions:
-            return  # torch's own operations have no such thing
+            return False  # torch's own operations have no such thing
         named = ", ".join(function.__name__ for function in functions)
         advice = "checkpoint with use_reentrant=False, or not at all, for the curvature"
         try:
@@ -264,6 +275,7 @@ def refuse_unlike_backward(problem: Problem) -> None:
                 f"custom autograd Function(s) {named} run a backward pass of their own, as "
                 f"reentrant checkpointing does, and second derivatives cannot see it; {advice}"
             )
+    return True
 
 
 def _custom_functions(outputs: Sequence[Tensor]) -> list[type[torch.autograd.Function]]:
@@ -271,6 +283,17 @@ def _custom_functions(outputs: Sequence[Tensor]) -> list[type[torch.autograd.Fun
 
     Those of segments are left out.
     """
+    nodes = _nodes(outputs)
+    kinds = {
+        type(node) for node in nodes if isinstance(node, torch.autograd.function.BackwardCFunction)
+    }
+    functions = {kind._forward_cls for kind in kinds}  # type: ignore[attr-defined]
+    foreign = [f for f in functions if f.__module__ != segment.__name__]
+    return sorted(foreign, key=lambda function: function.__name__)
+
+
+def _nodes(outputs: Sequence[Tensor]) -> set[Node]:
+    """The graph behind ``outputs``."""
     seen: set[Node] = set()
     stack = [tensor.grad_fn for tensor in outputs]
     while stack:
@@ -278,12 +301,7 @@ def _custom_functions(outputs: Sequence[Tensor]) -> list[type[torch.autograd.Fun
         if node is not None and node not in seen:
             seen.add(node)
             stack += [following for following, _ in node.next_functions]
-    kinds = {
-        type(node) for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction)
-    }
-    functions = {kind._forward_cls for kind in kinds}  # type: ignore[attr-defined]
-    foreign = [f for f in functions if f.__module__ != segment.__name__]
-    return sorted(foreign, key=lambda function: function.__name__)
+    return seen
 
 
 def _is_once_differentiable(function: type[torch.autograd.Function]) -> bool:

@@ -22,7 +22,14 @@ from hessian_tools.curvature.engine.memory import (
     keep_freed_memory,
     return_freed_memory,
 )
-from hessian_tools.curvature.engine.plan import Plan, PlanRequest, choose
+from hessian_tools.curvature.engine.plan import (
+    MAX_ROWS,
+    Plan,
+    PlanRequest,
+    choose,
+    passes_of_a_product,
+    undoubted,
+)
 from hessian_tools.curvature.engine.precision import Arithmetic
 from hessian_tools.curvature.engine.retreat import Setback, Work, retreat
 from hessian_tools.curvature.engine.takeover import Route, tangent_program
@@ -39,6 +46,10 @@ ROUTES = ("auto", "tangent program", "double backward")
 # Operations of products, made or announced, after which "auto" traces: a tangent program saves by
 # then the seconds that tracing takes. They are counted, not timed, so that runs agree.
 _WORTH_TRACING = {"cpu": 7e11, "cuda": 1e14}
+
+# Forward passes of products, made or announced, from which trials of 33 to 100 passes are worth
+# their price: they may find room for more probes at once.
+WORTH_TRIALS = 2000
 
 
 class Engine:
@@ -68,9 +79,15 @@ class Engine:
         self._steady = False  # whether nothing changes for the time being
         self._made = 0.0  # operations of products, by counted cost
         self._expected = 0.0  # the same of those announced
+        self._passes = 0.0  # forward passes of products made
+        self._request = request
         self._keep_freed_memory()
-        refuse_unlike_backward(problem)
-        self._adopt(choose(self.trials, request))
+        has_custom_functions = refuse_unlike_backward(problem)
+        # only trials show whether a custom Function can be differentiated twice
+        plan = None if has_custom_functions else undoubted(self.trials, request)
+        self._adopt(plan or choose(self.trials, request))
+        # counted here, for products call the model for themselves only
+        self._example_operations = self.trials.example_operations if wanted == "auto" else 0.0
 
     def products(self, names: Sequence[str], count: int, spread: Spread, collect: Collect) -> None:
         """sum_b H_ab v_b for all a and b among ``names``, for ``count`` rows v, a part at a time.
@@ -82,7 +99,10 @@ class Engine:
         self._keep_freed_memory()
         if not self._steady:
             self._forget_stale()
-        if self._tangent_is_due(count, len(names) == len(self.problem.parameters)):
+        whole = len(names) == len(self.problem.parameters)
+        self._passes += count * passes_of_a_product(whole)
+        self.measure_if_worth(self._passes)
+        if self._tangent_is_due(count, whole):
             self._take_tangent()
         work: Sequence[Work] = [Work(weight, batch) for weight, batch in self.plan.pieces]
         while work and count:
@@ -140,8 +160,21 @@ class Engine:
             return str(error).split("\n")[0] or type(error).__name__
         return ""
 
+    def measure(self) -> None:
+        """Makes the trials that a bound of the bytes has saved so far, and plans by them."""
+        has_run_out = bool(self.plan.notes)  # what that has taught is worth more than trials
+        if self.plan.bounded and not has_run_out:
+            self.route.release()
+            self._adopt(choose(self.trials, self._request))
+
+    def measure_if_worth(self, passes: float) -> None:
+        """The same, if products that cost so many forward passes may gain by it."""
+        if passes > WORTH_TRIALS and self.plan.rows < MAX_ROWS:
+            self.measure()
+
     def expect(self, rows: int, whole: bool) -> None:
         """Announces ``rows`` products, of the whole Hessian or of blocks."""
+        self.measure_if_worth(rows * passes_of_a_product(whole))
         if self.wanted == "auto":
             self._expected += self._cost(rows, whole)
 
@@ -204,8 +237,8 @@ class Engine:
     def _cost(self, rows: int, whole: bool) -> float:
         """Floating-point operations of products, as double backward makes them."""
         examples = sum(batch_length(batch) or 1 for _, batch in self.plan.pieces)
-        passes = 6 if whole else 1.3
-        return rows * examples * self.trials.example_operations * passes
+        operations = rows * examples * self._example_operations
+        return operations * passes_of_a_product(whole)
 
     def _take_tangent(self) -> None:
         """Changes to a tangent program if there is one that fits and gives the same product."""

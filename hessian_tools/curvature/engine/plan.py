@@ -1,8 +1,9 @@
 """Plan: what is recorded, cut and recomputed so that products stay within a memory budget.
 
-Nothing is guessed. :mod:`hessian_tools.curvature.engine.trials` counts the bytes alive in small
-products, :mod:`hessian_tools.curvature.engine.footprint` derives from them the peak of every way
-to compute, and :func:`choose` takes the cheapest that fits. A probe of the whole Hessian costs, F
+Nothing is guessed. Where the bytes alive while one graph is recorded show that the cheapest way
+fits by far, :func:`undoubted` takes it. Else :mod:`hessian_tools.curvature.engine.trials` counts
+the bytes alive in small products, :mod:`hessian_tools.curvature.engine.footprint` derives from them
+the peak of every way to compute, and :func:`choose` takes the cheapest that fits. A probe of the whole Hessian costs, F
 being a forward pass and k the probes that go together:
 
     recorded                               6 F
@@ -29,6 +30,7 @@ MAX_ROWS = 64  # more probes at once bring no further speed and cost memory
 PRODUCT_SHARE = 0.6  # of the budget, for graphs and passes; the rest is for Lanczos vectors
 LAST_SHARE = 0.95  # where nothing fits into that
 MOST_PIECES = 8  # a batch is cut into no more while there is another way
+FEW_ROWS = 8  # from here on more probes at once save little, so a bound of bytes will do
 
 # What is tried in turn: the share of the budget, and how often a batch may be cut (None: down to
 # single examples).
@@ -56,6 +58,7 @@ class Plan:
     rows: int  # probes that go through together
     needs: Needs
     krylov_bytes: int  # what the budget leaves for Lanczos vectors
+    bounded: bool = False  # whether ``needs`` are at most that, not measured by trials
     notes: tuple[str, ...] = ()  # what was not possible, and what running out of memory has changed
     # The plan for double backward to go back to, where this one is for a tangent program.
     fallback: "Plan | None" = field(default=None, repr=False)
@@ -77,7 +80,8 @@ class Plan:
 
     def _graphs(self) -> str:
         kind = "recorded once" if self.recorded else "rebuilt for every product"
-        graphs = format_bytes(self.graph_bytes)
+        most = "at most " if self.bounded else ""
+        graphs = f"{most}{format_bytes(self.graph_bytes)}"
         again = f", recomputing {self.segments}" if self.segments else ""
         return (
             f"{len(self.pieces)} gradient graph(s) {kind} ({graphs}){again}, "
@@ -85,8 +89,9 @@ class Plan:
         )
 
     def _peaks(self) -> str:
+        most = "at most " if self.bounded else ""
         return (
-            f"peak {format_bytes(self.peak_bytes())} for the whole Hessian "
+            f"peak {most}{format_bytes(self.peak_bytes())} for the whole Hessian "
             f"({format_bytes(self.peak_bytes(1))} with one probe; blocks need less)"
         )
 
@@ -97,7 +102,7 @@ class Plan:
         cost of a product: 6 forward passes for the whole Hessian (one block), 1.3 for one of
         several blocks, and what is recomputed.
         """
-        passes = 6 if blocks == 1 else 1.3
+        passes = passes_of_a_product(blocks == 1)
         rebuilding = 0 if self.recorded else 3 / self.rows
         recomputing = 4 / self.rows if self.segments.layers else 0
         seconds = products * forward_seconds * (passes + (rebuilding + recomputing))
@@ -108,6 +113,11 @@ class Plan:
             f"plan: {self._graphs()}\n"
             f"plan: {memory}; {format_bytes(self.krylov_bytes)} left for Lanczos vectors"
         )
+
+
+def passes_of_a_product(whole: bool) -> float:
+    """The counted cost of a probe, in forward passes: of the whole Hessian, or of a block."""
+    return 6 if whole else 1.3
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,27 @@ def planned(
     rows = max(1, min(MAX_ROWS, room // max(needs.row, 1)))
     left = max(0, budget - needs.peak(rows))
     return Plan(recorded, segments, tuple(pieces), rows, needs, krylov_bytes=left)
+
+
+def undoubted(trials: Trials, request: PlanRequest) -> Plan | None:
+    """The plan that costs least, where a bound of its bytes lies within the budget.
+
+    None where that is in doubt, and trials must decide.
+
+    Raises:
+        ValueError: a batch that cannot be cut as requested.
+    """
+    footprint = None if request.segments else trials.bound()
+    if footprint is None:
+        return None
+    problem, budget = trials.problem, trials.budget
+    recorded = request.record is not False
+    needs = footprint.needs(_lengths(problem, request.microbatch), recorded)
+    if needs.peak(FEW_ROWS) > PRODUCT_SHARE * budget:
+        return None
+    pieces = _pieces(problem, request.microbatch)
+    plan = planned(pieces, recorded, NONE, footprint, budget)
+    return replace(plan, bounded=True)
 
 
 def choose(trials: Trials, request: PlanRequest) -> Plan:

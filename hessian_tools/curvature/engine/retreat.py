@@ -101,7 +101,12 @@ class Setback:
             return plan
         budget = self.trials.budget
         counted = planned(plan.pieces, plan.recorded, plan.segments, footprint, budget)
-        return replace(plan, needs=counted.needs, krylov_bytes=counted.krylov_bytes)
+        return replace(
+            plan,
+            needs=counted.needs,
+            krylov_bytes=counted.krylov_bytes,
+            bounded=False,
+        )
 
 
 # In order: what costs the least time first.

@@ -55,6 +55,7 @@ def tangent_program(
         rows=rows,
         needs=needs,
         krylov_bytes=max(0, budget - needs.peak(rows)),
+        bounded=False,
         fallback=plan,
     )
     return tangent, following

@@ -27,7 +27,12 @@ from hessian_tools.curvature.engine.memory import (
     measuring,
 )
 from hessian_tools.curvature.engine.precision import Arithmetic
-from hessian_tools.curvature.engine.recompute import Segments, recomputing, repeated_layers
+from hessian_tools.curvature.engine.recompute import (
+    NONE,
+    Segments,
+    recomputing,
+    repeated_layers,
+)
 from hessian_tools.problem.batches import Batch
 from hessian_tools.problem.problem import Problem
 
@@ -38,7 +43,12 @@ TRIAL_PASSES = 33  # forward passes: a graph (3) and products (6 a probe) of 2 a
 # Operations of a trial from which fake tensors pay: with them it takes 2 to 10 s for any model.
 WORTH_FAKING = 1e12
 
+# Of the bytes held while a graph is recorded, what each probe of a pass holds at most: 1.8 was the
+# most on the tests' networks and the zoo's small ones, and this is twice that.
+PROBE_BOUND = 4
+
 _MEASURED: WeakKeyDictionary[Problem, dict[Segments, Footprint]] = WeakKeyDictionary()
+_BOUNDS: WeakKeyDictionary[Problem, Footprint] = WeakKeyDictionary()
 
 
 class Trials:
@@ -66,6 +76,47 @@ class Trials:
             # an estimate of work must not decide whether a model runs
             return 2.0 * self.problem.num_parameters
         return counter.get_total_flops() / examples
+
+    def bound(self) -> Footprint | None:
+        """No less than products without segments take; None where that is not known.
+
+        It comes from one graph, recorded for the smallest sample, which costs 3 forward passes
+        where trials cost 33 and more. Constants count once for each sample's worth of examples.
+        Nothing is said (None) where that graph does not fit, where passes over it may hold what it
+        does not show, and where trials have measured already.
+        """
+        if NONE in _MEASURED.get(self.problem, {}):
+            return None
+        if self.problem not in _BOUNDS:
+            found = self._bound()
+            if found is None:
+                return None
+            _BOUNDS[self.problem] = found
+        return _BOUNDS[self.problem]
+
+    def _bound(self) -> Footprint | None:
+        problem = self.problem
+        examples, batch = problem.samples[0]
+        route = DoubleBackward(problem, recorded=True)
+        try:
+            with measuring(problem.device, self.budget) as live, self.arithmetic.active():
+                for _ in route.products(batch, list(problem.parameters), ()):  # records
+                    pass
+                graph = live.now
+                peak = live.peak
+        except Exception as error:
+            if not isinstance(error, OverBudget) and not is_out_of_memory(error):
+                raise
+            return None
+        if route.surprises:
+            return None
+        trial = Trial(graph, peak - graph, {1: PROBE_BOUND * peak})
+        return Footprint.measured({examples: trial}, self._vector_bytes)
+
+    @property
+    def _vector_bytes(self) -> int:
+        """Of a probe's vector and product."""
+        return 2 * self.problem.num_parameters * self.arithmetic.vectors.itemsize
 
     def usable(self, segments: Segments) -> bool:
         """Whether products in these segments are right, though perhaps beyond the budget."""
@@ -95,8 +146,7 @@ class Trials:
             self.refused[segments] = ""
             return None
         del self.refused[segments]
-        vectors = 2 * self.problem.num_parameters * self.arithmetic.vectors.itemsize
-        known[segments] = Footprint.measured(trials, vectors)
+        known[segments] = Footprint.measured(trials, self._vector_bytes)
         return known[segments]
 
     def _unusable(self, segments: Segments) -> str:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from hessian_tools.app import partition_command, quadratic_command, spectra_command
-from hessian_tools.app.options import say
 from hessian_tools.app.run_folder import close_all
+from hessian_tools.app.terminal import say
 from hessian_tools.curvature.engine.memory import is_out_of_memory
 from hessian_tools.errors import NumericalError
 from hessian_tools.interruption import Interruption, answered

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import torch
 
 from hessian_tools.app.user_model import fingerprint, problem_from
+from hessian_tools.app.verified import AUTO, CHOICES, NEVER
 from hessian_tools.curvature.engine.precision import PRECISIONS
-from hessian_tools.curvature.hessian import HessianOperator
-from hessian_tools.errors import NumericalError
 from hessian_tools.problem import zoo
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import JsonObject
@@ -86,27 +84,6 @@ def _zoo_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem
     return problem, made.settings
 
 
-def verify(hessian: HessianOperator) -> None:
-    """Checks the products and says how they compare; raises NumericalError where they fail."""
-    verification = hessian.verify()
-    if not verification.passed:
-        failures = "; ".join(map(str, verification.failures))
-        raise NumericalError(
-            f"the Hessian's products fail verification: {failures}; the model's gradient may not "
-            "be that of its loss (a padding_idx that is read, a detach, a custom backward); "
-            "--no-verify goes on all the same"
-        )
-    errors = ", ".join(f"{check.name} {check.error:.0e}" for check in verification.checks)
-    say(f"verified (relative errors): {errors}")
-    for skipped in verification.skipped:
-        say(f"not verified: {skipped}")
-
-
-def say(line: str) -> None:
-    """A line on stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def add_network_options(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """``--model`` (``nargs="+"`` for several), data, device, dtype and seed."""
     add = command.add_argument_group("network and data").add_argument
@@ -176,10 +153,19 @@ def add_run_options(command: argparse.ArgumentParser, files: str) -> argparse._A
         help="budget for graphs and vectors, such as 8GiB (default: auto, 70 %% of what is free)",
     )
     add(
+        "--verify",
+        choices=CHOICES,
+        default=AUTO,
+        help="how the products are checked against finite differences, symmetry and the loss: "
+        "quick takes some 15 forward passes, full 100 (default: auto, which is full for long runs, "
+        "quick for others, and nothing for a network that has passed before)",
+    )
+    add(
         "--no-verify",
         dest="verify",
-        action="store_false",
-        help="trust the products (default: check them against finite differences of the gradient)",
+        action="store_const",
+        const=NEVER,
+        help="the same as --verify never: trust the products",
     )
     add(
         "--out",

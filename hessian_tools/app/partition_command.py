@@ -19,8 +19,6 @@ from hessian_tools.app.options import (
     add_run_options,
     load_problem,
     positive,
-    say,
-    verify,
     whole_number,
 )
 from hessian_tools.app.partition_text import (
@@ -31,6 +29,8 @@ from hessian_tools.app.partition_text import (
     summary,
 )
 from hessian_tools.app.run_folder import RunFolder
+from hessian_tools.app.terminal import say
+from hessian_tools.app.verified import verify
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import PRESETS, partition
 from hessian_tools.blocks.projection import Heads, parse_heads
@@ -38,7 +38,7 @@ from hessian_tools.blocks.specification import AXES
 from hessian_tools.curvature.engine.precision import PRECISIONS
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.problem.problem import Problem
-from hessian_tools.results import write_atomically
+from hessian_tools.results import JsonObject, write_atomically
 from hessian_tools.structure.check import EXACT_WORTH, MOST_EXACT, check_partition, planned_products
 from hessian_tools.structure.conditioning import MOST_ENTRIES, block_conditioning, block_extremes
 from hessian_tools.structure.coupling import coupling
@@ -193,6 +193,7 @@ class _Run:
 
     arguments: argparse.Namespace
     hessian: HessianOperator
+    identity: JsonObject  # of network and data
     claimed: Partition
     folder: RunFolder | None
     described: str
@@ -238,7 +239,7 @@ def _prepared(arguments: argparse.Namespace) -> _Run:
     described = f"{arguments.model} ({size}, {data}, loss {problem.loss:.4g})"
     precision = arguments.precision or PRECISIONS[0]
     hessian = HessianOperator(problem, memory=arguments.memory, precision=precision)
-    return _Run(arguments, hessian, claimed, folder, described)
+    return _Run(arguments, hessian, settings, claimed, folder, described)
 
 
 def _claimed(arguments: argparse.Namespace, problem: Problem) -> Partition:
@@ -356,8 +357,7 @@ def _announce(this_run: _Run, finished: Mapping[str, TensorReport]) -> None:
     say(f"plan: {this_run.described}: {blocks}, {len(finished)} tensors done before")
     if products:
         say(hessian.announcement(products, len(hessian.problem.parameters)))
-        if arguments.verify:
-            verify(hessian)
+        verify(hessian, arguments.verify, this_run.identity)
 
 
 def _conditions(this_run: _Run) -> Conditions:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from hessian_tools.app import quadratic_text
-from hessian_tools.app.options import COUNT, FORMAT, device, positive, say, whole_number
+from hessian_tools.app.options import COUNT, FORMAT, device, positive, whole_number
 from hessian_tools.app.quadratic_source import MOST_EIGENVALUES, PER_BLOCK, problem_of
 from hessian_tools.app.quadratic_text import QuadraticResult
 from hessian_tools.app.run_folder import RunFolder
+from hessian_tools.app.terminal import say
 from hessian_tools.quadratic.cases import DRAWS, SHIFTS
 from hessian_tools.quadratic.lineup import LINEUP, compare, standings
 from hessian_tools.quadratic.practice import check_adam_bound, check_gd_bound

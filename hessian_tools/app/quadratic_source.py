@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hessian_tools.app.options import say
+from hessian_tools.app.terminal import say
 from hessian_tools.quadratic.cases import (
     CASES,
     KAPPA_OF_MEASURED,

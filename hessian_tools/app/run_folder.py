@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from hessian_tools.app.options import say
+from hessian_tools.app.terminal import say
 from hessian_tools.lock import InUse, Lock
 from hessian_tools.results import Journal, Json, JsonObject, load, load_json, save, write_atomically
 

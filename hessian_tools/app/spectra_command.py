@@ -16,10 +16,10 @@ from hessian_tools.app.options import (
     add_run_options,
     load_problem,
     positive,
-    say,
-    verify,
 )
 from hessian_tools.app.run_folder import RunFolder
+from hessian_tools.app.terminal import say
+from hessian_tools.app.verified import verify
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import PRESETS, partition
 from hessian_tools.curvature.engine.precision import PRECISIONS
@@ -61,6 +61,7 @@ class _Run:
     label: str
     described: str
     problem: Problem
+    identity: JsonObject  # of network and data
     blocks: Partition
     folder: RunFolder | None
 
@@ -159,7 +160,7 @@ def _prepared(arguments: argparse.Namespace, reference: str) -> _Run:
     described = (
         f"{reference} ({problem.num_parameters:,} parameters, {data}, loss {problem.loss:.4g})"
     )
-    return _Run(reference, described, problem, blocks, folder)
+    return _Run(reference, described, problem, settings, blocks, folder)
 
 
 def _blocks(arguments: argparse.Namespace, reference: str, problem: Problem) -> Partition:
@@ -246,8 +247,7 @@ def _block_spectra(arguments: argparse.Namespace, prepared: _Run) -> BlockSpectr
     )
     if left:
         _announce(arguments, prepared, hessian, left)
-        if arguments.verify:
-            verify(hessian)
+        verify(hessian, arguments.verify, prepared.identity)
     for note in prepared.blocks.notes:
         say(f"note: {note}")
     spectra = _products(arguments, prepared, hessian)

@@ -117,15 +117,16 @@ def _loss_and_gradient(problem: Problem) -> tuple[float, list[Tensor]]:
     """L and its gradient at the present weights, from one forward pass over each batch."""
     parameters = list(problem.parameters.values())
     value = 0.0
-    total = [torch.zeros_like(p) for p in parameters]
+    total: list[Tensor] = []
     for weight, batch in zip(problem.weights, problem.batches, strict=True):
         with problem.evaluating(), torch.enable_grad():
             loss = problem.batch_loss(batch)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        value += weight * float(loss)
-        for summed, gradient in zip(total, gradients, strict=True):
-            if gradient is not None:
-                summed.add_(gradient.detach(), alpha=weight)
+            gradients = torch.autograd.grad(
+                loss, parameters, materialize_grads=True, allow_unused=True
+            )
+        value += weight * float(loss.detach())
+        weighted = [gradient.detach().mul_(weight) for gradient in gradients]
+        total = [a.add_(b) for a, b in zip(total, weighted, strict=True)] if total else weighted
     return value, total
 
 

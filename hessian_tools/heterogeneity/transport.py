@@ -164,7 +164,7 @@ class Curvature(Sampled):
     )
     scale_free: bool = True
     drawn: bool = True
-    first_steps: int = 6
+    first_steps: int = 4
     step_doubt: float = 2.0
 
     def sample(self, workspace: Workspace) -> Sample:

@@ -14,6 +14,7 @@ Shapes: k probes, m nodes (Lanczos steps), n size of the operator, B blocks.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -212,6 +213,9 @@ class Watched(SymmetricOperator):
         product = self.operator.matmat(vectors)
         self.bar.update(len(vectors))
         return product
+
+    def steady(self) -> AbstractContextManager[None]:
+        return self.operator.steady()
 
 
 def _solved_together(

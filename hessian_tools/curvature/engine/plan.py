@@ -3,8 +3,8 @@
 Nothing is guessed. Where the bytes alive while one graph is recorded show that the cheapest way
 fits by far, :func:`undoubted` takes it. Else :mod:`hessian_tools.curvature.engine.trials` counts
 the bytes alive in small products, :mod:`hessian_tools.curvature.engine.footprint` derives from them
-the peak of every way to compute, and :func:`choose` takes the cheapest that fits. A probe of the whole Hessian costs, F
-being a forward pass and k the probes that go together:
+the peak of every way to compute, and :func:`choose` takes the cheapest that fits. A probe of the
+whole Hessian costs, F being a forward pass and k the probes that go together:
 
     recorded                               6 F
     recorded, attention and loss streamed  little more than 6 F
@@ -30,7 +30,6 @@ MAX_ROWS = 64  # more probes at once bring no further speed and cost memory
 PRODUCT_SHARE = 0.6  # of the budget, for graphs and passes; the rest is for Lanczos vectors
 LAST_SHARE = 0.95  # where nothing fits into that
 MOST_PIECES = 8  # a batch is cut into no more while there is another way
-FEW_ROWS = 8  # from here on more probes at once save little, so a bound of bytes will do
 
 # What is tried in turn: the share of the budget, and how often a batch may be cut (None: down to
 # single examples).
@@ -159,7 +158,8 @@ def planned(
 def undoubted(trials: Trials, request: PlanRequest) -> Plan | None:
     """The plan that costs least, where a bound of its bytes lies within the budget.
 
-    None where that is in doubt, and trials must decide.
+    None where that is in doubt, and trials must decide. The bound may leave room for fewer probes
+    at once than there is; what is worth more products is worth trials later.
 
     Raises:
         ValueError: a batch that cannot be cut as requested.
@@ -170,7 +170,7 @@ def undoubted(trials: Trials, request: PlanRequest) -> Plan | None:
     problem, budget = trials.problem, trials.budget
     recorded = request.record is not False
     needs = footprint.needs(_lengths(problem, request.microbatch), recorded)
-    if needs.peak(FEW_ROWS) > PRODUCT_SHARE * budget:
+    if needs.peak() > PRODUCT_SHARE * budget:
         return None
     pieces = _pieces(problem, request.microbatch)
     plan = planned(pieces, recorded, NONE, footprint, budget)

@@ -171,7 +171,8 @@ def _number_of_tests(mass: BlockMass) -> int:
     nested = sum(len(coarser) for coarser in mass.inside.values())
     pairs = combinations(mass.cuts, 2)
     crossing = sum(_is_other_axis(mass, *pair) for pair in pairs)
-    return nested + 2 * crossing
+    between = len(mass.pairs)
+    return nested + 2 * crossing + between
 
 
 def _is_other_axis(mass: BlockMass, one: str, other: str) -> bool:
@@ -300,7 +301,19 @@ class _Judge:
         for coarser in asked:
             if splits[coarser] is not Answer.YES:
                 return Answer.UNCLEAR, f"whether {cut} split {_blocks_of(coarser)}"
+        coupled = self.coupled(cut)
+        if coupled is Answer.YES:
+            return Answer.NO, self._coupling_of(cut)
+        if coupled is Answer.UNCLEAR:
+            return Answer.UNCLEAR, f"whether blocks of {cut} are coupled to their closest"
         return Answer.YES, ""
+
+    def _coupling_of(self, cut: str) -> str:
+        coupling = self.mass.closest_coupling(cut)
+        return (
+            f"blocks of {cut} are coupled to the block closest to each with {coupling:.2g} times "
+            f"the mean square within, at most {1 / self.levels.contrast:.2g} is little"
+        )
 
     def _finest(self, cuts: Sequence[str]) -> list[str]:
         """Those of ``cuts`` that no other of them refines."""
@@ -311,6 +324,14 @@ class _Judge:
         gap = self.mass.above(finer, coarser, self.levels.contrast, self.levels.diagonal)
         least_p = self.mass.least_p(finer, coarser)
         return self.answer(f"{finer} split {_blocks_of(coarser)}", gap, least_p)
+
+    def coupled(self, cut: str) -> Answer:
+        """Whether ``cut``'s blocks are coupled to others nearly as strongly as within."""
+        if cut in (WHOLE, ELEMENTS):
+            return Answer.NO
+        gap = self.mass.coupled(cut, self.levels.contrast)
+        words = f"blocks of {cut} are coupled to their closest"
+        return self.answer(words, gap, self.mass.least_p(cut))
 
     def beats(self, rival: str, cut: str) -> Answer:
         if {WHOLE, ELEMENTS} & {cut, rival}:

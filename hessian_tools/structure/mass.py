@@ -34,8 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, grouped
-
-Floats = NDArray[np.float64]
+from hessian_tools.structure.pairs import Floats, Pairs
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,7 @@ class BlockMass:
     inside: dict[str, tuple[str, ...]]  # cut -> the coarser cuts that it refines
     base: dict[str, str]  # cut -> the cut whose draws measure it
     draws: dict[str, Draws] = field(repr=False)  # by base; none where there is no mass to draw by
+    pairs: dict[str, Pairs] = field(repr=False)  # by cut between the whole and single entries
     pilots: Pilots = field(repr=False)
     asymmetry: float  # rms of z'H z'' - z''H z' in units of |H_tt|_F: rounding
     exact: bool
@@ -202,6 +202,23 @@ class BlockMass:
             return self._share(one, WHOLE, left_out) - level
 
         return self._measured(("lead", one, other, odds), lead, one, other)
+
+    def closest_coupling(self, cut: str) -> float:
+        """The mean coupling of ``cut``'s blocks to their closest, see :mod:`..structure.pairs`."""
+        return self.pairs[cut].coupling()
+
+    def coupled(self, cut: str, contrast: float) -> Measured:
+        """By how much the closest coupling of ``cut``'s blocks exceeds 1 / ``contrast``."""
+        pairs = self.pairs.get(cut)
+        if pairs is None:
+            return Measured(float("nan"), 0.0, float("inf"))
+        gap = pairs.coupling() - 1 / contrast
+        if self.exact:
+            return Measured(gap, 0.0, float("inf"))
+        count = len(pairs.between)
+        replicates = np.array([pairs.coupling(row) for row in range(count)])
+        variance, freedom = _jackknife(replicates, np.zeros(count, int))
+        return Measured(gap, float(np.sqrt(variance)), freedom)
 
     def matched(self, one: str, other: str) -> tuple[str, str]:
         """Both at the same number of blocks: of the one with more, neighbours go together."""

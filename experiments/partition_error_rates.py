@@ -117,7 +117,9 @@ def of_rank(rank: int, size: int, stream: Generator) -> Tensor:
 Texture = Callable[[int, Generator], Tensor]
 
 
-def blocks(groups: Iterable[Tensor], stream: Generator, inside: Texture, outside: Texture) -> Tensor:
+def blocks(
+    groups: Iterable[Tensor], stream: Generator, inside: Texture, outside: Texture
+) -> Tensor:
     """Blocks of one texture in a surrounding of another, CONTRAST times as large in mean square."""
     matrix = outside(SIZE, stream)
     for group in groups:
@@ -257,7 +259,7 @@ class Kind(NamedTuple):
         return self.plant.__name__.replace("_", " ")
 
     def truth(self, claim: str) -> str:
-        """"right" | "wrong" | "open"."""
+        """Whether it is "right", "wrong" or "open"."""
         if claim == self.right:
             return "right"
         return "open" if claim == self.open else "wrong"
@@ -396,8 +398,7 @@ def table(counts: Counter[Verdict]) -> str:
     slices = {kind: [key for key in counts if key.kind == kind] for kind in kinds}
     slices["all"] = list(counts)
     rows = [
-        row_of(label, Counter({key: counts[key] for key in keys}))
-        for label, keys in slices.items()
+        row_of(label, Counter({key: counts[key] for key in keys})) for label, keys in slices.items()
     ]
     return reports.table(HEADER, rows)
 

@@ -203,22 +203,31 @@ class BlockMass:
 
         return self._measured(("lead", one, other, odds), lead, one, other)
 
-    def closest_coupling(self, cut: str) -> float:
-        """The mean coupling of ``cut``'s blocks to their closest, see :mod:`..structure.pairs`."""
-        return self.pairs[cut].coupling()
+    def coupling(self, cut: str) -> Measured:
+        """The mean coupling of ``cut``'s blocks to their closest.
 
-    def coupled(self, cut: str, contrast: float) -> Measured:
-        """By how much the closest coupling of ``cut``'s blocks exceeds 1 / ``contrast``."""
-        pairs = self.pairs.get(cut)
-        if pairs is None:
+        See :mod:`hessian_tools.structure.pairs`.
+        """
+        return self._of_pairs(cut, Pairs.mean)
+
+    def close_share(self, cut: str, contrast: float) -> Measured:
+        """Of ``cut``'s blocks, by mass, those coupled to their closest above 1 / ``contrast``."""
+        return self._of_pairs(cut, lambda pairs, kept: pairs.close_share(kept, contrast))
+
+    def _of_pairs(
+        self,
+        cut: str,
+        value: Callable[[Pairs, NDArray[np.bool_]], float],
+    ) -> Measured:
+        if cut not in self.pairs:
             return Measured(float("nan"), 0.0, float("inf"))
-        gap = pairs.coupling() - 1 / contrast
+        pairs = self.pairs[cut]
+        estimate = value(pairs, pairs.every)
         if self.exact:
-            return Measured(gap, 0.0, float("inf"))
-        count = len(pairs.between)
-        replicates = np.array([pairs.coupling(row) for row in range(count)])
-        variance, freedom = _jackknife(replicates, np.zeros(count, int))
-        return Measured(gap, float(np.sqrt(variance)), freedom)
+            return Measured(estimate, 0.0, float("inf"))
+        replicates = np.array([value(pairs, kept) for kept in pairs.all_but_one])
+        variance, freedom = _jackknife(replicates, np.zeros(len(replicates), int))
+        return Measured(estimate, float(np.sqrt(variance)), freedom)
 
     def matched(self, one: str, other: str) -> tuple[str, str]:
         """Both at the same number of blocks: of the one with more, neighbours go together."""

@@ -1,4 +1,4 @@
-"""Is each block of a cut coupled to another one nearly as strongly as within itself?
+"""Are the blocks of a cut coupled to another one nearly as strongly as within themselves?
 
 The *coupling* of two blocks b and c is rho_bc = M_bc / sqrt(M_bb M_cc), where M_bc is the mean
 square of the entries of H_bc (of H_bb those off the diagonal). Scales of blocks cancel in it: it is
@@ -7,11 +7,13 @@ contrast is planted. The *closest* of b is the c with the largest rho_bc, wherev
 order of the blocks plays a part, so groups along a permuted axis are seen like neighbours. Of a
 group of blocks the mean coupling is at most that of its closest pair: pairs stand for groups.
 
-The *closest coupling* of a cut is the mean of rho over its blocks with their closest, by the mass
-of the blocks' columns. Numerator and denominator are summed apart, a pair weighted by 1 / (m_b m_c),
-m the mass a column, so that no pair counts for its scale:
+Blocks are *closely coupled* if both of two statements hold, neither of which is safe alone:
 
-    T = sum m_b rho'_bc / sum m_b, with M_bc / (m_b m_c) over sqrt(M_bb M_cc) / (m_b m_c)
+- their mean coupling to the closest exceeds 1 / contrast (numerator and denominator summed apart, a
+  pair weighted by the mass of the block and divided by the scales of both), which a few entries of
+  heavy tails can bring about;
+- more than half of the blocks, by mass, have a coupling above it, which noise of the denominators
+  can feign.
 
 By probing: a product with signs on block b tells M_cb for all c at once and so which c seems
 closest (the mass of y_c over that of the columns of c, the largest). That choice is biased towards
@@ -19,14 +21,10 @@ what chance made large, so the pair is measured by another product, with fresh s
 tells M_bc without bias, H being symmetric, and y_c tells M_cc. The error is that of a delete-one
 jackknife over pairs.
 
-One closely coupled pair among many others that are not is no objection: T exceeds 1 / contrast
-where about that share of the mass lies in blocks that are coupled to another as to themselves.
-
 Letters: n entries of the region, B blocks of a cut, P pairs.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,24 +38,37 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Blocks with their closest, of one cut; weighted mean squares."""
+    """Blocks with their closest, of one cut; mean squares, divided by the scales of both blocks."""
 
-    between: Floats  # (P,) of the entries between the two blocks
+    between: Floats  # (P,) of the entries between the two
     within: Floats  # (P,) geometric means of those within each
+    weights: Floats  # (P,) the share of all blocks' mass that each pair stands for
 
-    def coupling(self, missing: int | None = None) -> float:
-        """The closest coupling T, without pair ``missing``; nan where all is zero."""
-        between, within = self._totals
-        if missing is not None:
-            between = between - self.between[missing]
-            within = within - self.within[missing]
+    def mean(self, kept: NDArray[np.bool_]) -> float:
+        """The mean coupling of the pairs ``kept``; nan where all is zero."""
+        weights = self.weights[kept]
+        within = float(weights @ self.within[kept])
+        between = float(weights @ self.between[kept])
         if within > 0:
-            return float(between / within)
+            return between / within
         return float("inf") if between > 0 else float("nan")
 
-    @cached_property
-    def _totals(self) -> tuple[float, float]:
-        return float(self.between.sum()), float(self.within.sum())
+    def close_share(self, kept: NDArray[np.bool_], contrast: float) -> float:
+        """Of the pairs ``kept``, by mass, those with a coupling above 1 / ``contrast``."""
+        is_close = contrast * self.between[kept] > self.within[kept]
+        weights = self.weights[kept]
+        total = weights.sum()
+        return float(weights[is_close].sum() / total) if total > 0 else float("nan")
+
+    @property
+    def every(self) -> NDArray[np.bool_]:
+        """(P,) all pairs."""
+        return np.ones(len(self.weights), bool)
+
+    @property
+    def all_but_one(self) -> NDArray[np.bool_]:
+        """(P, P) the pairs without each in turn."""
+        return ~np.eye(len(self.weights), dtype=bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +109,10 @@ class Blocks:
         """The mean square between ``block`` and another one, from a product with that other."""
         return float(product.sums[block] / (len(product.entries) * self.sizes[block]))
 
-    def scale(self, one: int, other: int) -> float:
-        """By which a pair is divided; blocks without mass weigh nothing."""
-        return float(self.column_masses[one] * self.column_masses[other]) or float("inf")
+    def scales(self, one: NDArray[np.int64], other: NDArray[np.int64]) -> Floats:
+        """(P,) by which pairs of blocks are divided; blocks without mass weigh nothing."""
+        products = self.column_masses[one] * self.column_masses[other]
+        return np.where(products > 0, products, np.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,14 +150,17 @@ def candidate(blocks: Blocks, product: Product, weight: float) -> Candidate:
 
 def pairs_of(blocks: Blocks, candidates: list[Candidate], products: list[Product]) -> Pairs:
     """The pairs ``candidates``, from a product with the closest of each."""
-    between, within = [], []
-    for pair, product in zip(candidates, products, strict=True):
-        weight = pair.weight / blocks.scale(pair.block, pair.closest)
-        # An estimate may fall below 0, what it estimates may not.
-        squares = max(0.0, pair.within) * max(0.0, blocks.within(product, pair.closest))
-        between.append(weight * blocks.between(product, pair.block))
-        within.append(weight * squares**0.5)
-    return Pairs(np.array(between), np.array(within))
+    measured = list(zip(candidates, products, strict=True))
+    between = [blocks.between(product, pair.block) for pair, product in measured]
+    # An estimate may fall below 0, what it estimates may not.
+    squares = [
+        max(0.0, pair.within) * max(0.0, blocks.within(product, pair.closest))
+        for pair, product in measured
+    ]
+    chosen = np.array([(pair.block, pair.closest) for pair in candidates])
+    scales = blocks.scales(*chosen.T)
+    weights = np.array([pair.weight for pair in candidates])
+    return Pairs(np.array(between) / scales, np.sqrt(squares) / scales, weights)
 
 
 def exact_pairs(squares: Tensor, blocks: Blocks) -> Pairs:
@@ -162,8 +177,11 @@ def exact_pairs(squares: Tensor, blocks: Blocks) -> Pairs:
     with np.errstate(divide="ignore", invalid="ignore"):
         rho = np.nan_to_num(mean_squares / within, nan=0.0, posinf=np.inf)
     np.fill_diagonal(rho, -1.0)
-    closest = rho.argmax(1)
     every = np.arange(len(sizes))
-    scales = np.array([blocks.scale(*pair) for pair in zip(every, closest, strict=True)])
-    weights = blocks.column_masses * sizes / scales
-    return Pairs(weights * mean_squares[every, closest], weights * within[every, closest])
+    closest = rho.argmax(1)
+    scales = blocks.scales(every, closest)
+    return Pairs(
+        between=mean_squares[every, closest] / scales,
+        within=within[every, closest] / scales,
+        weights=blocks.column_masses * sizes,
+    )

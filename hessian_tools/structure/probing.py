@@ -165,7 +165,7 @@ def _probed_evidence(
                 name = blocks.cut.name
                 pairs[name] = _pairs(products, blocks, candidates[name], told)
     spent = num_probes + sum(len(drawn.masses) for drawn in draws.values())
-    spent += sum(len(found.between) for found in pairs.values())
+    spent += sum(len(found.weights) for found in pairs.values())
     return _Evidence(draws, pairs, told.pilots, told.asymmetry, spent, told.unit)
 
 

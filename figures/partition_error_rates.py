@@ -1,33 +1,46 @@
-"""Draws what became of right and of wrong claims, by planted contrast.
+"""Draws what became of right and of wrong claims, by planted kind.
 
 `python figures/partition_error_rates.py [RESULT] [PICTURE]` reads results only.
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 import hessian_tools as ht
 
-OUTCOMES = {
-    "the exact verdict": "#1f7a4d",
-    "undecided": "#c9c9c9",
-    "another contradiction": "#b8860b",
-    "the opposite": "#d55e00",
-}
-LEVEL = 4  # the contrast from which the checker tells blocks apart
+Record = Mapping[str, str | int]
+OUTCOMES = {"the right verdict": "#1f7a4d", "undecided": "#c9c9c9", "an error": "#d55e00"}
 
 
-def outcome(exact: str, estimated: str) -> str | None:
-    """None where the exact matrix leaves nothing to be right about."""
-    if exact == "undecided":
-        return None
-    if estimated in (exact, "undecided"):
-        return "undecided" if estimated == "undecided" else "the exact verdict"
-    return "the opposite" if "follows" in (exact, estimated) else "another contradiction"
+def outcome(truth: str, verdict: str) -> str:
+    if verdict == "undecided":
+        return verdict
+    return "the right verdict" if (verdict == "follows") == (truth == "right") else "an error"
+
+
+def draw(panel: Axes, records: Sequence[Record], kinds: Sequence[str], truth: str) -> None:
+    """A bar a kind."""
+    for place, kind in enumerate(kinds):
+        own = [r for r in records if (r["kind"], r["truth"]) == (kind, truth)]
+        total = sum(int(r["count"]) for r in own)
+        left = 0.0
+        for name, colour in OUTCOMES.items():
+            found = [r for r in own if outcome(truth, str(r["estimated"])) == name]
+            share = sum(int(r["count"]) for r in found) / max(total, 1)
+            panel.barh(place, share, left=left, color=colour, height=0.8)
+            left += share
+        panel.text(1.02, place, str(total) if total else "none", fontsize=7, va="center")
+    panel.set_title(f"{truth} claims", fontsize=9)
+    panel.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    panel.set_xlim(0, 1)
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def main(
@@ -35,51 +48,15 @@ def main(
     target: str = __file__.replace(".py", ".png"),
 ) -> None:
     records = ht.load(source)
-    textures = list(dict.fromkeys(r["texture"] for r in records))
-    contrasts = sorted({r["contrast"] for r in records})
-    figure, panels = plt.subplots(
-        2,
-        len(textures),
-        figsize=(3.1 * len(textures) + 0.8, 5.4),
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
-    )
-    for column, texture in enumerate(textures):
-        for row, (title, is_right) in enumerate((("right claims", True), ("wrong claims", False))):
-            panel = panels[row, column]
-            for place, contrast in enumerate(contrasts):
-                own = [r for r in records if (r["texture"], r["contrast"]) == (texture, contrast)]
-                own = [
-                    (outcome(r["exact"], r["estimated"]), r["count"])
-                    for r in own
-                    if (r["exact"] == "follows") == is_right
-                ]
-                total, bottom = sum(n for name, n in own if name), 0.0
-                for name, colour in OUTCOMES.items():
-                    share = sum(n for found, n in own if found == name) / max(total, 1)
-                    panel.bar(place, share, bottom=bottom, color=colour, width=0.85)
-                    bottom += share
-                panel.text(place, 1.01, str(total), fontsize=6.5, ha="center")
-            panel.axvline(
-                sum(c < LEVEL for c in contrasts) - 0.5, color="black", linewidth=0.8, linestyle=":"
-            )
-            panel.set_xticks(range(len(contrasts)), [f"{c:g}" for c in contrasts], fontsize=8)
-            panel.set_title(f"{title}, {texture}", fontsize=9, pad=12)
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.tick_params(labelsize=8)
-    figure.supxlabel(
-        f"planted contrast, mean square inside over outside (dotted: the checker's level, "
-        f"{LEVEL}); above "
-        "bars: claims",
-        fontsize=8,
-    )
-    figure.supylabel("share of claims", fontsize=9)
+    kinds = list(dict.fromkeys(r["kind"] for r in records))
+    figure, panels = plt.subplots(1, 2, figsize=(8, 4.6), sharey=True, layout="constrained")
+    for panel, truth in zip(panels, ("right", "wrong"), strict=True):
+        draw(panel, records, kinds, truth)
+    panels[0].invert_yaxis()
+    figure.supxlabel("share of claims (numbers: how many)", fontsize=9)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in OUTCOMES.values()]
-    names = [f"estimated: {name}" for name in OUTCOMES]
-    place = {"ncols": min(4, len(textures)), "loc": "outside upper center"}
-    figure.legend(handles, names, fontsize=8, frameon=False, **place)
+    place = {"ncols": len(OUTCOMES), "loc": "outside upper center"}
+    figure.legend(handles, OUTCOMES, fontsize=8, frameon=False, **place)
     figure.savefig(target, dpi=150)
 
 

@@ -1,6 +1,6 @@
 """Where the Hessian's mass lies, and whether a partition follows it.
 
-Reading order: dense, coupling, conditioning; then mass, probing, judgement, suggestion, check.
+Reading order: dense, coupling, conditioning; then cuttings, mass, pairs, probing, judgement, check.
 """
 
 from hessian_tools.structure.adam_preconditioning import AdamConditioning, adam_conditioning

@@ -23,12 +23,17 @@ from hessian_tools.curvature.hessian import as_operator, problem_of
 from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.curvature.progress import product_bar
 from hessian_tools.problem.problem import Problem
-from hessian_tools.structure.cuttings import CLAIMED, WHOLE, JudgedRegion, judged_regions
+from hessian_tools.structure.cuttings import (
+    CLAIMED,
+    WHOLE,
+    JudgedRegion,
+    composed,
+    judged_regions,
+)
 from hessian_tools.structure.judgement import CONTRADICTED, FOLLOWS, Judgement, Levels, judge
 from hessian_tools.structure.mass import BlockMass
 from hessian_tools.structure.probing import cost, measure
 from hessian_tools.structure.report import CutEvidence, PartitionReport, TensorReport
-from hessian_tools.structure.suggestion import composed
 
 EXACT_WORTH = 4
 MOST_EXACT = 4096  # entries of a tensor that exact=True takes: 128 MiB, and as many products

@@ -1,17 +1,24 @@
 """Ways to cut a region (a tensor, or a role of a fused one) into blocks, and which lies in which.
 
+Also the partition that is made of the ways that suit each region. Ways are the names of
+:func:`hessian_tools.blocks.presets.alternatives`; where a tensor is judged by roles, a way means
+that role alone.
+
 Letters: n entries of the region, B blocks of a cut.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, combinations
 
+import numpy as np
 import torch
+from scipy.special import gammaln
 from torch import Tensor, nn
 
-from hessian_tools.blocks.block import Block, Cut
+from hessian_tools.blocks.block import Block, Cut, Part
+from hessian_tools.blocks.kinds import Site
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.specification import SEMANTIC
 from hessian_tools.blocks.survey import Survey
@@ -19,6 +26,7 @@ from hessian_tools.blocks.survey import Survey
 WHOLE = "whole"
 ELEMENTS = "elements"
 CLAIMED = "claimed"  # the name of a claimed cut that is none of the alternatives
+_COUNTERS = {"whole": "", "heads": "head", "rows": "row"}  # of the ways to cut along a role's axis
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,3 +224,122 @@ def _twin(way: Cutting, cuttings: Sequence[Cutting]) -> Cutting | None:
         if alike and (other.is_trivial or other.is_inside(way)):
             return other
     return None
+
+
+def parents_of(finer: Cutting, coarser: Cutting) -> Tensor:
+    """(B,) the block of ``coarser`` around each block of ``finer``."""
+    if coarser.name == WHOLE:
+        return torch.zeros(finer.num_blocks, dtype=torch.int64)
+    if finer.name == ELEMENTS:
+        return coarser.labels
+    parents = torch.zeros(finer.num_blocks, dtype=torch.int64)
+    return parents.scatter_(0, finer.labels, coarser.labels)
+
+
+def all_log_alternatives(nesting: Nesting, size: int) -> dict[tuple[str, str], float]:
+    """By (finer, coarser): of nested cuts, and of groups of neighbours in the whole region."""
+    whole = next(cut for cut in nesting.cuttings if cut.name == WHOLE)
+    groups = nesting.with_groups[len(nesting.cuttings) :]
+    pairs = [*nesting.pairs, *((group, whole) for group in groups)]
+    return {(one.name, other.name): _log_alternatives(one, other, size) for one, other in pairs}
+
+
+def _log_alternatives(finer: Cutting, coarser: Cutting, size: int) -> float:
+    """The logarithm of how many cuts like ``finer`` there are of the blocks of ``coarser``.
+
+    A block of n entries falls into blocks of sizes s in n! / prod s! ways, over the orders of those
+    of one size. For single entries, which can be cut in one way, it is the ways to choose which n
+    of the n (n + 1) / 2 numbers of a symmetric block are its diagonal.
+    """
+    around = np.array([size])
+    if coarser.name != WHOLE:
+        around = torch.bincount(coarser.labels).numpy()
+    if finer.name == ELEMENTS:
+        pairs = around * (around - 1) / 2
+        ways = gammaln(pairs + around + 1) - gammaln(around + 1) - gammaln(pairs + 1)
+        return float(ways.sum())
+    sizes = torch.bincount(finer.labels).numpy()
+    parents = parents_of(finer, coarser).numpy()
+    _, alike = np.unique(np.stack([parents, sizes]), axis=1, return_counts=True)
+    orders = gammaln(sizes + 1).sum() + gammaln(alike + 1).sum()
+    return float(gammaln(around + 1).sum() - orders)
+
+
+def composed(
+    model: nn.Module,
+    regions: Sequence[Block],
+    ways: Mapping[str, str],
+    claimed: Partition,
+) -> Partition:
+    """``regions`` (whole tensors or roles, by their names in ``ways``) cut as ``ways`` say.
+
+    A way that is no alternative of its tensor stands for the cuts that ``claimed`` has there.
+    """
+    survey = Survey(model)
+    sites = {site.name: site for site in survey.sites}
+    cuts: list[Cut] = []
+    for region in regions:
+        site = sites[region.parameter]
+        cuts += _cuts(survey, site, region, ways[region.name], claimed)
+    return Partition(tuple(cuts))
+
+
+def _cuts(
+    survey: Survey,
+    site: Site,
+    region: Block,
+    way: str,
+    claimed: Partition,
+) -> list[Cut]:
+    known = dict(survey.equal_cuts(site))
+    is_tensor = region.name == site.name
+    if way not in known and way != WHOLE:
+        of_tensor = [cut for cut in claimed.cuts if cut.parameters == (site.name,)]
+        return [cut for cut in of_tensor if is_tensor or _lies_in(cut, region)]
+    if is_tensor:
+        return [known[way]]
+    return _cuts_of_role(survey, site, region, way)
+
+
+def _cuts_of_role(survey: Survey, site: Site, region: Block, way: str) -> list[Cut]:
+    transposed = site.is_transposed
+    if way not in _COUNTERS:
+        return [_cut_of_region(site, region, way, transposed)]
+    projection = survey.attention.projections[site.name]
+    role = next(role for role in projection.roles if region.name.endswith(f"[{role}]"))
+    counter = _COUNTERS[way]
+    parts = projection.regions(counter, (role,))
+    return [site.cut(int(transposed), part, counter) for part in parts]
+
+
+def _cut_of_region(site: Site, region: Block, way: str, transposed: bool) -> Cut:
+    """The single entries of a role, or a block an input."""
+    part = _uncut(region.as_cut().parts[0])
+    last = len(part.view) - 1
+    inputs = 0 if transposed else last
+    axes = tuple(range(last + 1)) if way == ELEMENTS else (inputs,)
+    pieces = replace(part, axes=axes)
+    return Cut(
+        parts=(pieces,),
+        name=site.name,
+        labels=(region.name[len(site.name) + 1 : -1],),
+        counter=way.removesuffix("s"),
+        per_label=pieces.num_blocks,
+    )
+
+
+def _uncut(part: Part) -> Part:
+    """A part of one piece, as a region that is not cut."""
+    spans = [part.index[axis] for axis in part.axes]
+    grid = [span.stop - span.start for span in spans]
+    number = part.window[0] if part.window else 0
+    places = np.unravel_index(number, grid)
+    index = list(part.index)
+    for axis, span, place in zip(part.axes, spans, places, strict=True):
+        at = span.start + int(place)
+        index[axis] = slice(at, at + 1)
+    return replace(part, index=tuple(index), axes=(), window=None)
+
+
+def _lies_in(cut: Cut, region: Block) -> bool:
+    return all(name.startswith(region.name[:-1]) for name in cut.chunk(0, 1).names)

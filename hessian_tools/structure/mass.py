@@ -34,8 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, grouped
-
-Floats = NDArray[np.float64]
+from hessian_tools.structure.pairs import Floats, Pairs
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,7 @@ class BlockMass:
     inside: dict[str, tuple[str, ...]]  # cut -> the coarser cuts that it refines
     base: dict[str, str]  # cut -> the cut whose draws measure it
     draws: dict[str, Draws] = field(repr=False)  # by base; none where there is no mass to draw by
+    pairs: dict[str, Pairs] = field(repr=False)  # by cut between the whole and single entries
     pilots: Pilots = field(repr=False)
     asymmetry: float  # rms of z'H z'' - z''H z' in units of |H_tt|_F: rounding
     exact: bool
@@ -202,6 +202,32 @@ class BlockMass:
             return self._share(one, WHOLE, left_out) - level
 
         return self._measured(("lead", one, other, odds), lead, one, other)
+
+    def coupling(self, cut: str) -> Measured:
+        """The mean coupling of ``cut``'s blocks to their closest.
+
+        See :mod:`hessian_tools.structure.pairs`.
+        """
+        return self._of_pairs(cut, Pairs.mean)
+
+    def close_share(self, cut: str, contrast: float) -> Measured:
+        """Of ``cut``'s blocks, by mass, those coupled to their closest above 1 / ``contrast``."""
+        return self._of_pairs(cut, lambda pairs, kept: pairs.close_share(kept, contrast))
+
+    def _of_pairs(
+        self,
+        cut: str,
+        value: Callable[[Pairs, NDArray[np.bool_]], float],
+    ) -> Measured:
+        if cut not in self.pairs:
+            return Measured(float("nan"), 0.0, float("inf"))
+        pairs = self.pairs[cut]
+        estimate = value(pairs, pairs.every)
+        if self.exact:
+            return Measured(estimate, 0.0, float("inf"))
+        replicates = np.array([value(pairs, kept) for kept in pairs.all_but_one])
+        variance, freedom = _jackknife(replicates, np.zeros(len(replicates), int))
+        return Measured(estimate, float(np.sqrt(variance)), freedom)
 
     def matched(self, one: str, other: str) -> tuple[str, str]:
         """Both at the same number of blocks: of the one with more, neighbours go together."""

@@ -5,13 +5,12 @@ Letters as there: n entries of the region, B blocks of a cut, S draws, K pilots,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import gammaln
 from torch import Tensor
 
 from hessian_tools.blocks.block import Block
@@ -19,8 +18,24 @@ from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.curvature.symmetric import SymmetricOperator, unit_products
 from hessian_tools.errors import NumericalError
 from hessian_tools.spectra.probes import draw_probes, keyed_stream
-from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, Cutting, Nesting
+from hessian_tools.structure.cuttings import (
+    ELEMENTS,
+    WHOLE,
+    Cutting,
+    Nesting,
+    all_log_alternatives,
+    parents_of,
+)
 from hessian_tools.structure.mass import BlockMass, Draws, Floats, Pilots
+from hessian_tools.structure.pairs import (
+    Blocks,
+    Candidate,
+    Pairs,
+    candidate,
+    exact_pairs,
+    pairs_of,
+    product_of,
+)
 
 _EVEN = 0.1  # share of the draws that is made evenly
 _MOST_VECTORS = 64  # in one product
@@ -45,7 +60,7 @@ def measure(
     Args:
         cuttings: "whole", "elements" and others, no two alike.
         num_probes, num_blocks: products with all of the region, and with single blocks of each of
-            the finest cuts.
+            the finest cuts; then as many with the closest of these blocks, for every cut.
         exact: take the dense matrix instead.
         on_products: called with the number of products as they are spent.
     Raises:
@@ -67,19 +82,22 @@ def measure(
         inside=nesting.inside,
         base=nesting.base_of,
         draws=evidence.draws,
+        pairs=evidence.pairs,
         pilots=evidence.pilots,
         asymmetry=evidence.asymmetry,
         exact=exact,
         num_matvecs=evidence.num_products,
         unit=evidence.unit,
-        log_alternatives=_all_log_alternatives(nesting, operator.size),
+        log_alternatives=all_log_alternatives(nesting, operator.size),
     )
 
 
 def cost(cuttings: Sequence[Cutting], num_probes: int, num_blocks: int) -> int:
     """Products that :func:`measure` spends, at most, without ``exact``."""
-    bases = Nesting(cuttings).bases
-    return num_probes + sum(_num_draws(base.num_blocks, num_blocks) for base in bases)
+    nesting = Nesting(cuttings)
+    drawn = {base.name: _num_draws(base.num_blocks, num_blocks) for base in nesting.bases}
+    closest = (drawn[nesting.base_of[cut.name]] for cut in nesting.others)
+    return num_probes + sum(drawn.values()) + sum(closest)
 
 
 def _num_draws(blocks: int, num_blocks: int) -> int:
@@ -95,6 +113,7 @@ class _Evidence:
     """What :class:`BlockMass` is made of."""
 
     draws: dict[str, Draws]  # by base
+    pairs: dict[str, Pairs]  # by cut between the whole and single entries
     pilots: Pilots
     asymmetry: float
     num_products: int
@@ -135,14 +154,19 @@ class _Products:
 def _probed_evidence(
     products: _Products, nesting: Nesting, num_probes: int, num_blocks: int
 ) -> _Evidence:
-    pilots, asymmetry, column_masses, unit = _pilots(products, nesting, num_probes)
+    told = _pilots(products, nesting, num_probes)
     draws: dict[str, Draws] = {}
-    if pilots.mass.mean():
+    pairs: dict[str, Pairs] = {}
+    if told.pilots.mass.mean():
         for base in nesting.bases:
-            sample = _sample(products, base, column_masses[base.name], num_blocks)
-            draws[base.name] = _draws(products, nesting, base, sample, unit)
+            sample = _sample(products, base, told.masses[base.name], num_blocks)
+            draws[base.name], candidates = _draws(products, nesting, base, sample, told)
+            for blocks in told.blocks_around(base):
+                name = blocks.cut.name
+                pairs[name] = _pairs(products, blocks, candidates[name], told)
     spent = num_probes + sum(len(drawn.masses) for drawn in draws.values())
-    return _Evidence(draws, pilots, asymmetry, spent, unit)
+    spent += sum(len(found.weights) for found in pairs.values())
+    return _Evidence(draws, pairs, told.pilots, told.asymmetry, spent, told.unit)
 
 
 def _unit(products: Tensor) -> float:
@@ -156,11 +180,27 @@ def _unit(products: Tensor) -> float:
     return 2.0 ** (math.frexp(largest)[1] - 1) if largest else 1.0
 
 
-def _pilots(
-    products: _Products, nesting: Nesting, count: int
-) -> tuple[Pilots, float, dict[str, Floats], float]:
-    """Pilots, their asymmetry, by base the mean mass of each block's columns, (B,), and the unit of
-    the products, in whose square all masses are."""
+@dataclass(frozen=True)
+class _Told:
+    """What products with all of a region tell, in units of ``unit`` (squares of ``unit``^2)."""
+
+    nesting: Nesting
+    pilots: Pilots
+    asymmetry: float
+    masses: dict[str, Floats]  # by cut: the mean mass of each block's columns, (B,)
+    diagonal: Tensor  # (n,) estimates of the Hessian's
+    unit: float
+
+    def blocks_around(self, base: Cutting) -> list[Blocks]:
+        """The cuts that products with blocks of ``base`` measure."""
+        return [
+            Blocks.of(cut, self.masses[cut.name])
+            for cut in self.nesting.others
+            if self.nesting.base_of[cut.name] == base.name
+        ]
+
+
+def _pilots(products: _Products, nesting: Nesting, count: int) -> _Told:
     operator = products.operator
     z = products.signs("pilots", count, operator.size)
     parts = z.split(products.at_once)
@@ -171,7 +211,8 @@ def _pilots(
     mean = mass.mean()
     asymmetry = _rms_asymmetry(z, y) / np.sqrt(mean) if mean else 0.0
     # Both in place: of a large tensor there is room for two such arrays.
-    diagonal = _gram(z.mul_(y))
+    of_entries = z.mul_(y)
+    diagonal = of_entries.mean(0)
     squares = y.square_()
     sums = {cut.name: _sums(squares, cut) for cut in nesting.others}
     overlaps = {}
@@ -181,10 +222,11 @@ def _pilots(
             overlap = _gram(finer_sums) / (mean if mean else 1.0)
         else:
             coarser_means = sums[coarser.name].mean(0).clamp_min(_TINY)
-            overlap = _gram(finer_sums, coarser_means.reciprocal()[_parents(finer, coarser)])
+            overlap = _gram(finer_sums, coarser_means.reciprocal()[parents_of(finer, coarser)])
         overlaps[finer.name, coarser.name] = overlap
-    column_masses = {base.name: sums[base.name].mean(0).numpy() for base in nesting.bases}
-    return Pilots(mass, diagonal, overlaps), float(asymmetry), column_masses, unit
+    masses = {name: table.mean(0).numpy() for name, table in sums.items()}
+    pilots = Pilots(mass, _gram(of_entries), overlaps)
+    return _Told(nesting, pilots, float(asymmetry), masses, diagonal, unit)
 
 
 def _rms_asymmetry(vectors: Tensor, products: Tensor) -> float:
@@ -219,35 +261,55 @@ def _sample(products: _Products, base: Cutting, masses: Floats, num_blocks: int)
 
 
 def _draws(
-    products: _Products, nesting: Nesting, base: Cutting, sample: _Sample, unit: float
-) -> Draws:
-    """The masses of the blocks in ``sample`` within each cut around ``base``, over ``unit``^2."""
+    products: _Products, nesting: Nesting, base: Cutting, sample: _Sample, told: _Told
+) -> tuple[Draws, dict[str, list[Candidate]]]:
+    """The masses of the blocks in ``sample`` within each cut around ``base``, over ``unit``^2.
+
+    Also, by cut that ``base`` measures, which block seems closest to that of each draw.
+    """
     around = {cut.name: cut for cut in nesting.around(base)}
     table = np.full((len(sample.blocks), len(nesting.with_groups)), np.nan)
     columns = [i for i, cut in enumerate(nesting.with_groups) if cut.name in around]
-    for first in range(0, len(table), products.at_once):
-        chosen = sample.blocks[first : first + products.at_once]
-        entries = [torch.nonzero(base.labels == int(block)).flatten() for block in chosen]
-        z = _signs_on_blocks(products, base, entries, first)
-        y = products(z.to(products.operator.device)).cpu()
-        for row, (product, inside) in enumerate(zip(y, entries, strict=True), start=first):
-            squares = (product.double() / unit).square()
-            masses = [_mass_around(squares, cut, inside[0]) for cut in around.values()]
-            table[row, columns] = np.array(masses) * sample.weights[row]
-    return Draws(table, sample.strata)
+    shares = sample.weights * told.masses[base.name][sample.blocks]
+    known = told.blocks_around(base)
+    candidates: dict[str, list[Candidate]] = {blocks.cut.name: [] for blocks in known}
+    drawn = _products_with(products, base, sample.blocks, "draw")
+    for row, (z, y, inside) in enumerate(drawn):
+        product = y.double() / told.unit
+        squares = product.square()
+        masses = [_mass_around(squares, cut, inside[0]) for cut in around.values()]
+        table[row, columns] = np.array(masses) * sample.weights[row]
+        for blocks in known:
+            found = product_of(z, product, inside, blocks, told.diagonal)
+            candidates[blocks.cut.name].append(candidate(blocks, found, shares[row]))
+    return Draws(table, sample.strata), candidates
 
 
-def _signs_on_blocks(
-    products: _Products, base: Cutting, entries: Sequence[Tensor], first: int
-) -> Tensor:
-    """(r, n) vectors, each with random signs at the ``entries`` of one block, of the draws from
-    number ``first`` on."""
+def _pairs(products: _Products, blocks: Blocks, candidates: list[Candidate], told: _Told) -> Pairs:
+    """The ``candidates``, each measured by a product with its closest block."""
+    closest = np.array([found.closest for found in candidates])
+    drawn = _products_with(products, blocks.cut, closest, "closest")
+    found = [
+        product_of(z, y.double() / told.unit, entries, blocks, told.diagonal)
+        for z, y, entries in drawn
+    ]
+    return pairs_of(blocks, candidates, found)
+
+
+def _products_with(
+    products: _Products, cut: Cutting, numbers: NDArray[np.int64], label: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each block of ``cut`` in ``numbers``: signs z on it, (n,), H z, and its entries."""
     operator = products.operator
-    z = torch.zeros(len(entries), operator.size, dtype=operator.dtype)
-    for row, inside in enumerate(entries):
-        label = f"{base.name}, draw {first + row}"
-        z[row, inside] = products.signs(label, 1, len(inside))[0]
-    return z
+    for first in range(0, len(numbers), products.at_once):
+        chosen = numbers[first : first + products.at_once]
+        entries = [torch.nonzero(cut.labels == int(block)).flatten() for block in chosen]
+        z = torch.zeros(len(chosen), operator.size, dtype=operator.dtype)
+        for row, inside in enumerate(entries):
+            key = f"{cut.name}, {label} {first + row}"
+            z[row, inside] = products.signs(key, 1, len(inside))[0]
+        y = products(z.to(operator.device)).cpu()
+        yield from zip(z, y, entries, strict=True)
 
 
 def _exact_evidence(products: _Products, nesting: Nesting) -> _Evidence:
@@ -261,15 +323,18 @@ def _exact_evidence(products: _Products, nesting: Nesting) -> _Evidence:
     norm = float(squares.sum())
     difference = float((dense - dense.T).norm())
     inside = {cut.name: _mass_inside(squares, cut) for cut in nesting.with_groups}
+    column_masses = squares.sum(1)
+    known = [Blocks.of(cut, _sums(column_masses[None], cut)[0].numpy()) for cut in nesting.others]
     masses = np.array([list(inside.values())])
     draws = Draws(masses, strata=np.zeros(1, int))
     pilots = Pilots(
         mass=np.array([norm]),
         diagonal=np.array([[inside.get(ELEMENTS, 0.0)]]),
-        overlaps=_exact_overlaps(squares.sum(1), nesting),
+        overlaps=_exact_overlaps(column_masses, nesting),
     )
     return _Evidence(
         draws={base.name: draws for base in nesting.bases},
+        pairs={blocks.cut.name: exact_pairs(squares, blocks) for blocks in known},
         pilots=pilots,
         asymmetry=difference / norm**0.5 if norm else 0.0,
         num_products=size,
@@ -283,7 +348,7 @@ def _exact_overlaps(column_masses: Tensor, nesting: Nesting) -> dict[tuple[str, 
     overlaps = {}
     for finer, coarser in nesting.pairs:
         inner = sums[finer.name]
-        around = sums[coarser.name][_parents(finer, coarser)].clamp_min(_TINY)
+        around = sums[coarser.name][parents_of(finer, coarser)].clamp_min(_TINY)
         overlap = float((inner * inner / around).sum())
         overlaps[finer.name, coarser.name] = np.array([[overlap]])
     return overlaps
@@ -317,45 +382,6 @@ def _mass_inside(squares: Tensor, cut: Cutting) -> float:
         is_inside = labels[:, None] == cut.labels
         total += float((rows * is_inside).sum())
     return total
-
-
-def _parents(finer: Cutting, coarser: Cutting) -> Tensor:
-    """(B,) the block of ``coarser`` around each block of ``finer``."""
-    if coarser.name == WHOLE:
-        return torch.zeros(finer.num_blocks, dtype=torch.int64)
-    if finer.name == ELEMENTS:
-        return coarser.labels
-    parents = torch.zeros(finer.num_blocks, dtype=torch.int64)
-    return parents.scatter_(0, finer.labels, coarser.labels)
-
-
-def _all_log_alternatives(nesting: Nesting, size: int) -> dict[tuple[str, str], float]:
-    """By (finer, coarser): of nested cuts, and of groups of neighbours in the whole region."""
-    whole = next(cut for cut in nesting.cuttings if cut.name == WHOLE)
-    groups = nesting.with_groups[len(nesting.cuttings) :]
-    pairs = [*nesting.pairs, *((group, whole) for group in groups)]
-    return {(one.name, other.name): _log_alternatives(one, other, size) for one, other in pairs}
-
-
-def _log_alternatives(finer: Cutting, coarser: Cutting, size: int) -> float:
-    """The logarithm of how many cuts like ``finer`` there are of the blocks of ``coarser``.
-
-    A block of n entries falls into blocks of sizes s in n! / prod s! ways, over the orders of those
-    of one size. For single entries, which can be cut in one way, it is the ways to choose which n
-    of the n (n + 1) / 2 numbers of a symmetric block are its diagonal.
-    """
-    around = np.array([size])
-    if coarser.name != WHOLE:
-        around = torch.bincount(coarser.labels).numpy()
-    if finer.name == ELEMENTS:
-        pairs = around * (around - 1) / 2
-        ways = gammaln(pairs + around + 1) - gammaln(around + 1) - gammaln(pairs + 1)
-        return float(ways.sum())
-    sizes = torch.bincount(finer.labels).numpy()
-    parents = _parents(finer, coarser).numpy()
-    _, alike = np.unique(np.stack([parents, sizes]), axis=1, return_counts=True)
-    orders = gammaln(sizes + 1).sum() + gammaln(alike + 1).sum()
-    return float(gammaln(around + 1).sum() - orders)
 
 
 def _gram(vectors: Tensor, weights: Tensor | None = None) -> Floats:

@@ -12,8 +12,7 @@ from torch import nn
 import hessian_tools as ht
 from hessian_tools.structure.adam_preconditioning import adam_conditioning
 from hessian_tools.structure.conditioning import block_extremes
-from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, Cutting
-from hessian_tools.structure.probing import _log_alternatives
+from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, Cutting, _log_alternatives
 
 FACTORS = (2.0**-100, 2.0**-70, 2.0**70, 2.0**100)
 

@@ -8,8 +8,7 @@ from torch import nn
 
 import hessian_tools as ht
 from hessian_tools.blocks.ownership import check_disjoint
-from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, cutting, judged_regions
-from hessian_tools.structure.suggestion import composed
+from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, composed, cutting, judged_regions
 
 
 def torch_attention() -> nn.Module:

@@ -35,9 +35,7 @@ def gpt() -> ht.Problem:
 def of_zoo(name: str, **knobs: int) -> Callable[[], ht.Problem]:
     def made() -> ht.Problem:
         found = zoo.load(name, seed=0, **knobs)
-        return ht.Problem(
-            found.model, found.loss_fn, found.batches, batch_stats=found.batch_stats
-        )
+        return ht.Problem(found.model, found.loss_fn, found.batches, batch_stats=found.batch_stats)
 
     return made
 

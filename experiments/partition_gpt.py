@@ -69,7 +69,7 @@ def trained(model: torch.nn.Module, batches: list[data.LabelledBatch]) -> float:
         loss = ht.cross_entropy(model, batch)
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def reports_of(

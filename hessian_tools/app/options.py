@@ -165,7 +165,7 @@ def add_run_options(command: argparse.ArgumentParser, files: str) -> argparse._A
         dest="verify",
         action="store_const",
         const=NEVER,
-        help="the same as --verify never: trust the products",
+        help="the same as --verify never: trust the products (default: see --verify)",
     )
     add(
         "--out",

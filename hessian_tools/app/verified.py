@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -112,7 +112,8 @@ def _sources(hessian: HessianOperator) -> Iterator[Path]:
     yield from Path(__file__).parents[1].rglob("*.py")
     problem = hessian.problem
     kinds = {type(module) for module in problem.model.modules()}
-    for code in (*kinds, problem.loss_fn, type(problem.loss_fn)):
+    codes: list[Callable[..., object]] = [*kinds, problem.loss_fn, type(problem.loss_fn)]
+    for code in codes:
         try:
             file = inspect.getsourcefile(code)
         except TypeError:  # built in, or an object that is called, whose class comes next

@@ -160,7 +160,7 @@ def test_js0_prints_saves_and_draws(capsys):
     assert "curvature [decades]" in out and "JS0" not in out
     assert re.search(r"^own.py:net: (Adam|undecided)\.", out, re.M)
     assert "a model's noise" not in out and err[0].startswith(
-        "verified (relative errors): symmetry "
+        "verified (quick set, relative errors): symmetry "
     )
     assert sorted(path.name for path in Path("out").iterdir()) == [
         "block_spectra.png", "config.json", "js_matrix.png", "result.json", "result.npz",
@@ -484,10 +484,10 @@ OF_SPECTRA = (
     "(default: what --tolerance needs, or 40; paper: 100)",
 )
 HELP = {  # command -> number of options, what its help tells
-    "js0": (26, (*OF_SPECTRA, "(default: weights; paper: official)")),
-    "spectrum": (24, (*OF_SPECTRA, "(default: model; paper: official)")),
+    "js0": (27, (*OF_SPECTRA, "(default: weights; paper: official)")),
+    "spectrum": (25, (*OF_SPECTRA, "(default: model; paper: official)")),
     "partition": (
-        29,
+        30,
         ("arXiv 2406.16793", "(default: adam_mini)", "Exit code 1 when a claim is contradicted"),
     ),
     "quadratic": (
@@ -618,7 +618,7 @@ def test_a_folder_of_other_files_is_left_alone(name, content, capsys):
 def test_interrupted_before_any_block_the_folder_takes_any_configuration(
     capsys, monkeypatch, undrawn
 ):
-    def interrupted(self):
+    def interrupted(self, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -630,6 +630,67 @@ def test_interrupted_before_any_block_the_folder_takes_any_configuration(
     ]
     assert run("js0", "--model", "own.py:net", "--out", "out", "--probes", "3", "--steps", "2") == 0
     assert ht.load("out/result")["spectra"].num_probes == 3
+
+
+VERIFIED = ("spectrum", "--model", "own.py:net", "--probes", "1", "--steps", "2")
+
+
+def verification(capsys):
+    """What a run says of its verification."""
+    found = [line for line in said(capsys)[1] if "erified" in line]
+    return found[0].split(",")[0].split(":")[0] if found else ""
+
+
+def test_a_network_is_verified_once(capsys, monkeypatch):
+    assert run(*VERIFIED) == 0
+    assert verification(capsys).startswith("verified (quick set")
+    assert run(*VERIFIED, "--seed", "0") == 0
+    assert verification(capsys).startswith("verified before (the quick set")
+    assert run(*VERIFIED, "--verify", "full") == 0
+    assert verification(capsys).startswith("verified (full set")
+    assert run(*VERIFIED) == 0
+    assert verification(capsys).startswith("verified before (the full set")
+    assert run(*VERIFIED, "--verify", "never") == 0
+    assert verification(capsys) == ""
+    monkeypatch.setenv("SHIFT", "1e-3")  # other data
+    assert run(*VERIFIED) == 0
+    assert verification(capsys).startswith("verified (quick set")
+
+
+def test_other_code_is_verified_again(capsys):
+    assert run(*VERIFIED) == 0
+    with open("own.py", "a") as file:
+        file.write("\n# changed\n")
+    capsys.readouterr()
+    assert run(*VERIFIED) == 0
+    assert verification(capsys).startswith("verified (quick set")
+
+
+def test_a_long_run_is_verified_in_full(capsys):
+    long = ("spectrum", "--model", "own.py:wide", "--probes", "30", "--steps", "20")
+    assert run(*long) == 0
+    assert verification(capsys).startswith("verified (full set")
+
+
+def test_what_fails_is_not_remembered(capsys, monkeypatch):
+    class Failed:
+        passed = False
+        failures = ("FAILED symmetry",)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ht.HessianOperator, "verify", lambda self, **options: Failed)
+        assert run(*VERIFIED) != 0
+    assert "fail verification: FAILED symmetry" in said(capsys)[1][-1]
+    assert run(*VERIFIED) == 0
+    assert verification(capsys).startswith("verified (quick set")
+
+
+def test_without_a_place_to_remember_the_run_goes_on(capsys, monkeypatch):
+    Path("taken").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", "taken")
+    assert run(*VERIFIED) == 0
+    lines = said(capsys)[1]
+    assert any(line.startswith("not remembered as verified") for line in lines), lines
 
 
 @pytest.mark.parametrize("where", ["npz", "json", "journal", "pictures"])

@@ -226,6 +226,8 @@ class BlockMass:
         if self.exact:
             return Measured(estimate, 0.0, float("inf"))
         replicates = np.array([value(pairs, kept) for kept in pairs.all_but_one])
+        if not np.isfinite([estimate, *replicates]).all():  # without one pair there is no mass
+            return Measured(float("nan"), 0.0, float("inf"))
         variance, freedom = _jackknife(replicates, np.zeros(len(replicates), int))
         return Measured(estimate, float(np.sqrt(variance)), freedom)
 

@@ -1,6 +1,8 @@
 """Masses inside blocks against the dense Hessian: exactly, within stated errors over seeds, and the
 null model."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ import hessian_tools as ht
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE, cutting, judged_regions
 from hessian_tools.structure.judgement import Levels, judge
 from hessian_tools.structure.mass import Draws, Pilots, _jackknife
+from hessian_tools.structure.pairs import Pairs
 from hessian_tools.structure.probing import cost, measure
 
 
@@ -223,3 +226,12 @@ def test_entries_in_no_block_are_one_block():
     found = cutting("x", blocks.cuts, tensor)
     assert found.num_blocks == 2 and found.labels.tolist() == [1] * 8 + [0] * 16
     assert cutting("x", [], tensor) is None
+
+
+def test_couplings_that_one_pair_alone_has_mass_for_say_nothing():
+    """Without that pair there is none to divide by, so the jackknife has no error to tell."""
+    mass = masses(planted((12, 6), "rows", noise=1.0))
+    lonely = Pairs(np.ones(4), np.array([1.0, 0.0, 0.0, 0.0]), np.ones(4))
+    spoiled = dataclasses.replace(mass, pairs={"rows": lonely})
+    assert np.isnan(spoiled.coupling("rows").value)
+    assert judge(spoiled, "rows", Levels()).verdict == "undecided"

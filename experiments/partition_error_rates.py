@@ -400,7 +400,17 @@ def table(counts: Counter[Verdict]) -> str:
     rows = [
         row_of(label, Counter({key: counts[key] for key in keys})) for label, keys in slices.items()
     ]
-    return reports.table(HEADER, rows)
+    return f"{reports.table(HEADER, rows)}\n\n{undecided(counts)}"
+
+
+def undecided(counts: Counter[Verdict]) -> str:
+    """How many of the right and of the wrong claims were left undecided from products."""
+    told = []
+    for truth in ("right", "wrong"):
+        claims = {key: count for key, count in counts.items() if key.truth == truth}
+        left = sum(count for key, count in claims.items() if key.estimated == "undecided")
+        told.append(f"{left} of {sum(claims.values())} {truth} claims")
+    return f"undecided: {', '.join(told)}"
 
 
 def main() -> None:

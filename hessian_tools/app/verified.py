@@ -2,14 +2,16 @@
 
 A run of few products is verified quickly, a long one in full. What has passed is remembered under
 ``$XDG_CACHE_HOME/hessian_tools/verified`` (by default ``~/.cache``), by a checksum of everything
-that the products follow from: weights, data, the sources of model, loss and hessian_tools,
-precision, device and torch's version.
+that the products follow from: weights, data, the sources of model, loss, hessian_tools and whatever
+else is imported that is not installed, precision, device and torch's version.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -108,15 +110,23 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 def _sources(hessian: HessianOperator) -> Iterator[Path]:
-    """Of hessian_tools, the model's modules and the loss, as far as they are in files."""
-    yield from Path(__file__).parents[1].rglob("*.py")
+    """Of hessian_tools, the model's modules, the loss, and all else imported that is the user's."""
+    package = Path(__file__).parents[1]
+    yield from package.rglob("*.py")
     problem = hessian.problem
     kinds = {type(module) for module in problem.model.modules()}
     codes: list[Callable[..., object]] = [*kinds, problem.loss_fn, type(problem.loss_fn)]
     for code in codes:
-        try:
-            file = inspect.getsourcefile(code)
-        except TypeError:  # built in, or an object that is called, whose class comes next
-            continue
-        if file and Path(file).is_file():
-            yield Path(file)
+        with contextlib.suppress(TypeError):  # built in, or an object whose class comes next
+            yield from _file(inspect.getsourcefile(code))
+    installed = (package, Path(sys.prefix), Path(sys.base_prefix))
+    for module in list(sys.modules.values()):
+        for file in _file(getattr(module, "__file__", None)):
+            if not any(file.is_relative_to(place) for place in installed):
+                yield file
+
+
+def _file(name: str | None) -> Iterator[Path]:
+    """The file of that name, if it is Python's and there."""
+    if name and name.endswith(".py") and Path(name).is_file():
+        yield Path(name).resolve()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hessian_tools.curvature.engine.precision import dtype_inside
 from hessian_tools.problem.batches import to_device
-from hessian_tools.problem.gradient import mean_gradient
+from hessian_tools.problem.gradient import loss_and_gradient, mean_gradient
 from hessian_tools.problem.problem import Problem
 
 # Relative to the norm of the parameters, in the order tried: tiny steps first, for with 1e6
@@ -99,10 +99,10 @@ def at_one_step(problem: Problem, direction: Sequence[Tensor]) -> Step:
     relative_step = STEPS[0]
     step = relative_step * _scale(problem) / norm(direction)
     with _moved(problem, direction, step):
-        loss_ahead, ahead = _loss_and_gradient(problem)
+        loss_ahead, ahead = loss_and_gradient(problem)
     with _moved(problem, direction, -step):
-        loss_behind, behind = _loss_and_gradient(problem)
-    pairs = list(zip(ahead, behind, direction, strict=True))
+        loss_behind, behind = loss_and_gradient(problem)
+    pairs = list(zip(ahead.values(), behind.values(), direction, strict=True))
     slopes_seen = [((a + b).flatten().double() @ d.flatten().double()) / 2 for a, b, d in pairs]
     by_gradient = torch.stack(slopes_seen).sum()[None].cpu()
     by_loss = torch.tensor([(loss_ahead - loss_behind) / (2 * step)], dtype=torch.float64)
@@ -111,23 +111,6 @@ def at_one_step(problem: Problem, direction: Sequence[Tensor]) -> Step:
         slope_error=relative_difference([by_gradient], [by_loss]),
         remark=f"step {relative_step:.0e}",
     )
-
-
-def _loss_and_gradient(problem: Problem) -> tuple[float, list[Tensor]]:
-    """L and its gradient at the present weights, from one forward pass over each batch."""
-    parameters = list(problem.parameters.values())
-    value = 0.0
-    total: list[Tensor] = []
-    for weight, batch in zip(problem.weights, problem.batches, strict=True):
-        with problem.evaluating(), torch.enable_grad():
-            loss = problem.batch_loss(batch)
-            gradients = torch.autograd.grad(
-                loss, parameters, materialize_grads=True, allow_unused=True
-            )
-        value += weight * float(loss.detach())
-        weighted = [gradient.detach().mul_(weight) for gradient in gradients]
-        total = [a.add_(b) for a, b in zip(total, weighted, strict=True)] if total else weighted
-    return value, total
 
 
 def mean_loss(problem: Problem) -> float:

@@ -17,17 +17,25 @@ def mean_gradient(problem: Problem) -> dict[str, Tensor]:
     Batches are weighted by their valid examples, see :mod:`hessian_tools.problem.problem`. Raises
     ValueError where the model's parameters are not those of the Problem any more.
     """
+    _, gradient = loss_and_gradient(problem)
+    return gradient
+
+
+def loss_and_gradient(problem: Problem) -> tuple[float, dict[str, Tensor]]:
+    """L and its :func:`mean_gradient`, from one forward pass over each batch."""
     follow(problem)
     parameters = list(problem.parameters.values())
+    value = 0.0
     total = [torch.zeros_like(p) for p in parameters]
     for weight, batch in zip(problem.weights, problem.batches, strict=True):
         with problem.evaluating(), torch.enable_grad():
             loss = problem.batch_loss(batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        value += weight * float(loss.detach())
         for summed, gradient in zip(total, gradients, strict=True):
             if gradient is not None:
                 summed.add_(gradient.detach(), alpha=weight)
-    return dict(zip(problem.parameters, total, strict=True))
+    return value, dict(zip(problem.parameters, total, strict=True))
 
 
 def gradient_of_backward(problem: Problem, batch: Batch) -> dict[str, Tensor]:

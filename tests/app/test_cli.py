@@ -666,6 +666,19 @@ def test_other_code_is_verified_again(capsys):
     assert verification(capsys).startswith("verified (quick set")
 
 
+def test_a_changed_file_that_the_model_imports_is_verified_again(capsys, monkeypatch):
+    Path("pieces_of_own.py").write_text("def scaled(x):\n    return x\n")
+    with open("own.py", "a") as file:
+        file.write("\nfrom pieces_of_own import scaled\n")
+    for factor, outcome in (("", "verified (quick set"), (" * 2", "verified (quick set")):
+        Path("pieces_of_own.py").write_text(f"def scaled(x):\n    return x{factor}\n")
+        assert run(*VERIFIED) == 0
+        assert verification(capsys).startswith(outcome)
+    assert run(*VERIFIED) == 0
+    assert verification(capsys).startswith("verified before")
+    sys.modules.pop("pieces_of_own")
+
+
 def test_a_long_run_is_verified_in_full(capsys):
     long = ("spectrum", "--model", "own.py:wide", "--probes", "30", "--steps", "20")
     assert run(*long) == 0

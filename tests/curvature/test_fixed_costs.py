@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import hessian_tools as ht
 from hessian_tools.curvature.engine import engine
 from hessian_tools.curvature.engine.recompute import NONE
+from hessian_tools.curvature.symmetric import SymmetricOperator
+from hessian_tools.problem.gradient import loss_and_gradient
 from hessian_tools.problem.networks import NanoGPT
 from hessian_tools.problem.weights import Watch
 
@@ -151,6 +153,55 @@ def test_a_spoiled_product_is_found_quickly(spoil, failing):
 
     report = Spoiled(network("mlp")).verify(level="quick")
     assert any(check.name.startswith(failing) for check in report.failures), str(report)
+
+
+def test_an_asymmetric_block_is_found_quickly():
+    class Skewed(SymmetricOperator):
+        """A block's operator, its product shifted by a place."""
+
+        def __init__(self, operator):
+            super().__init__(operator.size, operator.dtype, operator.device)
+            self.operator = operator
+
+        def _matmat(self, vectors):
+            product = self.operator.matmat(vectors)
+            return product + 0.1 * product.roll(1, 1)
+
+    class OfSkewed(ht.HessianOperator):
+        def block(self, block):
+            return Skewed(super().block(block))
+
+    report = OfSkewed(network("mlp")).verify(level="quick")
+    assert [check.name[:17] for check in report.failures] == ["symmetry of block"]
+
+
+def test_gradients_that_share_memory_are_no_difference():
+    """Of a sum autograd gives both summands one tensor, and for a plain sum an expanded one."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(4, dtype=torch.float64))
+            self.b = nn.Parameter(torch.randn(4, dtype=torch.float64))
+            self.c = nn.Parameter(torch.randn(4, dtype=torch.float64))
+
+        def forward(self, x):
+            return torch.sin((self.a + self.b) * x).sum(1) + self.c.sum()
+
+    def loss(model, batch):
+        return model(batch).mean()
+
+    batches = [torch.randn(n, 4, dtype=torch.float64) for n in (3, 2)]
+    problem = ht.Problem(Sum(), loss, batches)
+    value, gradient = loss_and_gradient(problem)
+    pooled = loss(problem.model, torch.cat(batches))
+    names = dict(problem.model.named_parameters())
+    expected = torch.autograd.grad(pooled, list(names.values()))
+    assert value == pytest.approx(pooled.item())
+    for name, right in zip(names, expected, strict=True):
+        torch.testing.assert_close(gradient[name], right)
+    report = ht.HessianOperator(problem).verify(level="quick")
+    assert report.passed and not report.skipped, str(report)
 
 
 def test_other_levels_are_refused():

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import hessian_tools as ht
 from hessian_tools.curvature.engine import engine
 from hessian_tools.curvature.engine.recompute import NONE
+from hessian_tools.curvature.engine.trials import SMALL_BYTES
 from hessian_tools.curvature.symmetric import SymmetricOperator
+from hessian_tools.problem import zoo
 from hessian_tools.problem.gradient import loss_and_gradient
 from hessian_tools.problem.networks import NanoGPT
 from hessian_tools.problem.weights import Watch
@@ -66,6 +68,19 @@ def test_the_bound_is_no_less_than_what_trials_measure(name):
         for rows in (1, 8, 64):
             most = bound.needs([examples], recorded=True).peak(rows)
             assert most >= measured.needs([examples], recorded=True).peak(rows)
+
+
+@pytest.mark.parametrize("name", ["gpt", "vgg-nano", "resnet-nano"])
+def test_the_bound_holds_where_small_bytes_do_not_count(name):
+    problem = small_gpt()
+    if name != "gpt":
+        made = zoo.load(name, seed=0, num_examples=1, image_size=32)
+        problem = ht.Problem(made.model, made.loss_fn, made.batches, batch_stats=made.batch_stats)
+    trials = ht.HessianOperator(problem)._engine.trials
+    bound, measured = trials.bound(), trials.footprint(NONE)
+    most, needed = (found.needs([1], recorded=True) for found in (bound, measured))
+    for rows in (1, 8):
+        assert most.peak(rows) - rows * SMALL_BYTES >= needed.peak(rows)
 
 
 def test_where_the_budget_is_in_doubt_trials_decide():

@@ -235,3 +235,18 @@ def test_couplings_that_one_pair_alone_has_mass_for_say_nothing():
     spoiled = dataclasses.replace(mass, pairs={"rows": lonely})
     assert np.isnan(spoiled.coupling("rows").value)
     assert judge(spoiled, "rows", Levels()).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("between", "within", "verdict"),
+    [
+        ([0.3, 0.3, 0.3, 0.3], [1, 1, 1, 1], "too fine"),
+        ([100, 0.1, 0.1, 0.1], [1, 1, 1, 1], "follows"),  # one pair makes the mean
+        ([0.3, 0.3, 0.3, 0.3], [1, 1, 1, 100], "follows"),  # most are close, but not on average
+    ],
+)
+def test_blocks_are_coupled_on_average_and_most_of_them(between, within, verdict):
+    mass = masses(planted((12, 6), "rows", noise=0.4), exact=True)
+    pairs = Pairs(np.array(between, float), np.array(within, float), np.ones(4))
+    changed = dataclasses.replace(mass, pairs={"rows": pairs})
+    assert judge(changed, "rows", Levels()).verdict == verdict

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import hessian_tools as ht
 from hessian_tools.curvature.engine.memory import format_bytes
-from hessian_tools.curvature.engine.recompute import LAYERED, STREAMED
+from hessian_tools.curvature.segments.recompute import LAYERED, STREAMED
 from hessian_tools.results import write_atomically
 from hessian_tools.tables import table
 

@@ -19,11 +19,13 @@ from hessian_tools.blocks.param_groups import param_groups
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import partition
 from hessian_tools.blocks.projection import heads
+from hessian_tools.curvature.fisher import EmpiricalFisherOperator, FisherOperator
+from hessian_tools.curvature.gauss_newton import GaussNewtonOperator
 from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import js_heterogeneity
-from hessian_tools.problem.losses import cross_entropy, huggingface, mse
+from hessian_tools.problem.losses import Loss, cross_entropy, huggingface, mse
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import load, save
 from hessian_tools.spectra.density import spectral_density
@@ -37,7 +39,11 @@ from hessian_tools.structure.dense import dense_block
 __all__ = [
     "Block",
     "BlockSpectra",
+    "EmpiricalFisherOperator",
+    "FisherOperator",
+    "GaussNewtonOperator",
     "HessianOperator",
+    "Loss",
     "NotTwiceDifferentiable",
     "NumericalError",
     "Partition",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # the reading order of the folders, and of what lies beside them: each may import only what stands
 # before it
 ORDER = (
-    "interruption errors tables lock results problem blocks curvature.tangent curvature.engine curvature spectra heterogeneity structure "
+    "interruption errors tables lock results problem blocks curvature.tangent curvature.segments curvature.engine curvature spectra heterogeneity structure "
     "quadratic plots app __init__ __main__"
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the

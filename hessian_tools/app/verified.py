@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from hessian_tools.app.terminal import say
-from hessian_tools.curvature.hessian import LEVELS, HessianOperator
+from hessian_tools.curvature.engine_operator import LEVELS, EngineOperator
 from hessian_tools.curvature.verification import FULL_PASSES, Verification
 from hessian_tools.errors import NumericalError
 from hessian_tools.results import JsonObject, write_atomically
@@ -29,7 +29,7 @@ CHOICES = (AUTO, *LEVELS, NEVER)
 _WORTH_FULL = 20 * FULL_PASSES
 
 
-def verify(hessian: HessianOperator, asked: str, identity: JsonObject) -> None:
+def verify(hessian: EngineOperator, asked: str, identity: JsonObject) -> None:
     """Checks the products as ``asked``, one of CHOICES, and says how they compare.
 
     ``identity`` is what identifies network and data (of :func:`..options.load_problem`).
@@ -49,7 +49,7 @@ def verify(hessian: HessianOperator, asked: str, identity: JsonObject) -> None:
     _remember(record, level)
 
 
-def _worth(hessian: HessianOperator) -> str:
+def _worth(hessian: EngineOperator) -> str:
     return "full" if hessian.announced > _WORTH_FULL else "quick"
 
 
@@ -85,7 +85,7 @@ def _remember(record: Path | None, level: str) -> None:
         say(f"not remembered as verified: {error}")
 
 
-def _record(hessian: HessianOperator, identity: JsonObject) -> Path | None:
+def _record(hessian: EngineOperator, identity: JsonObject) -> Path | None:
     """The file that remembers it; None where there is no home to keep one in."""
     stated = {
         "identity": identity,
@@ -109,7 +109,7 @@ def _digest(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _sources(hessian: HessianOperator) -> Iterator[Path]:
+def _sources(hessian: EngineOperator) -> Iterator[Path]:
     """Of hessian_tools, the model's modules, the loss, and all else imported that is the user's."""
     package = Path(__file__).parents[1]
     yield from package.rglob("*.py")

@@ -1,14 +1,20 @@
 """Products with curvature matrices: exact, within a memory budget, verified.
 
-Reading order: symmetric, operators, hessian, referees, verification; how products are computed is
-in engine, the compiled route in tangent.
+Reading order: symmetric, operators, hessian, gauss_newton, fisher, referees, verification; how
+products are computed is in engine, the compiled route in tangent.
 """
 
 from hessian_tools.curvature.engine.plan import Plan
-from hessian_tools.curvature.engine.recompute import Segments
+from hessian_tools.curvature.fisher import (
+    EmpiricalFisherOperator,
+    FisherOperator,
+    MonteCarloFisherOperator,
+)
+from hessian_tools.curvature.gauss_newton import GaussNewtonOperator
 from hessian_tools.curvature.hessian import HessianOperator, as_operator, in_float64
 from hessian_tools.curvature.operators import Columns, CurvatureOperator, StackedBlocks
 from hessian_tools.curvature.referees import Reference, finite_difference, float64_copy
+from hessian_tools.curvature.segments.recompute import Segments
 from hessian_tools.curvature.symmetric import (
     DenseOperator,
     DiagonalOperator,
@@ -23,7 +29,11 @@ __all__ = [
     "CurvatureOperator",
     "DenseOperator",
     "DiagonalOperator",
+    "EmpiricalFisherOperator",
+    "FisherOperator",
+    "GaussNewtonOperator",
     "HessianOperator",
+    "MonteCarloFisherOperator",
     "Plan",
     "Reference",
     "ScipyOperator",

@@ -1,35 +1,24 @@
 """HessianOperator: products with the Hessian of a Problem's loss and with its diagonal blocks.
 
-How they are computed is the engine's business (:mod:`hessian_tools.curvature.engine.engine`).
-
 Letters: P parameters.
 """
 
-import time
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hessian_tools.blocks.block import Block
-from hessian_tools.curvature.engine.engine import ROUTES, Collect, Engine, Spread
-from hessian_tools.curvature.engine.plan import Plan, PlanRequest, passes_of_a_product
-from hessian_tools.curvature.engine.precision import PRECISIONS, arithmetic, dtype_inside
-from hessian_tools.curvature.engine.recompute import Segments
+from hessian_tools.curvature.engine.derivative import HESSIAN
+from hessian_tools.curvature.engine.precision import PRECISIONS
+from hessian_tools.curvature.engine_operator import EngineOperator
 from hessian_tools.curvature.operators import CurvatureOperator
-from hessian_tools.curvature.quick import verify_quickly
 from hessian_tools.curvature.referees import Reference, finite_difference, float64_copy
-from hessian_tools.curvature.verification import Verification, verify
-from hessian_tools.problem.batches import batch_length
+from hessian_tools.curvature.segments.recompute import Segments
 from hessian_tools.problem.problem import Problem
 
-LEVELS = ("full", "quick")  # of verification
 
-
-class HessianOperator(CurvatureOperator):
+class HessianOperator(EngineOperator):
     """The (P, P) Hessian of L, the pooled mean loss of a Problem.
 
     Vectors follow the order of ``problem.parameters``. Products are computed in the dtype of the
@@ -46,7 +35,8 @@ class HessianOperator(CurvatureOperator):
             decide.
         microbatch: cut batches to at most this many examples; None lets the budget decide.
         segments: what is computed again instead of kept, a
-            :class:`hessian_tools.curvature.engine.recompute.Segments`; None lets the budget decide.
+            :class:`hessian_tools.curvature.segments.recompute.Segments`; None lets the budget
+            decide.
         precision: of float32 matrix products and convolutions on CUDA: "ieee" (true float32),
             "tf32" (faster), or "as given", as the process is set (PyTorch's own: TF32 for
             convolutions). See :mod:`hessian_tools.curvature.engine.precision`.
@@ -62,6 +52,9 @@ class HessianOperator(CurvatureOperator):
         NumericalError: for a gradient that is not finite.
     """
 
+    matrix = "hessian"
+    title = "Hessian"
+
     def __init__(
         self,
         problem: Problem,
@@ -73,127 +66,19 @@ class HessianOperator(CurvatureOperator):
         precision: str = PRECISIONS[0],
         route: str = "auto",
     ) -> None:
-        if not isinstance(problem, Problem):
-            raise TypeError(
-                f"problem is a {type(problem).__name__}; pass ht.Problem(model, loss_fn, batches)"
-            )
-        chosen = arithmetic(problem.model, precision)
-        super().__init__(problem, replace(chosen, inside=dtype_inside(problem)))
-        if route not in ROUTES:
-            allowed = ", ".join(map(repr, ROUTES))
-            raise ValueError(f"route is {route!r}; allowed are {allowed}")
-        if microbatch is not None and (int(microbatch) != microbatch or microbatch < 1):
-            raise ValueError(
-                f"microbatch is {microbatch!r}; give a whole number of examples, at least 1, or "
-                "None to let the memory budget decide"
-            )
-        request = PlanRequest(record, microbatch, segments)
-        self._engine = Engine(problem, self.arithmetic, memory, request, route)
-        self.announced = 0.0  # forward passes of the products that were last announced
-
-    def products(
-        self,
-        names: Sequence[str],
-        count: int,
-        spread: Spread,
-        collect: Collect,
-    ) -> None:
-        self._engine.products(names, count, spread, collect)
-
-    def rebuilt(
-        self,
-        problem: Problem,
-        *,
-        memory: str | int = "auto",
-        microbatch: int | None = None,
-        record: bool | None = None,
-    ) -> "HessianOperator":
-        # TF32 is about products in float32; a copy in another dtype has nothing to do with it
-        alike = problem.dtype == self.problem.dtype
-        return HessianOperator(
+        super().__init__(
             problem,
+            HESSIAN,
             memory=memory,
-            microbatch=microbatch,
             record=record,
-            precision=self.arithmetic.precision if alike else PRECISIONS[0],
+            microbatch=microbatch,
+            segments=segments,
+            precision=precision,
+            route=route,
         )
 
     def reference(self, problem: Problem, direction: Sequence[Tensor]) -> Reference:
         return finite_difference(problem, direction)
-
-    def expect(self, num_matvecs: int, blocks: int = 1) -> None:
-        """Announces how many products will follow, of one block (the whole Hessian) or of several.
-
-        With ``route="auto"`` it is decided now whether compiling pays.
-        """
-        self._engine.expect(num_matvecs, blocks == 1)
-
-    def steady(self) -> AbstractContextManager[None]:
-        return self._engine.steady()
-
-    def verify(
-        self,
-        blocks: Sequence[Block] = (),
-        *,
-        seed: int = 0,
-        level: str = "full",
-    ) -> Verification:
-        """Holds this operator against finite differences and a Hessian's properties.
-
-        Needs a float64 copy of the model, and about 100 forward passes for the ``level`` "full"
-        (:func:`hessian_tools.curvature.verification.verify`), some 15 for "quick", the essential
-        ones of these checks (:mod:`hessian_tools.curvature.quick`), without ``blocks``.
-
-        Raises:
-            ValueError: another ``level``.
-        """
-        if level not in LEVELS:
-            raise ValueError(f"level is {level!r}; allowed are {', '.join(map(repr, LEVELS))}")
-        if level == "quick":
-            return verify_quickly(self, seed)
-        return verify(self, blocks, seed=seed)
-
-    def release(self) -> None:
-        """Frees the recorded graphs; the next product records them again."""
-        self._engine.release()
-
-    @property
-    def route(self) -> str:
-        """How products are computed, in words."""
-        return self._engine.described
-
-    @property
-    def plan(self) -> Plan:
-        """How products keep within the memory budget; another one after memory has run out.
-
-        Its bytes are measured: where a bound of them has done so far, trials (33 to 100 forward
-        passes of an example) are made now.
-        """
-        self._engine.measure()
-        return self._engine.plan
-
-    @property
-    def krylov_bytes(self) -> int:
-        """What the budget leaves for Lanczos vectors."""
-        return self._engine.plan.krylov_bytes
-
-    def announcement(self, products: int, blocks: int) -> str:
-        """The plan in lines to print before ``products`` products of ``blocks`` blocks.
-
-        Times a forward pass to forecast how long they take.
-        """
-        self.announced = products * passes_of_a_product(blocks == 1)
-        self._engine.measure_if_worth(self.announced)
-        plan = self._engine.plan
-        pieces = [batch for _, batch in plan.pieces]
-        with self.problem.evaluating():
-            self.problem.batch_value(pieces[0])  # the first pass pays for warming up
-            started = time.perf_counter()
-            self.problem.batch_value(pieces[0])
-            seconds = time.perf_counter() - started
-        examples = [batch_length(piece) or 1 for piece in pieces]
-        share = examples[0] / sum(examples)
-        return plan.announcement(products, blocks, seconds / share)
 
 
 def as_operator(curvature: Problem | CurvatureOperator) -> CurvatureOperator:

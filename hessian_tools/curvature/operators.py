@@ -31,8 +31,13 @@ class CurvatureOperator(SymmetricOperator):
     """A real symmetric (P, P) matrix that belongs to the loss of a Problem.
 
     Vectors follow the order of ``problem.parameters``. Attributes: ``problem``; ``arithmetic``, in
-    what products are computed; ``shape``, ``dtype`` and ``device`` as of any symmetric operator.
+    what products are computed; ``matrix`` and ``title``, which matrix it is; ``shape``, ``dtype``
+    and ``device`` as of any symmetric operator.
     """
+
+    matrix = "curvature"  # in one word, by which results tell whose they are
+    title = "curvature matrix"  # in words
+    referee = "finite difference of the gradient"  # what :meth:`reference` is
 
     def __init__(self, problem: Problem, arithmetic: Arithmetic) -> None:
         super().__init__(problem.num_parameters, arithmetic.vectors, problem.device)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.curvature.engine.precision import dtype_inside
-from hessian_tools.problem.batches import to_device
+from hessian_tools.problem.batches import Batch, to_device
 from hessian_tools.problem.gradient import loss_and_gradient, mean_gradient
 from hessian_tools.problem.problem import Problem
 
@@ -54,6 +54,57 @@ def finite_difference(problem: Problem, direction: Sequence[Tensor]) -> Referenc
         return [a.sub_(b).div_(2 * step) for a, b in zip(ahead, behind, strict=True)], size
 
     return _at_the_best_step(problem, norm(direction), difference)
+
+
+# M u between the outputs of a batch: problem, outputs, batch, u
+Middle = Callable[[Problem, Tensor, Batch, Tensor], Tensor]
+
+
+def outputs_difference(
+    problem: Problem,
+    direction: Sequence[Tensor],
+    middle: Middle,
+) -> Reference:
+    """J' M J v, J v by central differences of the outputs z and J' u by one backward pass,
+
+        J v ~ (z(w + t v) - z(w - t v)) / 2t.
+
+    ``middle`` gives M u. The parameters are as before on return.
+    """
+
+    def difference(step: float) -> tuple[list[Tensor], float]:
+        with _moved(problem, direction, step):
+            ahead = _outputs(problem)
+        with _moved(problem, direction, -step):
+            behind = _outputs(problem)
+        moved = [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+        product = _pulled_back(problem, middle, moved)
+        # what rounding of the outputs becomes is no larger than what becomes of them
+        size = norm(_pulled_back(problem, middle, ahead))
+        return product, size
+
+    return _at_the_best_step(problem, norm(direction), difference)
+
+
+def _outputs(problem: Problem) -> list[Tensor]:
+    """z of every batch."""
+    with problem.evaluating(), torch.no_grad():
+        return [problem.batch_outputs(batch).clone() for batch in problem.batches]
+
+
+def _pulled_back(problem: Problem, middle: Middle, vectors: Sequence[Tensor]) -> list[Tensor]:
+    """The weighted sum over batches of J' M u, u the batch's of ``vectors``."""
+    parameters = list(problem.parameters.values())
+    total = [torch.zeros_like(p) for p in parameters]
+    for weight, batch, u in zip(problem.weights, problem.batches, vectors, strict=True):
+        with problem.evaluating(), torch.enable_grad():
+            z = problem.batch_outputs(batch)
+            cotangent = middle(problem, z.detach(), batch, u)
+            found = torch.autograd.grad(z, parameters, cotangent, allow_unused=True)
+        for summed, gradient in zip(total, found, strict=True):
+            if gradient is not None:
+                summed.add_(gradient, alpha=weight)
+    return total
 
 
 def slopes(problem: Problem, directions: Sequence[Sequence[Tensor]]) -> Reference:

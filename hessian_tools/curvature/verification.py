@@ -40,7 +40,6 @@ COARSE = ("tf32", "float16", "bfloat16")
 ROUNDED = 0.5
 FULL_PASSES = 100  # forward passes that the full set takes, about
 CONCLUSIVE = 0.05  # a referee whose own uncertainty is larger decides nothing
-REFEREE = "finite difference"  # of the gradient, for the Hessian
 GRADIENT = "gradient against differences of the loss"
 SLOPES = 3  # directions in which the gradient is held against differences of the loss
 
@@ -204,9 +203,10 @@ def against_referee(
         reference = operator.reference(referee, per_parameter(problem, v))
         product = judged @ v.double() if is_coarse else hv
     except (RuntimeError, ValueError, TypeError) as error:  # no referee is no verdict
-        return [f"{REFEREE}: {type(error).__name__}: {_first_line(error)}"]
+        return [f"{operator.referee}: {type(error).__name__}: {_first_line(error)}"]
     where = "float64 copy" if copied else f"in {problem.dtype}: no float64 copy could be made"
-    compared = _compared(per_parameter(problem, product), reference, tolerance, where)
+    products = per_parameter(problem, product)
+    compared = _compared(operator.referee, products, reference, tolerance, where)
     outcomes = [slope, compared]
     if is_coarse:
         name = f"rounding of {operator.arithmetic.name}"
@@ -237,6 +237,7 @@ def _inner(one: Sequence[Tensor], two: Sequence[Tensor]) -> Tensor:
 
 
 def _compared(
+    referee: str,
     product: Sequence[Tensor],
     reference: Reference,
     tolerance: float,
@@ -244,11 +245,11 @@ def _compared(
 ) -> Check | str:
     if not reference.uncertainty < CONCLUSIVE:
         own = f"its own uncertainty is {reference.uncertainty:.0e}"
-        return f"{REFEREE}: inconclusive, {own} (kinks?)"
+        return f"{referee}: inconclusive, {own} (kinks?)"
     distance = relative_difference(product, reference.product)
     allowed = max(tolerance, 5 * reference.uncertainty)
     remark = f"{where}, {reference.remark}"
-    return Check(f"{REFEREE} of the gradient", distance, allowed, remark)
+    return Check(referee, distance, allowed, remark)
 
 
 def _by_name(problem: Problem, flat: Tensor) -> dict[str, Tensor]:

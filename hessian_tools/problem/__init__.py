@@ -8,6 +8,7 @@ from hessian_tools.problem.gradient import mean_gradient
 from hessian_tools.problem.losses import (
     CrossEntropy,
     HuggingFace,
+    Loss,
     MeanSquaredError,
     cross_entropy,
     huggingface,
@@ -18,6 +19,7 @@ from hessian_tools.problem.problem import Problem
 __all__ = [
     "CrossEntropy",
     "HuggingFace",
+    "Loss",
     "MeanSquaredError",
     "Problem",
     "cross_entropy",

@@ -31,7 +31,7 @@ from hessian_tools.problem.batches import (
     to_device,
 )
 from hessian_tools.problem.evaluation import evaluating, stated_batch_stats
-from hessian_tools.problem.losses import LossFunction
+from hessian_tools.problem.losses import LossFunction, OutputLoss
 
 
 class Problem:
@@ -107,6 +107,40 @@ class Problem:
     def batch_loss(self, batch: Batch) -> Tensor:
         """The mean loss of one batch, a scalar; call it inside :meth:`evaluating`."""
         return self.loss_fn(self.model, batch)
+
+    def batch_outputs(self, batch: Batch) -> Tensor:
+        """z of one batch, of which the loss is a function; call it inside :meth:`evaluating`.
+
+        Raises:
+            ValueError: as :attr:`in_two_steps`; z is not a real floating tensor.
+        """
+        outputs = self.in_two_steps.outputs(self.model, batch)
+        if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+            kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(
+                f"outputs(model, batch) returned a {kind}; one real floating tensor is needed: "
+                "join several, flattened, with torch.cat"
+            )
+        return outputs
+
+    def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The mean loss of one batch of given outputs, a scalar."""
+        return self.in_two_steps.loss(outputs, batch)
+
+    @property
+    def in_two_steps(self) -> OutputLoss:
+        """The loss function, which is known in two steps.
+
+        Raises:
+            ValueError: it is a function of model and batch alone.
+        """
+        if not isinstance(self.loss_fn, OutputLoss):
+            raise ValueError(
+                "the Gauss-Newton and Fisher matrices need the model's outputs and the loss of the "
+                "outputs apart, and loss_fn is one function of model and batch; pass "
+                "ht.Loss(outputs=..., loss=...), ht.cross_entropy, ht.mse or ht.huggingface"
+            )
+        return self.loss_fn
 
     def batch_value(self, batch: Batch) -> float:
         """The mean loss of one batch as a number, without a graph where that is possible.

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hessian_tools as ht
 from hessian_tools.curvature.engine import engine
-from hessian_tools.curvature.engine.recompute import NONE
 from hessian_tools.curvature.engine.trials import SMALL_BYTES
+from hessian_tools.curvature.segments.recompute import NONE
 from hessian_tools.curvature.symmetric import SymmetricOperator
 from hessian_tools.problem import zoo
 from hessian_tools.problem.gradient import loss_and_gradient

@@ -13,8 +13,8 @@ import hessian_tools as ht
 from hessian_tools.curvature.engine import engine
 from hessian_tools.curvature.engine.double_backward import DoubleBackward
 from hessian_tools.curvature.engine.memory import LiveBytes
-from hessian_tools.curvature.engine.recompute import LAYERED, NONE
 from hessian_tools.curvature.operators import _Sum
+from hessian_tools.curvature.segments.recompute import LAYERED, NONE
 from hessian_tools.curvature.tangent.program import Program
 
 

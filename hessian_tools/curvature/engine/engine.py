@@ -15,7 +15,8 @@ from contextlib import closing, contextmanager
 import torch
 from torch import Tensor
 
-from hessian_tools.curvature.engine.double_backward import DoubleBackward, refuse_unlike_backward
+from hessian_tools.curvature.engine.custom_functions import refuse_unlike_backward
+from hessian_tools.curvature.engine.derivative import HESSIAN, Derivative
 from hessian_tools.curvature.engine.memory import (
     budget_bytes,
     is_out_of_memory,
@@ -27,7 +28,6 @@ from hessian_tools.curvature.engine.plan import (
     Plan,
     PlanRequest,
     choose,
-    passes_of_a_product,
     undoubted,
 )
 from hessian_tools.curvature.engine.precision import Arithmetic
@@ -67,12 +67,15 @@ class Engine:
         memory: str | int,
         request: PlanRequest,
         wanted: str,
+        derivative: Derivative = HESSIAN,
     ) -> None:
         self.problem = problem
+        self.derivative = derivative
         self.arithmetic = arithmetic
         self.wanted = wanted  # one of ROUTES
-        self.trials = Trials(problem, arithmetic, budget_bytes(memory, problem.device))
-        self.double_backward = DoubleBackward(problem)
+        budget = budget_bytes(memory, problem.device)
+        self.trials = Trials(problem, derivative, arithmetic, budget)
+        self.double_backward = derivative.recorded(problem)
         self.route: Route = self.double_backward
         self.no_tangent = ""  # why no tangent program is used
         self._watch = Watch(problem)
@@ -100,7 +103,7 @@ class Engine:
         if not self._steady:
             self._forget_stale()
         whole = len(names) == len(self.problem.parameters)
-        self._passes += count * passes_of_a_product(whole)
+        self._passes += count * self.passes(whole)
         self.measure_if_worth(self._passes)
         if self._tangent_is_due(count, whole):
             self._take_tangent()
@@ -160,6 +163,11 @@ class Engine:
             return str(error).split("\n")[0] or type(error).__name__
         return ""
 
+    def passes(self, whole: bool) -> float:
+        """The counted cost of a probe, in forward passes: of the whole matrix, or of a block."""
+        of_all, of_a_block = self.derivative.passes
+        return of_all if whole else of_a_block
+
     def measure(self) -> None:
         """Makes the trials that a bound of the bytes has saved so far, and plans by them."""
         has_run_out = bool(self.plan.notes)  # what that has taught is worth more than trials
@@ -174,7 +182,7 @@ class Engine:
 
     def expect(self, rows: int, whole: bool) -> None:
         """Announces ``rows`` products, of the whole Hessian or of blocks."""
-        self.measure_if_worth(rows * passes_of_a_product(whole))
+        self.measure_if_worth(rows * self.passes(whole))
         if self.wanted == "auto":
             self._expected += self._cost(rows, whole)
 
@@ -238,7 +246,7 @@ class Engine:
         """Floating-point operations of products, as double backward makes them."""
         examples = sum(batch_length(batch) or 1 for _, batch in self.plan.pieces)
         operations = rows * examples * self._example_operations
-        return operations * passes_of_a_product(whole)
+        return operations * self.passes(whole)
 
     def _take_tangent(self) -> None:
         """Changes to a tangent program if there is one that fits and gives the same product."""

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 
 from hessian_tools.curvature.engine.footprint import Footprint, Needs
 from hessian_tools.curvature.engine.memory import format_bytes
-from hessian_tools.curvature.engine.recompute import LAYERED, NONE, STREAMED, Segments
 from hessian_tools.curvature.engine.trials import Trials
+from hessian_tools.curvature.segments.recompute import LAYERED, NONE, STREAMED, Segments
 from hessian_tools.problem.batches import Batch, batch_length
 from hessian_tools.problem.problem import Problem
 
@@ -94,29 +94,29 @@ class Plan:
             f"({format_bytes(self.peak_bytes(1))} with one probe; blocks need less)"
         )
 
-    def announcement(self, products: int, blocks: int, forward_seconds: float) -> str:
-        """The lines to print before ``products`` Hessian-vector products of ``blocks`` blocks.
+    def announcement(
+        self,
+        products: int,
+        blocks: int,
+        passes: float,
+        forward_seconds: float,
+        kind: str = "Hessian-vector",
+    ) -> str:
+        """The lines to print before ``products`` matrix-vector products of ``blocks`` blocks.
 
         Time is a forecast from ``forward_seconds``, one forward pass over all data, and the counted
-        cost of a product: 6 forward passes for the whole Hessian (one block), 1.3 for one of
-        several blocks, and what is recomputed.
+        cost of a product, ``passes`` forward passes and what is recomputed.
         """
-        passes = passes_of_a_product(blocks == 1)
         rebuilding = 0 if self.recorded else 3 / self.rows
         recomputing = 4 / self.rows if self.segments.layers else 0
         seconds = products * forward_seconds * (passes + (rebuilding + recomputing))
         memory = "; ".join([self._peaks(), *self.notes])
         return (
-            f"plan: {products} Hessian-vector products for {blocks} block(s), "
+            f"plan: {products} {kind} products for {blocks} block(s), "
             f"about {_duration(seconds)}\n"
             f"plan: {self._graphs()}\n"
             f"plan: {memory}; {format_bytes(self.krylov_bytes)} left for Lanczos vectors"
         )
-
-
-def passes_of_a_product(whole: bool) -> float:
-    """The counted cost of a probe, in forward passes: of the whole Hessian, or of a block."""
-    return 6 if whole else 1.3
 
 
 @dataclass(frozen=True)

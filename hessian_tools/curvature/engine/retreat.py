@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hessian_tools.curvature.engine.plan import Plan, planned
-from hessian_tools.curvature.engine.recompute import LAYERED, STREAMED
 from hessian_tools.curvature.engine.trials import Trials
+from hessian_tools.curvature.segments.recompute import LAYERED, STREAMED
 from hessian_tools.problem.batches import Batch, batch_length
 
 

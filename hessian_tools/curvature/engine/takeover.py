@@ -1,29 +1,31 @@
-"""Taking over from double backward: a tangent program, if it fits and gives the same product."""
+"""Taking over from the recorded route: a tangent program, if it fits and gives the same product."""
 
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hessian_tools.curvature.engine.double_backward import DoubleBackward
 from hessian_tools.curvature.engine.footprint import Needs
 from hessian_tools.curvature.engine.memory import format_bytes
 from hessian_tools.curvature.engine.plan import MAX_ROWS, PRODUCT_SHARE, Plan
 from hessian_tools.curvature.engine.precision import Arithmetic
-from hessian_tools.curvature.engine.recompute import NONE
+from hessian_tools.curvature.engine.recorded import RecordedRoute
 from hessian_tools.curvature.engine.trials import Trials
+from hessian_tools.curvature.segments.recompute import NONE
 from hessian_tools.curvature.tangent.graph import Untraceable
 from hessian_tools.curvature.tangent.route import TangentRoute
 from hessian_tools.problem.batches import Batch
 
-Route = DoubleBackward | TangentRoute
+Recorded = RecordedRoute[Any]  # whatever it records
+Route = Recorded | TangentRoute
 
 
 def tangent_program(
     trials: Trials,
-    trusted: DoubleBackward,
+    trusted: Recorded,
     plan: Plan,
 ) -> tuple[TangentRoute, Plan]:
     """A tangent program for the micro-batches of ``plan``, and a plan for it that can go back.
@@ -34,7 +36,7 @@ def tangent_program(
     """
     problem, budget = trials.problem, trials.budget
     batches = [batch for _, batch in plan.pieces]
-    tangent = TangentRoute(problem, batches)
+    tangent = TangentRoute(problem, batches, trials.derivative.traced)
     vectors = 2 * problem.num_parameters * problem.dtype.itemsize
     needs = Needs(
         graphs=tangent.graph_bytes,
@@ -62,7 +64,7 @@ def tangent_program(
 
 
 def _compare(
-    trusted: DoubleBackward,
+    trusted: Recorded,
     tangent: TangentRoute,
     batch: Batch,
     arithmetic: Arithmetic,

@@ -1,7 +1,7 @@
 """Trials: the bytes that a way to compute takes, counted on a Problem's samples before planning.
 
-What is tried is double backward with each kind of segments. Long trials are made on fake tensors
-(:mod:`hessian_tools.curvature.engine.fake_problem`). Letters: n examples.
+What is tried is the recorded route with each kind of segments. Long trials are made on fake tensors
+(:mod:`hessian_tools.curvature.segments.fake_problem`). Letters: n examples.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hessian_tools.curvature.engine.double_backward import (
-    DoubleBackward,
-    refuse_once_differentiable,
-)
-from hessian_tools.curvature.engine.fake_problem import CannotFake, FakeProblem
+from hessian_tools.curvature.engine.custom_functions import refuse_once_differentiable
+from hessian_tools.curvature.engine.derivative import Derivative
 from hessian_tools.curvature.engine.footprint import Footprint, Trial
 from hessian_tools.curvature.engine.memory import (
     ByteCounter,
@@ -27,7 +24,8 @@ from hessian_tools.curvature.engine.memory import (
     measuring,
 )
 from hessian_tools.curvature.engine.precision import Arithmetic
-from hessian_tools.curvature.engine.recompute import (
+from hessian_tools.curvature.segments.fake_problem import CannotFake, FakeProblem
+from hessian_tools.curvature.segments.recompute import (
     NONE,
     Segments,
     recomputing,
@@ -48,8 +46,9 @@ WORTH_FAKING = 1e12
 PROBE_BOUND = 4
 SMALL_BYTES = 2**20  # and what kernels hold besides, which counts in the smallest models alone
 
-_MEASURED: WeakKeyDictionary[Problem, dict[Segments, Footprint]] = WeakKeyDictionary()
-_BOUNDS: WeakKeyDictionary[Problem, Footprint] = WeakKeyDictionary()
+# by Problem, and there by the derivative's name
+_MEASURED: WeakKeyDictionary[Problem, dict[tuple[str, Segments], Footprint]] = WeakKeyDictionary()
+_BOUNDS: WeakKeyDictionary[Problem, dict[str, Footprint]] = WeakKeyDictionary()
 
 
 class Trials:
@@ -59,8 +58,15 @@ class Trials:
     be used; "" where it only needs more than ``budget`` bytes.
     """
 
-    def __init__(self, problem: Problem, arithmetic: Arithmetic, budget: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        derivative: Derivative,
+        arithmetic: Arithmetic,
+        budget: int,
+    ) -> None:
         self.problem = problem
+        self.derivative = derivative
         self.arithmetic = arithmetic
         self.budget = budget
         self.refused: dict[Segments, str] = {}
@@ -86,19 +92,21 @@ class Trials:
         Nothing is said (None) where that graph does not fit, where passes over it may hold what it
         does not show, and where trials have measured already.
         """
-        if NONE in _MEASURED.get(self.problem, {}):
+        name = self.derivative.name
+        if (name, NONE) in _MEASURED.get(self.problem, {}):
             return None
-        if self.problem not in _BOUNDS:
+        known = _BOUNDS.setdefault(self.problem, {})
+        if name not in known:
             found = self._bound()
             if found is None:
                 return None
-            _BOUNDS[self.problem] = found
-        return _BOUNDS[self.problem]
+            known[name] = found
+        return known[name]
 
     def _bound(self) -> Footprint | None:
         problem = self.problem
         examples, batch = problem.samples[0]
-        route = DoubleBackward(problem, recorded=True)
+        route = self.derivative.recorded(problem, recorded=True)
         try:
             with measuring(problem.device, self.budget) as live, self.arithmetic.active():
                 for _ in route.products(batch, list(problem.parameters), ()):  # records
@@ -129,8 +137,9 @@ class Trials:
         ``beyond``: whatever the budget, as far as the device has memory.
         """
         known = _MEASURED.setdefault(self.problem, {})
-        if segments in known:
-            return known[segments]
+        key = self.derivative.name, segments
+        if key in known:
+            return known[key]
         if segments in self.refused and not beyond:
             return None
         device = self.problem.device
@@ -147,8 +156,8 @@ class Trials:
             self.refused[segments] = ""
             return None
         del self.refused[segments]
-        known[segments] = Footprint.measured(trials, self._vector_bytes)
-        return known[segments]
+        known[key] = Footprint.measured(trials, self._vector_bytes)
+        return known[key]
 
     def _unusable(self, segments: Segments) -> str:
         """Why layers cannot be segments, else "".
@@ -231,7 +240,7 @@ class Trials:
         live.restart()
         start = live.now
         names = list(problem.parameters)
-        route = DoubleBackward(problem, recorded=True, segments=segments)
+        route = self.derivative.recorded(problem, recorded=True, segments=segments)
         with self.arithmetic.active():
             for _ in route.products(batch, names, ()):  # records
                 pass

@@ -1,10 +1,12 @@
 """The constants of a tangent program: everything its steps need besides tangents."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.fx.node import map_arg
 
 from hessian_tools.curvature.tangent.graph import Node, storage_of, values_of
 
@@ -81,3 +83,39 @@ class Constants:
 
 def _storages(nodes: Iterable[Node]) -> set[int]:
     return {storage_of(value) for node in nodes for value in values_of(node)}
+
+
+def merge_equal(
+    graph: fx.Graph,
+    wanted: Sequence[Node],
+    twins: Mapping[Node, Node],
+) -> dict[Node, Node]:
+    """Computes equal values once: ``twins`` are inputs that equal others, and are removed.
+
+    Returns, for each of ``wanted``, the node that has its value from now on. Outputs are given up.
+    """
+    graph.output_node().args = (tuple(wanted),)
+    graph.eliminate_dead_code()
+    same: dict[Node, Node] = dict(twins)
+    first: dict[str, Node] = {}
+    for node in graph.nodes:
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        node.args = map_arg(node.args, lambda argument: same.get(argument, argument))
+        node.kwargs = map_arg(node.kwargs, lambda argument: same.get(argument, argument))
+        same[node] = first.setdefault(_told(node), node)
+    merged = {node: same.get(node, node) for node in wanted}
+    graph.output_node().args = (tuple(merged.values()),)
+    graph.eliminate_dead_code()
+    for twin in twins:
+        graph.erase_node(twin)
+    return merged
+
+
+def _told(node: Node) -> str:
+    """All that the value of a node follows from; nodes in it are told by their names."""
+    if node.op == "get_attr":
+        return f"constant {id(node.meta['constant'])}"
+    # functions of this package have no name that tells one from another
+    target = node.target if isinstance(node.target, OpOverload) else id(node.target)
+    return f"{target} {node.args} {node.kwargs}"

@@ -1,11 +1,12 @@
-"""The gradient of a Problem's loss on one batch as a flat graph of ATen operations.
+"""The gradient of a Problem's loss on one batch, or J' M J, as a flat graph of ATen operations.
 
 One pass of the model with fake tensors (no memory, no arithmetic) records forward and backward
 together. Composite operations are replaced on the way
 (:mod:`hessian_tools.curvature.tangent.decompositions`), and operations in place by ordinary ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,30 +82,105 @@ def operation_of(node: Node) -> OpOverload:
 # --------------------------------------------------------------------------------------- tracing
 
 
-class _Loss(nn.Module):
-    """The loss as a module, so that ``functional_call`` can give it other parameters."""
+@dataclass(frozen=True)
+class Trace:
+    """A graph from parameters and a batch's tensors to one tensor (or None) for each parameter.
 
-    def __init__(self, problem: Problem) -> None:
+    Inputs are the parameters in ``problem.parameters``' order, if ``twins`` the same ones again,
+    then the tensors of the batch. Products are the tangents of its outputs along tangents of the
+    first parameters; the twins stand still. Shapes and dtypes are in each node's ``meta["val"]``,
+    the values of "get_attr" nodes in ``meta["constant"]``.
+    """
+
+    graph: fx.Graph
+    twins: bool
+
+
+class _Asked(nn.Module):
+    """What is asked of a model as a module, so that ``functional_call`` can give it parameters."""
+
+    def __init__(self, model: nn.Module, ask: Callable[[Batch], Tensor]) -> None:
         super().__init__()
-        self.model = problem.model
-        self._loss_fn = problem.loss_fn
+        self.model = model
+        self._ask = ask
 
     def forward(self, batch: Batch) -> Tensor:
-        return self._loss_fn(self.model, batch)
+        return self._ask(batch)
 
 
-def traced_gradient(problem: Problem, batch: Batch) -> fx.Graph:
-    """A graph from the parameters and the batch's tensors to the gradients.
+Moving = Callable[[Problem, Tensor, Tensor, Batch], Tensor]  # see OutputMatrix.moving
 
-    Inputs are the parameters in ``problem.parameters``' order, then the tensors of ``batch``.
-    Outputs are the gradients, None where the loss does not depend on a parameter. Shapes and dtypes
-    are in each node's ``meta["val"]``, the values of "get_attr" nodes in ``meta["constant"]``.
+
+def traced_gradient(problem: Problem, batch: Batch) -> Trace:
+    """The gradients; their tangents are products with the Hessian.
 
     Raises:
         Untraceable: with the reason.
     """
+    loss = _with_parameters(problem, problem.batch_loss)
+
+    def gradient(
+        parameters: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+    ) -> Sequence[Tensor | None]:
+        value = loss(parameters, with_tensors(batch, tensors))
+        return torch.autograd.grad(value, parameters, allow_unused=True)
+
+    parameters = list(problem.parameters.values())
+    graph = _traced(problem, gradient, parameters, tensors_of(batch))
+    return Trace(graph, twins=False)
+
+
+def traced_through_outputs(problem: Problem, batch: Batch, moving: Moving) -> Trace:
+    """J' c, the outputs' cotangents c moving and J standing still: its tangents are J' M J v.
+
+    ``moving(problem, outputs, fixed, batch)`` gives c; its derivative in the outputs is M.
+
+    Raises:
+        Untraceable: with the reason.
+    """
+    outputs = _with_parameters(problem, problem.batch_outputs)
+
+    def products(
+        parameters: Sequence[Tensor],
+        twins: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+    ) -> Sequence[Tensor | None]:
+        data = with_tensors(batch, tensors)
+        moved = outputs(parameters, data)
+        fixed = outputs(twins, data)
+        cotangent = moving(problem, moved, fixed.detach(), data)
+        return torch.autograd.grad(fixed, twins, cotangent, allow_unused=True)
+
+    parameters = list(problem.parameters.values())
+    twins = [p.detach().requires_grad_() for p in parameters]
+    graph = _traced(problem, products, parameters, twins, tensors_of(batch))
+    return Trace(graph, twins=True)
+
+
+def _with_parameters(
+    problem: Problem,
+    ask: Callable[[Batch], Tensor],
+) -> Callable[[Sequence[Tensor], Batch], Tensor]:
+    """``ask`` as a function of the parameters as well."""
+    module = _Asked(problem.model, ask)
+    names = [f"model.{name}" for name in problem.parameters]
+
+    def asked(parameters: Sequence[Tensor], batch: Batch) -> Tensor:
+        state = dict(zip(names, parameters, strict=True))
+        return functional_call(module, state, (batch,), tie_weights=True)
+
+    return asked
+
+
+def _traced(
+    problem: Problem,
+    function: Callable[..., Sequence[Tensor | None]],
+    *inputs: Sequence[Tensor],
+) -> fx.Graph:
+    """The graph of ``function`` of several lists of tensors."""
     try:
-        traced = _trace(problem, batch)
+        traced = _trace(problem, function, inputs)
     except Exception as error:
         # a model may do anything; double backward then shows what is really wrong
         first_line = str(error).strip().partition("\n")[0]
@@ -126,27 +202,19 @@ def _depends_on_values(value: Tensor) -> bool:
     return any(isinstance(length, torch.SymInt) for length in value.shape)
 
 
-def _trace(problem: Problem, batch: Batch) -> fx.GraphModule:
-    loss = _Loss(problem)
-    names = [f"model.{name}" for name in problem.parameters]
-
-    def gradient(
-        parameters: Sequence[Tensor],
-        tensors: Sequence[Tensor],
-    ) -> Sequence[Tensor | None]:
-        state = dict(zip(names, parameters, strict=True))
-        inputs = (with_tensors(batch, tensors),)
-        value = functional_call(loss, state, inputs, tie_weights=True)
-        return torch.autograd.grad(value, parameters, allow_unused=True)
-
+def _trace(
+    problem: Problem,
+    function: Callable[..., Sequence[Tensor | None]],
+    inputs: Sequence[Sequence[Tensor]],
+) -> fx.GraphModule:
     tracer = make_fx(
-        gradient,
+        function,
         decompositions(),  # type: ignore[arg-type]  # torch types its own tables by a base class
         tracing_mode="fake",
         _allow_non_fake_inputs=True,
     )
     with problem.evaluating(), torch.enable_grad():
-        return tracer(list(problem.parameters.values()), tensors_of(batch))
+        return tracer(*inputs)
 
 
 # --------------------------------------------------------------------------- operations in place

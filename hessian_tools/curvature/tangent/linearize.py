@@ -12,14 +12,14 @@ is linear. It is compiled here from the gradient's graph
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 
 from torch import fx
 
 from hessian_tools.curvature.tangent.builder import Builder
-from hessian_tools.curvature.tangent.constants import Constants
-from hessian_tools.curvature.tangent.graph import arguments, values_of
+from hessian_tools.curvature.tangent.constants import Constants, merge_equal
+from hessian_tools.curvature.tangent.graph import Trace, arguments, values_of
 from hessian_tools.curvature.tangent.program import Program, Scheduled, Step, Tangent
 from hessian_tools.curvature.tangent.rules import rule_of
 
@@ -40,15 +40,17 @@ class Linearisation:
         return _compiled(self.steps, inputs, outputs)
 
 
-def linearize(graph: fx.Graph, num_parameters: int) -> Linearisation:
-    """The derivative of ``graph``, which is taken over, with respect to its first inputs.
+def linearize(trace: Trace, num_parameters: int) -> Linearisation:
+    """The derivative of a trace, whose graph is taken over, with respect to its parameters.
 
     Raises:
         Untraceable: for an operation without a rule.
     """
+    graph = trace.graph
     builder = Builder(graph)
-    # the other inputs are the batch's tensors, which are constants
-    parameters = graph.find_nodes(op="placeholder")[:num_parameters]
+    # the other inputs are constants: the parameters' twins and the batch's tensors
+    given = graph.find_nodes(op="placeholder")
+    parameters = given[:num_parameters]
     inputs = [builder.add_input(node) for node in parameters]
     _apply_rules(graph, builder)
     (gradients,) = arguments(graph.output_node())
@@ -56,8 +58,13 @@ def linearize(graph: fx.Graph, num_parameters: int) -> Linearisation:
     # steps that lead to no gradient go, and with them constants that only they need
     everything = _compiled(builder.steps, inputs, outputs)
     steps = [scheduled.step for scheduled in everything.steps]
-    wanted = dict.fromkeys(node for step in steps for node in step.constants)
-    constants = Constants(graph, list(wanted))
+    wanted = list(dict.fromkeys(node for step in steps for node in step.constants))
+    if trace.twins:
+        twins = given[num_parameters : 2 * num_parameters]
+        same = merge_equal(graph, wanted, dict(zip(twins, parameters, strict=True)))
+        steps = [replace(step, constants=tuple(same[n] for n in step.constants)) for step in steps]
+        wanted = list(dict.fromkeys(same.values()))
+    constants = Constants(graph, wanted)
     return Linearisation(steps, inputs, outputs, constants)
 
 

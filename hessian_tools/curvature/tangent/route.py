@@ -6,12 +6,12 @@ walked, elementwise chains are one pass a term. This module is the folder's door
 route and :class:`hessian_tools.curvature.tangent.graph.Untraceable` is used outside.
 """
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from hessian_tools.curvature.tangent.constants import Constants
-from hessian_tools.curvature.tangent.graph import Node, Untraceable, traced_gradient
+from hessian_tools.curvature.tangent.graph import Node, Trace, Untraceable, traced_gradient
 from hessian_tools.curvature.tangent.linearize import Linearisation, linearize
 from hessian_tools.curvature.tangent.program import Program
 from hessian_tools.problem.batches import Batch, outline, tensors_of
@@ -21,7 +21,9 @@ MOST_SHAPES = 4  # of micro-batches; each is traced on its own
 
 
 class TangentRoute:
-    """Second derivatives of a Problem's loss on micro-batches, constants kept for all products.
+    """Second derivatives of a Problem on micro-batches, constants kept for all products.
+
+    ``traced`` says which: the Hessian's by default.
 
     Attributes:
         graph_bytes: of the constants of all micro-batches, once they are computed.
@@ -39,6 +41,7 @@ class TangentRoute:
         self,
         problem: Problem,
         batches: Sequence[Batch],
+        traced: Callable[[Problem, Batch], Trace] = traced_gradient,
     ) -> None:
         self.problem = problem
         self._order = {name: index for index, name in enumerate(problem.parameters)}
@@ -51,8 +54,8 @@ class TangentRoute:
             raise Untraceable(f"micro-batches have {count} different shapes")
         self._linearised: dict[str, Linearisation] = {}
         for signature, batch in examples.items():
-            graph = traced_gradient(problem, batch)
-            self._linearised[signature] = linearize(graph, len(self._order))
+            trace = traced(problem, batch)
+            self._linearised[signature] = linearize(trace, len(self._order))
         self.graph_bytes = sum(self._constants_of(batch).kept_bytes() for batch in batches)
         every = range(len(self._order))
         self.recording_bytes = 0

@@ -10,9 +10,9 @@ from torch import nn
 import hessian_tools as ht
 from hessian_tools.curvature.engine.plan import PlanRequest, choose
 from hessian_tools.curvature.engine.precision import arithmetic
-from hessian_tools.curvature.engine.recompute import STREAMED
 from hessian_tools.curvature.engine.retreat import Setback, Work, retreat
 from hessian_tools.curvature.engine.trials import Trials
+from hessian_tools.curvature.segments.recompute import STREAMED
 
 
 def setback(problem: ht.Problem, rows: int, graphs_held: bool) -> Setback:

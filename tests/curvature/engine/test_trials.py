@@ -5,8 +5,8 @@ from problems import network
 
 from hessian_tools.curvature.engine.footprint import Footprint
 from hessian_tools.curvature.engine.precision import arithmetic
-from hessian_tools.curvature.engine.recompute import NONE
 from hessian_tools.curvature.engine.trials import Trials
+from hessian_tools.curvature.segments.recompute import NONE
 
 
 def test_one_probe_is_tried_where_two_do_not_fit():

@@ -144,7 +144,7 @@ def test_taps_that_only_see_padding_are_not_multiplied(side, convolutions):
     problem = ht.Problem(
         model, ht.mse, [(torch.randn(2, 4, side, side), torch.randn(2, 5, side, side))]
     )
-    nodes = traced_gradient(problem, problem.batches[0]).nodes
+    nodes = traced_gradient(problem, problem.batches[0]).graph.nodes
     assert sum("convolution" in str(node.target) for node in nodes) == convolutions
     route = TangentRoute(problem, problem.batches)
     vectors = [torch.randn(1, *p.shape) for p in problem.parameters.values()]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hessian_tools.curvature.engine.segment import segment
+from hessian_tools.curvature.segments.segment import segment
 
 
 def attention(

@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import hessian_tools as ht
 from hessian_tools.curvature.engine.double_backward import DoubleBackward
 from hessian_tools.curvature.engine.memory import LiveBytes
-from hessian_tools.curvature.engine.recompute import (
+from hessian_tools.curvature.segments.recompute import (
     NONE,
     Segments,
     applied,
     recomputing,
     repeated_layers,
 )
-from hessian_tools.curvature.engine.segment import segment
+from hessian_tools.curvature.segments.segment import segment
 from hessian_tools.problem import vision
 from hessian_tools.problem.networks import SmallResNet
 

@@ -1,9 +1,9 @@
 """Models in segments: repeated layers, attention by blocks of queries, cross-entropy by chunks.
 
 What is inside a segment is computed again instead of kept
-(:mod:`hessian_tools.curvature.engine.segment`). The last two of the three make second derivatives
+(:mod:`hessian_tools.curvature.segments.segment`). The last two of the three make second derivatives
 linear in the context's length in memory, where plain attention's are quadratic
-(:mod:`hessian_tools.curvature.engine.streamed`).
+(:mod:`hessian_tools.curvature.segments.streamed`).
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from functools import partial
 import torch.nn.functional as F
 from torch import nn
 
-from hessian_tools.curvature.engine.fake_problem import FakeProblem
-from hessian_tools.curvature.engine.segment import segment
-from hessian_tools.curvature.engine.streamed import attention, cross_entropy
+from hessian_tools.curvature.segments.fake_problem import FakeProblem
+from hessian_tools.curvature.segments.segment import segment
+from hessian_tools.curvature.segments.streamed import attention, cross_entropy
 from hessian_tools.problem.evaluation import without_cache
 from hessian_tools.problem.problem import Problem
 

@@ -7,9 +7,9 @@ from torch import nn
 
 import hessian_tools as ht
 from hessian_tools.curvature.engine import trials
-from hessian_tools.curvature.engine.fake_problem import FakeProblem, is_fake
 from hessian_tools.curvature.engine.precision import arithmetic
-from hessian_tools.curvature.engine.recompute import LAYERED, NONE
+from hessian_tools.curvature.segments.fake_problem import FakeProblem, is_fake
+from hessian_tools.curvature.segments.recompute import LAYERED, NONE
 
 
 def footprint(monkeypatch, problem, kind, worth):

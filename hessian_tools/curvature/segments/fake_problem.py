@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hessian_tools.problem.batches import Batch, map_tensors
+from hessian_tools.problem.losses import OutputLoss
 from hessian_tools.problem.problem import Problem
 
 
@@ -50,6 +51,23 @@ class FakeProblem:
     def batch_loss(self, batch: Batch) -> Tensor:
         """The loss of a batch of fake tensors, itself fake."""
         return self._real.batch_loss(batch)
+
+    def batch_outputs(self, batch: Batch) -> Tensor:
+        """The outputs of which that is a loss, fake as well."""
+        return self._real.batch_outputs(batch)
+
+    @property
+    def in_two_steps(self) -> OutputLoss:
+        """The loss function."""
+        return self._real.in_two_steps
+
+    def count(self, batch: Batch) -> float:
+        """The examples of a batch that count."""
+        return self._real.count(batch)
+
+    def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The loss of given outputs, all fake."""
+        return self._real.loss_of_outputs(outputs, batch)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

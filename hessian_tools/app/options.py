@@ -11,12 +11,22 @@ import torch
 from hessian_tools.app.user_model import fingerprint, problem_from
 from hessian_tools.app.verified import AUTO, CHOICES, NEVER
 from hessian_tools.curvature.engine.precision import PRECISIONS
+from hessian_tools.curvature.engine_operator import EngineOperator
+from hessian_tools.curvature.fisher import EmpiricalFisherOperator, FisherOperator
+from hessian_tools.curvature.gauss_newton import GaussNewtonOperator, ThroughOutputsOperator
+from hessian_tools.curvature.hessian import HessianOperator
 from hessian_tools.problem import zoo
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import JsonObject
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 _BATCH_STATS = {"batch": True, "running": False, None: None}
+MATRICES: dict[str, type[HessianOperator | ThroughOutputsOperator]] = {
+    "hessian": HessianOperator,
+    "ggn": GaussNewtonOperator,
+    "fisher": FisherOperator,
+    "empirical-fisher": EmpiricalFisherOperator,
+}
 _ZOO_KNOBS = ("num_examples", "batch_size", "context", "image_size", "tokenizer", "data")
 
 
@@ -37,6 +47,27 @@ FORMAT: dict[str, Any] = {
     "default": "png",
     "help": "of the pictures in --out (default: png)",
 }
+
+
+def operator_for(arguments: argparse.Namespace, problem: Problem) -> EngineOperator:
+    """The matrix that ``--matrix`` names.
+
+    Raises:
+        ValueError: it needs of the loss what this one does not tell.
+    """
+    kind = MATRICES[arguments.matrix]
+    precision = arguments.precision or PRECISIONS[0]
+    try:
+        return kind(problem, memory=arguments.memory, precision=precision)
+    except ValueError as error:
+        if arguments.matrix == "hessian":
+            raise
+        raise ValueError(f"--matrix {arguments.matrix}: {error}") from error
+
+
+def matrix_setting(arguments: argparse.Namespace) -> JsonObject:
+    """What a run's configuration says of its matrix; nothing of the Hessian, as runs always did."""
+    return {} if arguments.matrix == "hessian" else {"matrix": arguments.matrix}
 
 
 def load_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, JsonObject]:
@@ -126,6 +157,13 @@ def add_network_options(command: argparse.ArgumentParser, nargs: str | None = No
         choices=DTYPES,
         help="of network and products; vectors and sums are float32 at least (default: float32, or "
         "what your function chose)",
+    )
+    add(
+        "--matrix",
+        choices=MATRICES,
+        default="hessian",
+        help="of which the spectra or blocks are: the Hessian, the Gauss-Newton matrix, or the "
+        "exact or the empirical Fisher matrix (default: hessian)",
     )
     add(
         "--precision",

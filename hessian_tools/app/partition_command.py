@@ -18,6 +18,8 @@ from hessian_tools.app.options import (
     add_network_options,
     add_run_options,
     load_problem,
+    matrix_setting,
+    operator_for,
     positive,
     whole_number,
 )
@@ -35,8 +37,7 @@ from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import PRESETS, partition
 from hessian_tools.blocks.projection import Heads, parse_heads
 from hessian_tools.blocks.specification import AXES
-from hessian_tools.curvature.engine.precision import PRECISIONS
-from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.engine_operator import EngineOperator
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import JsonObject, write_atomically
 from hessian_tools.structure.check import EXACT_WORTH, MOST_EXACT, check_partition, planned_products
@@ -192,7 +193,7 @@ class _Run:
     """What is checked, and how."""
 
     arguments: argparse.Namespace
-    hessian: HessianOperator
+    hessian: EngineOperator
     identity: JsonObject  # of network and data
     claimed: Partition
     folder: RunFolder | None
@@ -232,13 +233,12 @@ def _prepared(arguments: argparse.Namespace) -> _Run:
     claimed = _claimed(arguments, problem)
     folder = None
     if arguments.out:
-        config = {knob: getattr(arguments, knob) for knob in _KNOBS} | settings
-        folder = RunFolder(arguments.out, config)
+        config = {knob: getattr(arguments, knob) for knob in _KNOBS} | matrix_setting(arguments)
+        folder = RunFolder(arguments.out, config | settings)
     data = settings.get("data", "data of its own")
     size = f"{problem.num_parameters:,} parameters"
     described = f"{arguments.model} ({size}, {data}, loss {problem.loss:.4g})"
-    precision = arguments.precision or PRECISIONS[0]
-    hessian = HessianOperator(problem, memory=arguments.memory, precision=precision)
+    hessian = operator_for(arguments, problem)
     return _Run(arguments, hessian, settings, claimed, folder, described)
 
 
@@ -336,7 +336,7 @@ def _report(this_run: _Run) -> PartitionReport:
     )
     say(f"route: {hessian.route}")
     spent = report.num_matvecs - sum(done.num_matvecs for done in finished.values())
-    say(f"{spent} Hessian-vector products, {time.monotonic() - started:.0f} s")
+    say(f"{spent} {hessian.title}-vector products, {time.monotonic() - started:.0f} s")
     return report
 
 

@@ -83,6 +83,7 @@ def summary(report: PartitionReport) -> Json:
     return _jsonable(
         {
             "preset": report.preset,
+            "matrix": report.curvature,
             "counts": report.counts,
             "contradicted": report.contradicted,
             "tensors": tensors,

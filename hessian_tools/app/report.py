@@ -70,6 +70,7 @@ def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> JsonObject:
         "blocks": [_block_numbers(name, quadrature) for name, quadrature in spectra.items()],
         "matvecs": spectra.num_matvecs,
         "route": spectra.route,
+        "matrix": spectra.curvature,
     }
     notes = [*spectra.notes]
     if js is not None:

@@ -15,6 +15,8 @@ from hessian_tools.app.options import (
     add_network_options,
     add_run_options,
     load_problem,
+    matrix_setting,
+    operator_for,
     positive,
 )
 from hessian_tools.app.run_folder import RunFolder
@@ -22,8 +24,7 @@ from hessian_tools.app.terminal import say
 from hessian_tools.app.verified import verify
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import PRESETS, partition
-from hessian_tools.curvature.engine.precision import PRECISIONS
-from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.engine_operator import EngineOperator
 from hessian_tools.heterogeneity.adaptive import FIRST_PROBES, adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity, js_heterogeneity
 from hessian_tools.heterogeneity.readings import DEFAULT, READINGS
@@ -187,7 +188,7 @@ def _folder(
     config = {knob: getattr(arguments, knob) for knob in _KNOBS}
     if arguments.tolerance:
         config |= {"tolerance": arguments.tolerance}
-    return RunFolder(path, config | settings)
+    return RunFolder(path, config | matrix_setting(arguments) | settings)
 
 
 def _print_spectra(prepared: _Run, spectra: BlockSpectra) -> None:
@@ -240,11 +241,7 @@ def _block_spectra(arguments: argparse.Namespace, prepared: _Run) -> BlockSpectr
     started = time.monotonic()
     left = [name for name in prepared.blocks.names if name not in prepared.finished]
     before = {name: quadrature.num_matvecs for name, quadrature in prepared.finished.items()}
-    hessian = HessianOperator(
-        prepared.problem,
-        memory=arguments.memory,
-        precision=arguments.precision or PRECISIONS[0],
-    )
+    hessian = operator_for(arguments, prepared.problem)
     if left:
         _announce(arguments, prepared, hessian, left)
         verify(hessian, arguments.verify, prepared.identity)
@@ -256,14 +253,14 @@ def _block_spectra(arguments: argparse.Namespace, prepared: _Run) -> BlockSpectr
     seconds = time.monotonic() - started
     spent = spectra.num_matvecs - sum(before.get(name, 0) for name in spectra)
     done = _done(arguments, len(left), len(spectra), before)
-    say(f"{prepared.label}: {spent} Hessian-vector products for {done}, {seconds:.0f} s")
+    say(f"{prepared.label}: {spent} {hessian.title}-vector products for {done}, {seconds:.0f} s")
     return spectra
 
 
 def _announce(
     arguments: argparse.Namespace,
     prepared: _Run,
-    hessian: HessianOperator,
+    hessian: EngineOperator,
     left: list[str],
 ) -> None:
     """Says what will be computed and how long it may take."""
@@ -287,7 +284,7 @@ def _announce(
 def _products(
     arguments: argparse.Namespace,
     prepared: _Run,
-    hessian: HessianOperator,
+    hessian: EngineOperator,
 ) -> BlockSpectra:
     on_block = prepared.folder.journal.append if prepared.folder else None
     if arguments.tolerance is None:

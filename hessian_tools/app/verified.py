@@ -45,7 +45,7 @@ def verify(hessian: EngineOperator, asked: str, identity: JsonObject) -> None:
     if asked == AUTO and known in (level, "full"):
         say(f"verified before (the {known} set, same network, data and code): not again")
         return
-    _check(hessian.verify(level=level), level)
+    _check(hessian.verify(level=level), level, hessian.title)
     _remember(record, level)
 
 
@@ -53,11 +53,11 @@ def _worth(hessian: EngineOperator) -> str:
     return "full" if hessian.announced > _WORTH_FULL else "quick"
 
 
-def _check(verification: Verification, level: str) -> None:
+def _check(verification: Verification, level: str, title: str) -> None:
     if not verification.passed:
         failures = "; ".join(map(str, verification.failures))
         raise NumericalError(
-            f"the Hessian's products fail verification: {failures}; the model's gradient may not "
+            f"the {title}'s products fail verification: {failures}; the model's gradient may not "
             "be that of its loss (a padding_idx that is read, a detach, a custom backward); "
             "--verify never goes on all the same"
         )
@@ -89,6 +89,7 @@ def _record(hessian: EngineOperator, identity: JsonObject) -> Path | None:
     """The file that remembers it; None where there is no home to keep one in."""
     stated = {
         "identity": identity,
+        "matrix": hessian.title,
         "arithmetic": str(hessian.arithmetic),
         "device": str(hessian.device),
         "torch": torch.__version__,

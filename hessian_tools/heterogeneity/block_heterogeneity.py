@@ -30,7 +30,7 @@ from hessian_tools.heterogeneity.transport import shape_distance
 from hessian_tools.heterogeneity.verdict import Contrast, Evidence, Verdict, decide
 from hessian_tools.results import registered
 from hessian_tools.spectra.density import LINEAR_FRACTION, LOG_WIDTH, unresolved_below
-from hessian_tools.spectra.quadrature import Floats, Quadrature
+from hessian_tools.spectra.quadrature import BlockSpectra, Floats, Quadrature
 from hessian_tools.tables import interval
 
 
@@ -164,6 +164,11 @@ def js_heterogeneity(
     stochastic = [block for block in blocks if block.status != "exact"]
     literature = _literature(workspace, asked)
     notes = [*_notes(names, blocks, workspace, asked), *_literature_notes(literature)]
+    curvature = spectra.curvature if isinstance(spectra, BlockSpectra) else "Hessian"
+    if curvature != "Hessian":
+        notes.append(
+            f"these are readings of the {curvature}; the verdict's limits were set on Hessians"
+        )
     return JSHeterogeneity(
         names=names,
         readings={name: _reading(found[name]) for name in asked},

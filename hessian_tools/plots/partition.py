@@ -51,13 +51,14 @@ def draw(
     if count:
         figure = Figure((10, 0.22 * count + 2.4), layout="constrained")
         evidence(figure.subplots(), report)
-        titled(figure, f"{title}: mass inside the blocks of each way to cut a tensor's Hessian")
+        of_what = f"each way to cut a tensor's {report.curvature}"
+        titled(figure, f"{title}: mass inside the blocks of {of_what}")
         paths.append(written(figure, folder / f"evidence.{kind}"))
     if drawn is not None:
         figure = Figure((10, 9), layout="compressed")
         if isinstance(drawn, DenseBlock):
             dense(figure.subplots(), drawn)
-            titled(figure, f"{title}: dense Hessian over the blocks claimed")
+            titled(figure, f"{title}: dense {drawn.curvature} over the blocks claimed")
             path = folder / f"hessian.{kind}"
         else:
             tensors(figure.subplots(), drawn)

@@ -52,10 +52,12 @@ def draw(
     if len(spectra) == 1:
         (name,) = spectra.names
         figure = Figure((8, 4.4), layout="constrained")
-        spectrum(figure.subplots(), spectra[name], normalized=normalized)
-        titled(figure, f"{title}: Hessian spectrum of {name}")
+        axes = figure.subplots()
+        curvature = spectra.curvature
+        spectrum(axes, spectra[name], normalized=normalized, curvature=curvature)
+        titled(figure, f"{title}: {spectra.curvature} spectrum of {name}")
         return [written(figure, folder / f"spectrum.{kind}")]
-    titles = f"{title}: Hessian spectra by block"
+    titles = f"{title}: {spectra.curvature} spectra by block"
     figure = block_spectra(spectra, title=titles, normalized=normalized)
     paths = [written(figure, folder / f"block_spectra.{kind}")]
     if js is not None and any(READINGS[name].drawn for name in js.readings):
@@ -229,6 +231,7 @@ def spectrum(
     *,
     num_outliers: int = 10,
     normalized: bool = False,
+    curvature: str = "Hessian",
 ) -> None:
     """One spectrum: density over a linear eigenvalue axis, logarithmic upwards.
 
@@ -236,7 +239,7 @@ def spectrum(
     density shows none of the single nodes, but for exact spectra not below 1/200 of the range.
     ``normalized``: divided by its tenth largest Ritz value, see :func:`block_spectra`.
     """
-    horizontal = "eigenvalue of the mean loss's Hessian"
+    horizontal = f"eigenvalue of the mean loss's {curvature}"
     if normalized:
         unit = tenth_largest(quadrature)
         quadrature = quadrature.scaled(1 / unit)

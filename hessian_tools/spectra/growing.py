@@ -84,6 +84,7 @@ class GrowingSpectra:
             reorthogonalize=settings.reorthogonalize,
             route=self.curvature.route,
             notes=(*notes, *self.notes),
+            curvature=self.curvature.title,
         )
 
     def store(self, name: str, quadrature: Quadrature) -> None:

@@ -254,7 +254,7 @@ class Quadrature:
 @registered
 @dataclass(frozen=True, eq=False)
 class BlockSpectra(Mapping[str, Quadrature]):
-    """Quadratures of the diagonal blocks of one Hessian, by name, in the partition's order."""
+    """Quadratures of one matrix's diagonal blocks, by name, in the partition's order."""
 
     quadratures: dict[str, Quadrature] = field(repr=False)  # B of them
     num_probes: int  # k asked for
@@ -264,6 +264,7 @@ class BlockSpectra(Mapping[str, Quadrature]):
     reorthogonalize: str  # asked for; a block that had to deviate says so itself and in ``notes``
     route: str  # how the engine computed the products
     notes: tuple[str, ...] = ()  # whatever a reader should know about single blocks
+    curvature: str = "Hessian"  # which matrix, in words
 
     def __getitem__(self, name: str) -> Quadrature:
         return self.quadratures[name]

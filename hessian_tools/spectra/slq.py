@@ -141,6 +141,7 @@ def blockwise_slq(
         reorthogonalize=reorthogonalize,
         route=operator.route,
         notes=tuple(note for name in names for note in notes_on(name, done[name], settings)),
+        curvature=operator.title,
     )
 
 

@@ -118,6 +118,7 @@ def check_partition(
         savings=state_savings(problem.model, suggestion),
         notes=_notes(blocks),
         route=operator.route,
+        curvature=operator.title,
     )
 
 

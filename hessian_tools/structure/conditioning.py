@@ -50,6 +50,7 @@ class BlockConditioning:
     notes: tuple[str, ...]  # what was left out, one line a cut
     num_matvecs: int  # products spent
     arithmetic: str  # in what the products were computed
+    curvature: str = "Hessian"  # which matrix, in words
 
 
 @registered
@@ -72,6 +73,7 @@ class BlockExtremes:
     status: tuple[str, ...]
     num_matvecs: int  # products spent
     notes: tuple[str, ...]
+    curvature: str = "Hessian"  # which matrix, in words
 
     @property
     def top(self) -> Floats:
@@ -137,6 +139,7 @@ def block_conditioning(
         notes=tuple(_notes(cuts, max_size, num_blocks)),
         num_matvecs=total,
         arithmetic=arithmetic,
+        curvature=operator.title,
     )
 
 
@@ -178,6 +181,7 @@ def block_extremes(
         status=tuple(block.status for block in blocks),
         num_matvecs=spectra.num_matvecs,
         notes=spectra.notes,
+        curvature=spectra.curvature,
     )
 
 

@@ -109,7 +109,7 @@ def coupling(
             done[label] = column
             if on_column is not None:
                 on_column(label, column)
-    return _estimated(probing, done, spent, operator.route)
+    return _estimated(probing, done, spent, operator)
 
 
 def layer_namer(model: nn.Module) -> Callable[[str], str]:
@@ -229,7 +229,7 @@ def _estimated(
     probing: _Probing,
     columns: Mapping[str, Floats],
     spent: int,
-    route: str,
+    operator: CurvatureOperator,
 ) -> Coupling:
     """The result of ``columns``, all that are wanted and the pilot, by label."""
     grid = probing.grid
@@ -252,7 +252,8 @@ def _estimated(
         num_matvecs=spent,
         seed=probing.seed,
         probes=probing.kind,
-        route=route,
+        route=operator.route,
+        curvature=operator.title,
     )
 
 
@@ -309,4 +310,5 @@ def _exact(
         seed=seed,
         probes="none",
         route=f"dense matrix, {dense.arithmetic}",
+        curvature=dense.curvature,
     )

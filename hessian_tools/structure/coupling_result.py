@@ -23,9 +23,10 @@ Integers = NDArray[np.int64]
 @registered
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """Squared norms |H_ij|_F^2 between the blocks of a partition, and the Hessian's mass by place.
+    """Squared norms |H_ij|_F^2 between the blocks of a partition, and the matrix's mass by place.
 
-    The Hessian is that over the partition's entries: what the partition leaves out counts nowhere.
+    The matrix, a Hessian unless ``curvature`` says otherwise, is that over the partition's entries:
+    what the partition leaves out counts nowhere.
     Errors are standard errors. Over a tensor whose blocks are all taken they are across the k
     probes of a column (nan for k = 1); over one whose blocks are drawn, across its draws (nan for a
     single draw), which includes what its probes do. Both take the numbers for normal: two errors
@@ -48,6 +49,7 @@ class Coupling:
     seed: int
     probes: str  # "rademacher" | "gaussian" | "none" (exact)
     route: str  # how products were computed
+    curvature: str = "Hessian"  # which matrix, in words
 
     @property
     def num_probes(self) -> int:

@@ -42,7 +42,7 @@ Blocks = Partition | Cut | Block | str | Iterable[str] | Iterable[Block | Cut]
 @registered
 @dataclass(frozen=True, eq=False)
 class DenseBlock:
-    """The dense Hessian over B blocks, in their order; symmetrised to (A + A') / 2.
+    """The dense matrix over B blocks, in their order; symmetrised to (A + A') / 2.
 
     Block i occupies rows and columns ``offsets[i]`` to ``offsets[i + 1]``.
     """
@@ -54,6 +54,7 @@ class DenseBlock:
     num_matvecs: int  # products spent, n
     arithmetic: str  # in what the products were computed
     path: str = ""  # of the matrix on disk
+    curvature: str = "Hessian"  # which matrix, in words
 
     def block(self, row: int | str, column: int | str | None = None) -> NDArray[np.float64]:
         """The sub-block of two blocks by number or name, (n_i, n_j), a view.
@@ -126,7 +127,7 @@ def dense_block(
     names = tuple(name for cut in cuts for name in cut.names)
     sizes = [cut.block_size for cut in cuts for _ in range(cut.num_blocks)]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
-    fingerprint = "" if file is None else _fingerprint(operator.problem, cuts)
+    fingerprint = "" if file is None else _fingerprint(operator, cuts)
     store = MatrixFile(file, size, fingerprint)
 
     def name_of(row: int) -> str:
@@ -145,7 +146,8 @@ def dense_block(
             bar.update(len(rows))
         error = store.symmetrise()
     written_to = "" if path is None else str(path)
-    return DenseBlock(names, offsets, store.matrix, error, size, arithmetic, written_to)
+    title = operator.title
+    return DenseBlock(names, offsets, store.matrix, error, size, arithmetic, written_to, title)
 
 
 def _rows(
@@ -277,9 +279,12 @@ def _refuse_too_large(size: int, max_size: int, path: Path | None) -> None:
         )
 
 
-def _fingerprint(problem: Problem, cuts: Sequence[Cut]) -> str:
+def _fingerprint(operator: CurvatureOperator, cuts: Sequence[Cut]) -> str:
     """Of all that the matrix depends on, the data by its loss."""
+    problem = operator.problem
     blocks = repr((problem.loss, [(cut.parts, cut.names) for cut in cuts]))
+    if operator.title != "Hessian":
+        blocks += operator.title
     digest = hashlib.blake2b(blocks.encode(), digest_size=16)
     for parameter in problem.parameters.values():
         digest.update(parameter.detach().cpu().contiguous().view(-1).double().numpy().tobytes())

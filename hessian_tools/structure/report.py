@@ -101,6 +101,7 @@ class PartitionReport:
     savings: StateSavings  # of the suggestion
     notes: tuple[str, ...]
     route: str
+    curvature: str = "Hessian"  # which matrix, in words
 
     def __getitem__(self, name: str) -> TensorReport:
         for tensor in self.tensors:
@@ -147,7 +148,7 @@ class PartitionReport:
             table(_TITLES, rows, left=2),
             *reasons,
             *(f"note: {note}" for note in self.notes),
-            f"{counted}; {self.num_matvecs} Hessian-vector products",
+            f"{counted}; {self.num_matvecs} {self.curvature}-vector products",
             textwrap.fill(self.reliability, _WIDTH),
         ]
         return "\n".join(lines)

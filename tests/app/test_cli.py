@@ -484,10 +484,10 @@ OF_SPECTRA = (
     "(default: what --tolerance needs, or 40; paper: 100)",
 )
 HELP = {  # command -> number of options, what its help tells
-    "js0": (27, (*OF_SPECTRA, "(default: weights; paper: official)")),
-    "spectrum": (25, (*OF_SPECTRA, "(default: model; paper: official)")),
+    "js0": (28, (*OF_SPECTRA, "(default: weights; paper: official)")),
+    "spectrum": (26, (*OF_SPECTRA, "(default: model; paper: official)")),
     "partition": (
-        30,
+        31,
         ("arXiv 2406.16793", "(default: adam_mini)", "Exit code 1 when a claim is contradicted"),
     ),
     "quadratic": (

@@ -74,7 +74,7 @@ class Engine:
         self.arithmetic = arithmetic
         self.wanted = wanted  # one of ROUTES
         budget = budget_bytes(memory, problem.device)
-        self.trials = Trials(problem, derivative, arithmetic, budget)
+        self.trials = Trials(problem, arithmetic, budget, derivative)
         self.double_backward = derivative.recorded(problem)
         self.route: Route = self.double_backward
         self.no_tangent = ""  # why no tangent program is used

@@ -90,7 +90,7 @@ class Plan:
     def _peaks(self) -> str:
         most = "at most " if self.bounded else ""
         return (
-            f"peak {most}{format_bytes(self.peak_bytes())} for the whole Hessian "
+            f"peak {most}{format_bytes(self.peak_bytes())} for the whole matrix "
             f"({format_bytes(self.peak_bytes(1))} with one probe; blocks need less)"
         )
 

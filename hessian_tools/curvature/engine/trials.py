@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hessian_tools.curvature.engine.custom_functions import refuse_once_differentiable
-from hessian_tools.curvature.engine.derivative import Derivative
+from hessian_tools.curvature.engine.derivative import HESSIAN, Derivative
 from hessian_tools.curvature.engine.footprint import Footprint, Trial
 from hessian_tools.curvature.engine.memory import (
     ByteCounter,
@@ -61,9 +61,9 @@ class Trials:
     def __init__(
         self,
         problem: Problem,
-        derivative: Derivative,
         arithmetic: Arithmetic,
         budget: int,
+        derivative: Derivative = HESSIAN,
     ) -> None:
         self.problem = problem
         self.derivative = derivative

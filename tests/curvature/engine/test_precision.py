@@ -334,7 +334,9 @@ def test_tf32_is_on_inside_products_only(monkeypatch):
     model, batch = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
     # The flags can be moved without a card.
     card = Arithmetic(torch.float32, torch.float32, torch.device("cuda"), "tf32", False)
-    monkeypatch.setattr("hessian_tools.curvature.hessian.arithmetic", lambda model, precision: card)
+    monkeypatch.setattr(
+        "hessian_tools.curvature.engine_operator.arithmetic", lambda model, precision: card
+    )
     hessian = ht.HessianOperator(ht.Problem(model, loss_fn, [batch]), record=False)
     seen.clear()
     before = settings()

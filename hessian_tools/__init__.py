@@ -20,6 +20,8 @@ from hessian_tools.blocks.partition import Partition
 from hessian_tools.blocks.presets import partition
 from hessian_tools.blocks.projection import heads
 from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.optimizer_state import preconditioner_of
+from hessian_tools.curvature.preconditioned import PreconditionedOperator
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import js_heterogeneity
@@ -41,6 +43,7 @@ __all__ = [
     "NotTwiceDifferentiable",
     "NumericalError",
     "Partition",
+    "PreconditionedOperator",
     "Problem",
     "Quadrature",
     "adaptive_js0",
@@ -57,6 +60,7 @@ __all__ = [
     "mse",
     "param_groups",
     "partition",
+    "preconditioner_of",
     "quadratic",
     "save",
     "slq",

@@ -1,13 +1,21 @@
 """Products with curvature matrices: exact, within a memory budget, verified.
 
-Reading order: symmetric, operators, hessian, referees, verification; how products are computed is
-in engine, the compiled route in tangent.
+Reading order: symmetric, operators, hessian, referees, verification, preconditioners,
+optimizer_state, preconditioned; how products are computed is in engine, the compiled route in
+tangent.
 """
 
 from hessian_tools.curvature.engine.plan import Plan
 from hessian_tools.curvature.engine.recompute import Segments
 from hessian_tools.curvature.hessian import HessianOperator, as_operator, in_float64
 from hessian_tools.curvature.operators import Columns, CurvatureOperator, StackedBlocks
+from hessian_tools.curvature.optimizer_state import preconditioner_of
+from hessian_tools.curvature.preconditioned import PreconditionedOperator
+from hessian_tools.curvature.preconditioners import (
+    DiagonalPreconditioner,
+    KroneckerPreconditioner,
+    Preconditioner,
+)
 from hessian_tools.curvature.referees import Reference, finite_difference, float64_copy
 from hessian_tools.curvature.symmetric import (
     DenseOperator,
@@ -23,8 +31,12 @@ __all__ = [
     "CurvatureOperator",
     "DenseOperator",
     "DiagonalOperator",
+    "DiagonalPreconditioner",
     "HessianOperator",
+    "KroneckerPreconditioner",
     "Plan",
+    "PreconditionedOperator",
+    "Preconditioner",
     "Reference",
     "ScipyOperator",
     "Segments",
@@ -35,5 +47,6 @@ __all__ = [
     "finite_difference",
     "float64_copy",
     "in_float64",
+    "preconditioner_of",
     "verify",
 ]

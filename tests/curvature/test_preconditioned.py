@@ -376,7 +376,7 @@ def test_the_state_of_adam_mini():
 def test_optimizers_that_are_not_known_or_do_not_fit():
     problem = network("mlp")
     model = problem.model
-    with pytest.raises(TypeError, match="optimizer is a SGD.*Adam-mini.*DiagonalPreconditioner"):
+    with pytest.raises(TypeError, match=r"optimizer is a SGD.*Adam-mini.*DiagonalPreconditioner"):
         ht.preconditioner_of(optim.SGD(model.parameters(), lr=1.0), problem)
     with pytest.raises(TypeError, match="optimizer is a dict"):
         ht.preconditioner_of({}, problem)

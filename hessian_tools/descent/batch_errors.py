@@ -10,6 +10,13 @@ and the squared standard error is G / (G - 1) sum_i w_i^2 U_i^2. It costs one pr
 each f, whatever the number of blocks. The preconditioner is held fixed. Errors are those of the
 data's draw: the bias of r'M^-1 r / 2, which squares a noisy g, is not among them.
 
+Measured on least squares and softmax regression, 8 batches of 64 and 32 of 16, 100 to 200 draws,
+against the value on 200,000 examples: the root mean square of these errors is 0.93 to 1.42 of the
+true standard deviation. Intervals of nominally 95 % (Student's t, G - 1 degrees) hold the value in
+93 to 95 % of the draws for one rate and 92 to 94 % for a rate a block. For directions P^-1 g with
+P = |g| of all examples it is 87 to 94 %, for ratios 85 to 94 %: there the bias reaches the size of
+the standard deviation.
+
 Letters: G groups of batches, F steps p.
 """
 

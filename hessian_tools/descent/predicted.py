@@ -89,16 +89,18 @@ def predicted_progress(
     problem = operator.problem
     owners = owners_of(problem, cuts_of("tensor" if partition is None else partition, problem))
     row_owners = _row_owners(problem, max_rows) if rows else None
+    one_step = 2 * len(owners.names) + (len(row_owners.names) if row_owners else 0)
+    runs = (5 if rows else 4) if steps > 1 else 0
+    operator.expect(one_step + runs * min(steps, krylov))
     with operator.steady():
         loss, gradient = loss_and_gradient(problem)
         _check_finite(gradient)
         methods = solved_methods(
             operator, gradient, owners, row_owners, preconditioner, eps, relative_floor
         )
-        spent = 2 * len(owners.names) + (len(row_owners.names) if row_owners else 0)
         if steps > 1:
             simulate(operator, gradient, methods, steps, krylov)
-            spent += sum(method.run.num_matvecs for method in methods.values())
+    spent = one_step + sum(method.run.num_matvecs for method in methods.values())
     errors, notes = _errors(operator, gradient, methods, batches_standard_error)
     spent += len(errors)
     found = _decreases(methods, errors)

@@ -171,9 +171,14 @@ def test_many_steps_are_those_of_a_loop(dense, steps):
     g = dense.gradient
     size = np.abs(g) + 1e-8
     cases = [(found.one_rate, np.ones_like(g)), (found.adam, 1 / size)]
-    for line, direction in ((found.block_rates, g), (found.adam_block_rates, g / size)):
-        rates = nonnegative(dense, dense.columns(partition, direction))
-        cases.append((line, dense.columns(partition, np.ones_like(g)) @ rates * direction / g))
+    by_row = ht.partition(dense.problem.model, "neuron")
+    for line, blocks, direction in (
+        (found.block_rates, partition, g),
+        (found.adam_block_rates, partition, g / size),
+        (found.row_rates, by_row, g),
+    ):
+        rates = nonnegative(dense, dense.columns(blocks, direction))
+        cases.append((line, dense.columns(blocks, np.ones_like(g)) @ rates * direction / g))
     for line, inverse in cases:
         rate = line.many_steps_rate
         simulated = dense.run(inverse, rate, steps)
@@ -198,6 +203,15 @@ def test_few_lanczos_steps_are_an_estimate(dense):
     exact = found_for(dense, steps=40).one_rate
     short = found_for(dense, steps=40, krylov=6).one_rate
     assert short.many_steps == pytest.approx(exact.many_steps, rel=0.05)
+
+
+def test_without_room_for_a_basis(dense):
+    class Tight(HessianOperator):
+        krylov_bytes = 0
+
+    found = ht.predicted_progress(Tight(dense.problem), "tensor", steps=40).methods()
+    for name, line in found_for(dense, "tensor", steps=40).methods().items():
+        assert found[name].many_steps == pytest.approx(line.many_steps, rel=1e-6)
 
 
 def test_the_best_fixed_rate_of_a_measure():

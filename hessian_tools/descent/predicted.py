@@ -14,6 +14,9 @@ T steps are simulated on the same quadratic, at the best fixed rate
 are not negative, times one common rate, for gradient descent diverges along a negative one. One
 step is free to take negative rates.
 
+Nothing keeps q within the range of the loss: a predicted decrease may exceed the loss itself, and
+then says that the quadratic does not hold over so long a step.
+
 A should be positive semidefinite, such as the Gauss-Newton matrix. A Hessian is indefinite along
 g on many networks, and then there is no best rate.
 

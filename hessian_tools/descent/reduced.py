@@ -148,7 +148,7 @@ def best_rates(
     numbers = np.flatnonzero(used)
     flattest = numbers[np.argmin(diagonal[numbers])]
     if diagonal[flattest] <= 0:
-        return _none(len(slopes), f"g'A g is {diagonal[flattest]:.3g} within {names[flattest]}")
+        return _none(len(slopes), f"d'A d is {diagonal[flattest]:.3g} within {names[flattest]}")
     scale = 1 / np.sqrt(diagonal[numbers])
     values, vectors = np.linalg.eigh(scale[:, None] * matrix[np.ix_(numbers, numbers)] * scale)
     floor = relative_floor * values[-1]

@@ -118,7 +118,7 @@ def best_fixed_rate(
         return math.nan, math.nan, f"the largest curvature that g meets is {largest:.3g}"
     relative = nodes / largest
     if relative.min() < -relative_floor:
-        why = f"not positive semidefinite: g meets curvature {relative.min():.2g} of the largest"
+        why = f"not positive semidefinite: g meets {relative.min():.2g} times the largest"
         return math.nan, math.nan, why
     used = weights > 0
     relative = np.where(relative > relative_floor, relative, 0.0)[used]

@@ -271,25 +271,25 @@ def test_an_indefinite_matrix_gives_nan_and_says_why():
     found = of_bowl([3.0, -1.0], [1.0, 1.0], steps=3)
     assert found.one_rate.one_step == pytest.approx(4 / (2 * 2))  # g'A g = 2: bounded along g
     assert np.isnan(found.block_rates.one_step) and np.isnan(found.block_rates.rates).all()
-    assert "g'A g is -1 within weights.1" in found.block_rates.why
+    assert "d'A d is -1 within weights.1" in found.block_rates.why
     assert np.isnan(found.one_rate.many_steps)
-    assert "not positive semidefinite: g meets curvature" in found.one_rate.many_steps_why
+    assert "not positive semidefinite: g meets" in found.one_rate.many_steps_why
     assert np.isnan(found.block_rates.many_steps_ratio)
     worse = of_bowl([1.0, -3.0], [1.0, 1.0])
-    assert "g'A g is -2 within the whole direction" in worse.one_rate.why
-    assert "a rate a block: g'A g is -3" in str(worse)
+    assert "d'A d is -2 within the whole direction" in worse.one_rate.why
+    assert "a rate a block: d'A d is -3" in str(worse)
 
 
 def test_the_hessian_of_a_network_is_no_error():
     found = ht.predicted_progress(HessianOperator(network("gpt")), "neuron", steps=3)
     assert np.isnan(found.block_rates.one_step)
-    assert found.block_rates.why.startswith(("not positive", "g'A g"))
+    assert found.block_rates.why.startswith(("not positive", "d'A d"))
 
 
 def test_a_direction_without_curvature_is_unbounded():
     found = of_bowl([2.0, 0.0], [1.0, 1.0])
     assert np.isnan(found.block_rates.one_step)
-    assert "g'A g is 0 within weights.1" in found.block_rates.why
+    assert "d'A d is 0 within weights.1" in found.block_rates.why
     matrix = np.array([[1.0, 1.0], [1.0, 1.0]])  # the null space is (1, -1)
     from hessian_tools.descent.reduced import best_rates
 
@@ -299,7 +299,7 @@ def test_a_direction_without_curvature_is_unbounded():
     assert best.decrease == pytest.approx(0.5) and not best.why
     indefinite = np.array([[1.0, 2.0], [2.0, 1.0]])
     best = best_rates(indefinite, np.array([1.0, 1.0]), ["a", "b"], 1e-12)
-    assert "not positive semidefinite: an eigenvalue -0.33 of the largest" in best.why
+    assert "not positive semidefinite: an eigenvalue -0.33 times the largest" in best.why
 
 
 def test_blocks_without_gradient_are_left_out():

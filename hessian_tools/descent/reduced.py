@@ -153,9 +153,8 @@ def best_rates(
     values, vectors = np.linalg.eigh(scale[:, None] * matrix[np.ix_(numbers, numbers)] * scale)
     floor = relative_floor * values[-1]
     if values[0] < -floor:
-        why = (
-            f"not positive semidefinite: an eigenvalue {values[0] / values[-1]:.2g} of the largest"
-        )
+        lowest = values[0] / values[-1]
+        why = f"not positive semidefinite: an eigenvalue {lowest:.2g} times the largest"
         return _none(len(slopes), why)
     kept = values > floor
     coordinates = vectors.T @ (scale * slopes[numbers])

@@ -13,7 +13,7 @@ from hessian_tools.curvature.preconditioners import (
     KroneckerPreconditioner,
 )
 from hessian_tools.descent.methods import DIAGONAL_ONLY, solved_methods
-from hessian_tools.descent.reduced import LEFT, owners_of
+from hessian_tools.descent.reduced import LEFT, best_rates, owners_of
 from hessian_tools.descent.trajectories import best_fixed_rate, fall
 from hessian_tools.problem.gradient import mean_gradient
 from hessian_tools.problem.problem import Problem
@@ -291,8 +291,6 @@ def test_a_direction_without_curvature_is_unbounded():
     assert np.isnan(found.block_rates.one_step)
     assert "d'A d is 0 within weights.1" in found.block_rates.why
     matrix = np.array([[1.0, 1.0], [1.0, 1.0]])  # the null space is (1, -1)
-    from hessian_tools.descent.reduced import best_rates
-
     best = best_rates(matrix, np.array([1.0, 0.5]), ["a", "b"], 1e-12)
     assert np.isnan(best.decrease) and "unbounded" in best.why
     best = best_rates(matrix, np.array([1.0, 1.0]), ["a", "b"], 1e-12)

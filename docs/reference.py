@@ -10,7 +10,7 @@ import inspect
 from pathlib import Path
 from types import ModuleType
 
-FOLDERS = "problem blocks curvature spectra heterogeneity structure quadratic".split()
+FOLDERS = "problem blocks curvature spectra heterogeneity structure descent quadratic".split()
 PAGE = Path(__file__).with_name("reference.md")
 
 

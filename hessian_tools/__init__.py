@@ -1,14 +1,16 @@
 """hessian_tools: curvature of neural networks, block by block, and what to do about it.
 
 The names here are what most users need; the rest is in the folders, which are read in this order:
-problem, blocks, curvature, spectra, heterogeneity, structure, quadratic. Heavy optional libraries
-(torchvision, transformers, matplotlib) are imported only when a model or a figure asks for them.
+problem, blocks, curvature, spectra, heterogeneity, structure, descent, quadratic. Heavy
+optional libraries (torchvision, transformers, matplotlib) are imported only when a model or a
+figure asks for them.
 """
 
 # first of all, for the imports take seconds in which Ctrl-C has to be answered
 from hessian_tools import interruption as interruption  # isort: skip
 from hessian_tools import blocks as blocks
 from hessian_tools import curvature as curvature
+from hessian_tools import descent as descent
 from hessian_tools import heterogeneity as heterogeneity
 from hessian_tools import problem as problem
 from hessian_tools import quadratic as quadratic
@@ -22,6 +24,9 @@ from hessian_tools.blocks.projection import heads
 from hessian_tools.curvature.fisher import EmpiricalFisherOperator, FisherOperator
 from hessian_tools.curvature.gauss_newton import GaussNewtonOperator
 from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.optimizer_state import preconditioner_of
+from hessian_tools.curvature.preconditioned import PreconditionedOperator
+from hessian_tools.descent.predicted import predicted_progress
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import js_heterogeneity
@@ -47,6 +52,7 @@ __all__ = [
     "NotTwiceDifferentiable",
     "NumericalError",
     "Partition",
+    "PreconditionedOperator",
     "Problem",
     "Quadrature",
     "adaptive_js0",
@@ -63,6 +69,8 @@ __all__ = [
     "mse",
     "param_groups",
     "partition",
+    "preconditioner_of",
+    "predicted_progress",
     "quadratic",
     "save",
     "slq",

@@ -87,6 +87,8 @@ def samples():
         conditioning,
     ]
     found += [conditioning.values, ht.structure.block_extremes(problem, partition)]
+    progress = ht.predicted_progress(ht.HessianOperator(problem), rows=True)
+    found += [progress, progress.row_rates]
     case, few = quadratic.case(3), {"num_starts": 2, "num_steps": 10}
     found += [
         quadratic.run(case, "gd", **few),

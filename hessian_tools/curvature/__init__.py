@@ -1,7 +1,8 @@
 """Products with curvature matrices: exact, within a memory budget, verified.
 
-Reading order: symmetric, operators, hessian, gauss_newton, fisher, referees, verification; how
-products are computed is in engine, the compiled route in tangent.
+Reading order: symmetric, operators, hessian, gauss_newton, fisher, referees, verification,
+preconditioners, optimizer_state, preconditioned; how products are computed is in engine, the
+compiled route in tangent.
 """
 
 from hessian_tools.curvature.engine.plan import Plan
@@ -13,6 +14,13 @@ from hessian_tools.curvature.fisher import (
 from hessian_tools.curvature.gauss_newton import GaussNewtonOperator
 from hessian_tools.curvature.hessian import HessianOperator, as_operator, in_float64
 from hessian_tools.curvature.operators import Columns, CurvatureOperator, StackedBlocks
+from hessian_tools.curvature.optimizer_state import preconditioner_of
+from hessian_tools.curvature.preconditioned import PreconditionedOperator
+from hessian_tools.curvature.preconditioners import (
+    DiagonalPreconditioner,
+    KroneckerPreconditioner,
+    Preconditioner,
+)
 from hessian_tools.curvature.referees import Reference, finite_difference, float64_copy
 from hessian_tools.curvature.segments.recompute import Segments
 from hessian_tools.curvature.symmetric import (
@@ -29,12 +37,16 @@ __all__ = [
     "CurvatureOperator",
     "DenseOperator",
     "DiagonalOperator",
+    "DiagonalPreconditioner",
     "EmpiricalFisherOperator",
     "FisherOperator",
     "GaussNewtonOperator",
     "HessianOperator",
+    "KroneckerPreconditioner",
     "MonteCarloFisherOperator",
     "Plan",
+    "PreconditionedOperator",
+    "Preconditioner",
     "Reference",
     "ScipyOperator",
     "Segments",
@@ -45,5 +57,6 @@ __all__ = [
     "finite_difference",
     "float64_copy",
     "in_float64",
+    "preconditioner_of",
     "verify",
 ]

@@ -267,8 +267,9 @@ class HuggingFace:
             found = self._of_logits(logits[:, :-1] if shifts else logits, batch)
             reason = f"a loss of its logits alone would be {found:.6g}"
             expected = float(answer["loss"])
-            # logits in bfloat16 are cast before the model's own loss
-            if abs(found - expected) <= 1e-3 * abs(expected) + 1e-6:
+            # the model's own loss casts logits to float32
+            tolerance = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
+            if abs(found - expected) <= tolerance * (abs(expected) + 1):
                 return shifts
             reason += f", not {expected:.6g}"
         raise ValueError(

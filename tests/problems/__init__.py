@@ -202,3 +202,34 @@ def network(name: str, dtype: torch.dtype = torch.float64, device: str = "cpu") 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def dense_gauss_newton(problem: ht.Problem) -> Tensor:
+    """(P, P) J' H_z J, J by a backward pass for each output, H_z by torch's own of the loss alone.
+
+    Shares no code with the engine.
+    """
+    parameters = [p for p in problem.model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in parameters)
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for batch, weight in zip(problem.batches, problem.weights, strict=True):
+        with problem.evaluating():
+            outputs = problem.loss_fn.outputs(problem.model, batch)
+            jacobian = torch.stack(
+                [_flat_gradient(entry, parameters) for entry in outputs.flatten()]
+            )
+
+        def loss(flat: Tensor, batch: object = batch, shape: torch.Size = outputs.shape) -> Tensor:
+            return problem.loss_fn.loss(flat.view(shape), batch)
+
+        between = torch.autograd.functional.hessian(loss, outputs.detach().flatten())
+        total += weight * jacobian.T @ between @ jacobian
+    return total
+
+
+def _flat_gradient(entry: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    pieces = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True)
+    pairs = zip(parameters, pieces, strict=True)
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in pairs]
+    )

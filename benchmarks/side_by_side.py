@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from hessian_tools.results import write_atomically
 
-ROUNDS = {"a1": 5, "a8": 4, "b": 4, "c": 2, "d": 2}
+ROUNDS = {"a1": 5, "a8": 4, "b": 4, "g1": 5, "g8": 4, "h": 4, "c": 2, "d": 2}
 SETTLE = (
     0.05  # seconds between two contenders, so that idle threads of the last one have gone to sleep
 )
@@ -162,7 +162,8 @@ class Run:
         )
 
     def count_operations(self, model: dict[str, Any]) -> None:
-        products = {"a1": 1, "a8": model["work"]["probes"], "b": len(model["blocks"])}
+        probes, blocks = model["work"]["probes"], len(model["blocks"])
+        products = {"a1": 1, "a8": probes, "b": blocks, "g1": 1, "g8": probes, "h": blocks}
         for job, contender, entry in self.entries(model):
             if job in job_list.COUNTED and "error" not in entry:
                 entry |= self.processes[contender].ask("count", job=job)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hessian_tools as ht
+from hessian_tools.curvature import MonteCarloFisherOperator
 from hessian_tools.problem.networks import NanoGPT
 from hessian_tools.spectra.probes import PROBE_KINDS, draw_probes
 
@@ -80,10 +81,13 @@ class Watched:
         return product
 
 
-def operators(problem, record):
-    """The whole Hessian, a weight, and pieces of a cut over two axes, each warmed up by one
+KINDS = (ht.HessianOperator, ht.GaussNewtonOperator, ht.EmpiricalFisherOperator)
+
+
+def operators(problem, record, kind=ht.HessianOperator):
+    """The whole matrix, a weight, and pieces of a cut over two axes, each warmed up by one
     product."""
-    hessian = ht.HessianOperator(problem, record=record)
+    hessian = kind(problem, record=record)
     cuts = ht.partition(problem.model, "head").cuts
     several = [cut for cut in cuts if len(cut.parts[0].axes) > 1 and cut.num_blocks > 3][:1]
     weight = ht.partition(problem.model, "weights").cuts[-1]
@@ -108,8 +112,9 @@ def steps(operator, switch, m=3):
 
 @pytest.mark.parametrize("record", [True, False])
 @pytest.mark.parametrize("name", ["mlp", "batchnorm-batch", "gpt", "hf-gpt2", "hf-bert"])
-def test_lanczos_reads_no_value(name, record):
-    for operator in operators(network(name, torch.float32), record):
+@pytest.mark.parametrize("kind", KINDS)
+def test_lanczos_reads_no_value(name, record, kind):
+    for operator in operators(network(name, torch.float32), record, kind):
         with Waits() as waits:
             steps(operator, lambda on: setattr(waits, "on", on))
         assert waits.found == [], f"{type(operator).__name__} of size {operator.size}"
@@ -129,7 +134,8 @@ def test_a_value_that_is_read_is_found(read):
 
 @cuda
 @pytest.mark.parametrize("name", ["mlp", "batchnorm-batch", "gpt", "hf-gpt2", "hf-bert"])
-def test_lanczos_does_not_wait_for_the_device(name):
+@pytest.mark.parametrize("kind", KINDS)
+def test_lanczos_does_not_wait_for_the_device(name, kind):
     """Of a recorded graph; a rebuilt one contains the model's own forward pass, which may wait as
     it likes."""
 
@@ -137,7 +143,7 @@ def test_lanczos_does_not_wait_for_the_device(name):
         torch.cuda.set_sync_debug_mode("error" if on else "default")
 
     try:
-        for operator in operators(network(name, torch.float32, "cuda"), True):
+        for operator in operators(network(name, torch.float32, "cuda"), True, kind):
             steps(operator, switch)
     finally:
         switch(False)
@@ -179,6 +185,28 @@ def test_spectra_are_those_of_the_cpu(name):
         assert here[block].status == there[block].status
         np.testing.assert_allclose(there[block].nodes, here[block].nodes, rtol=0, atol=1e-8 * scale)
         np.testing.assert_allclose(there[block].weights, here[block].weights, rtol=0, atol=1e-6)
+
+
+@cuda
+@pytest.mark.parametrize("route", ["double backward", "tangent program"])
+@pytest.mark.parametrize("kind", [*KINDS, ht.FisherOperator, MonteCarloFisherOperator])
+@pytest.mark.parametrize("name", ["mlp", "batchnorm-batch", "gpt", "hf-gpt2"])
+def test_products_are_those_of_the_cpu(name, kind, route):
+    here = network(name)
+    there = network(name, device="cuda")
+    vectors = torch.randn(3, here.num_parameters, dtype=torch.float64)
+    expected = kind(here, route=route).matmat(vectors)
+    found = kind(there, route=route).matmat(vectors.cuda())
+    assert relative_error(found.cpu(), expected) < 1e-10
+
+
+@cuda
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_peak_of_gauss_newton_products_is_the_plans(big, rows):
+    operator = ht.GaussNewtonOperator(big, memory="4GiB", route="double backward")
+    vectors = torch.randn(rows, operator.size, device="cuda")
+    peak, _ = peak_of(lambda: operator.matmat(vectors))
+    assert peak <= operator.plan.peak_bytes(rows) * 1.1
 
 
 @cuda

@@ -14,6 +14,7 @@ from contest.cases import Case
 from hessian_tools.spectra.quadrature import Quadrature
 
 GRID = 10_000  # G
+NOT_OFFERED = "no Gauss-Newton products"
 
 
 class Contender(ABC):
@@ -49,6 +50,14 @@ class Contender(ABC):
     @abstractmethod
     def block_products(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """H_bb v_b for every named parameter tensor, (n,) or the parameter's shape."""
+
+    def gauss_newton(self, vectors: Any) -> Any:
+        """G v, G the Gauss-Newton matrix, for all vectors of :meth:`layout`, as :meth:`product`."""
+        raise NotImplementedError(NOT_OFFERED)
+
+    def gauss_newton_blocks(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """G_bb v_b for every named parameter tensor, as :meth:`block_products`."""
+        raise NotImplementedError(NOT_OFFERED)
 
     def hint(self) -> Any:
         """What :meth:`density` is told free of charge."""

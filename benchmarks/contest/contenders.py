@@ -18,7 +18,8 @@ from hessian_tools.spectra.quadrature import Quadrature
 class HessianTools(Contender):
     name, package, rebuilds = "hessian_tools", "hessian_tools", False
     how = (
-        "HessianOperator(route='tangent program').matmat and .block, warm; slq and "
+        "HessianOperator(route='tangent program').matmat and .block, warm, GaussNewtonOperator "
+        "likewise; slq and "
         "spectral_density, blockwise_slq with "
         "defaults"
     )
@@ -52,6 +53,20 @@ class HessianTools(Contender):
     def block_products(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.operators[name] @ vector.flatten() for name, vector in vectors.items()}
 
+    @cached_property
+    def of_outputs(self) -> ht.GaussNewtonOperator:
+        return ht.GaussNewtonOperator(self.case.problem(), route="tangent program")
+
+    def gauss_newton(self, vectors: Tensor) -> Tensor:
+        return self.of_outputs.matmat(vectors)
+
+    def gauss_newton_blocks(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        by_name = {block.name: block for block in self.blocks}
+        return {
+            name: self.of_outputs.block(by_name[name]) @ vector.flatten()
+            for name, vector in vectors.items()
+        }
+
     def density(self, probes: int, steps: int, hint: Any) -> tuple[np.ndarray, np.ndarray]:
         quadrature = ht.slq(self.hessian, num_probes=probes, num_steps=steps, seed=0)
         density = ht.spectral_density(quadrature, num_points=GRID)
@@ -65,12 +80,12 @@ class HessianTools(Contender):
     def notes(self) -> list[str]:
         return [
             f"route: {getattr(self, name).route}"
-            for name in ("settled", "hessian")
+            for name in ("settled", "hessian", "of_outputs")
             if name in self.__dict__
         ]
 
     def close(self) -> None:
-        for name in ("settled", "hessian"):
+        for name in ("settled", "hessian", "of_outputs"):
             if name in self.__dict__:
                 getattr(self, name).release()
 

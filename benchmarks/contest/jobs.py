@@ -25,9 +25,19 @@ WORDS = {
     "a8": "{probes} products with the whole Hessian",
     "b": "one product with each of {blocks} weight matrices' blocks",
     "c": "density of the whole Hessian, {density[0]} probes x {density[1]} steps",
+    "g1": "one product with the whole Gauss-Newton matrix",
+    "g8": "{probes} products with the whole Gauss-Newton matrix",
+    "h": "one Gauss-Newton product with each of {blocks} weight matrices' blocks",
     "d": "spectra of {blocks} weight matrices to JS0, {blockwise[0]} probes x {blockwise[1]} steps",
 }
-COUNTED = ("a1", "a8", "b")  # jobs whose operations are counted; c and d are many of these
+COUNTED = (
+    "a1",
+    "a8",
+    "b",
+    "g1",
+    "g8",
+    "h",
+)  # the others are many of these
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,10 @@ class Bench:
     def operations(self, job: str) -> int:
         """Floating-point operations of one repetition."""
         run = self._call(job)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        counter = FlopCounterMode(display=False)
+        # what it does to follow modules breaks libraries that differentiate forwards
+        counter.mod_tracker = _NoModules()
+        with counter, sdpa_kernel(SDPBackend.MATH):
             run()
         return counter.get_total_flops()
 
@@ -89,9 +102,24 @@ class Bench:
             )
             blocks = self.contender.block_products(self.block_vectors)
         found |= {referee.BLOCK + name: product for name, product in blocks.items()}
+        found |= self._gauss_newton()
         return {
-            name: referee.relative_error(found[name], product) for name, product in expected.items()
+            name: referee.relative_error(found[name], product)
+            for name, product in expected.items()
+            if name in found
         }
+
+    def _gauss_newton(self) -> dict[str, Tensor]:
+        """Gauss-Newton products under the referee's names; none where they are not offered."""
+        with suppress(NotImplementedError), sdpa_kernel(SDPBackend.MATH):
+            whole = self.contender.gauss_newton(
+                self.contender.layout(referee.whole_directions(self.case))
+            )
+            names = (referee.OUTPUTS, referee.OUTPUTS_SMALL)
+            found = dict(zip(names, self.contender.rows(whole), strict=True))
+            blocks = self.contender.gauss_newton_blocks(self.block_vectors)
+            return found | {referee.OUTPUTS_BLOCK + name: v for name, v in blocks.items()}
+        return {}
 
     def notes(self) -> list[str]:
         with sdpa_kernel(SDPBackend.MATH):
@@ -101,6 +129,11 @@ class Bench:
         if job in ("a1", "a8"):
             vectors = self.contender.layout(self.vectors[: None if job == "a8" else 1])
             return lambda: (self.contender.product(vectors), (1.0, {}))[1]
+        if job in ("g1", "g8"):
+            vectors = self.contender.layout(self.vectors[: None if job == "g8" else 1])
+            return lambda: (self.contender.gauss_newton(vectors), (1.0, {}))[1]
+        if job == "h":
+            return lambda: (self.contender.gauss_newton_blocks(self.block_vectors), (1.0, {}))[1]
         if job == "b":
             return lambda: (self.contender.block_products(self.block_vectors), (1.0, {}))[1]
         if job == "c":
@@ -131,6 +164,18 @@ class Bench:
         }
         facts |= {"probes": probes, "steps": steps, "unscaled": time.perf_counter() - started}
         return work.blockwise[0] * work.blockwise[1] / (probes * steps), facts
+
+
+class _NoModules:
+    """Stands for the counter's view of modules, and sees none."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> "_NoModules":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def forward_operations(case: Case) -> int:

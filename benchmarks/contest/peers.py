@@ -20,7 +20,10 @@ from hessian_tools.spectra.quadrature import Quadrature
 
 class HessianEigenthings(Contender):
     name, package = "hessian-eigenthings", "hessian-eigenthings"
-    how = "HessianOperator.matvec, with param_filter=match_names for blocks; spectral_density"
+    how = (
+        "HessianOperator.matvec and GGNOperator.matvec, with param_filter=match_names for blocks; "
+        "spectral_density"
+    )
 
     @classmethod
     def load(cls) -> None:
@@ -52,6 +55,33 @@ class HessianEigenthings(Contender):
     def block_products(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
             name: self.operators[name].matvec(vector.flatten()) for name, vector in vectors.items()
+        }
+
+    def of_outputs(self, name: str | None = None) -> Any:
+        chosen = None if name is None else self.library.match_names(name)
+        return self.library.GGNOperator(
+            self.case.model,
+            self.case.batches,
+            self.library.supervised_forward,
+            self.library.supervised_loss_of_output(criterion),
+            param_filter=chosen,
+        )
+
+    @cached_property
+    def whole_of_outputs(self) -> Any:
+        return self.of_outputs()
+
+    @cached_property
+    def blocks_of_outputs(self) -> dict[str, Any]:
+        return {name: self.of_outputs(name) for name in self.case.weights}
+
+    def gauss_newton(self, vectors: Tensor) -> list[Tensor]:
+        return [self.whole_of_outputs.matvec(vector) for vector in vectors]
+
+    def gauss_newton_blocks(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: self.blocks_of_outputs[name].matvec(vector.flatten())
+            for name, vector in vectors.items()
         }
 
     def density(self, probes: int, steps: int, hint: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +116,8 @@ class _FlatLogits(nn.Module):
 class Curvlinops(Contender):
     name, package = "curvlinops", "curvlinops-for-pytorch"
     how = (
-        "HessianLinearOperator @ (P, k), with block_sizes for one product of every block and "
+        "HessianLinearOperator and GGNLinearOperator @ (P, k), with block_sizes for one Hessian "
+        "product of every block and "
         "one operator a block for "
         "Lanczos; lanczos_approximate_spectrum with its boundaries given, so that it spends "
         "k m products, fast_lanczos"
@@ -100,14 +131,18 @@ class Curvlinops(Contender):
         cls.library, cls.fast_lanczos = curvlinops, staticmethod(fast_lanczos)
 
     def operator(
-        self, names: tuple[str, ...] | None = None, checked: bool = True, **options: Any
+        self,
+        names: tuple[str, ...] | None = None,
+        checked: bool = True,
+        kind: str = "HessianLinearOperator",
+        **options: Any,
     ) -> Any:
         model = _FlatLogits(self.case.model)
         parameters = self.case.parameters
         chosen = [parameters[name] for name in names or parameters]
         batches = [(x, y.flatten()) for x, y in self.case.batches]
         options["batch_size_fn"] = len
-        return self.library.HessianLinearOperator(
+        return getattr(self.library, kind)(
             model, nn.CrossEntropyLoss(), chosen, batches, check_deterministic=checked, **options
         )
 
@@ -118,6 +153,27 @@ class Curvlinops(Contender):
     @cached_property
     def diagonal(self) -> Any:
         return self.operator(self.case.weights, block_sizes=[1] * len(self.case.weights))
+
+    @cached_property
+    def of_outputs(self) -> Any:
+        return self.operator(kind="GGNLinearOperator")
+
+    @cached_property
+    def blocks_of_outputs(self) -> dict[str, Any]:
+        """GGNLinearOperator takes no block_sizes."""
+        return {
+            name: self.operator((name,), checked=False, kind="GGNLinearOperator")
+            for name in self.case.weights
+        }
+
+    def gauss_newton(self, vectors: Tensor) -> Tensor:
+        return self.of_outputs @ vectors
+
+    def gauss_newton_blocks(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: self.blocks_of_outputs[name] @ vector.flatten()
+            for name, vector in vectors.items()
+        }
 
     def hint(self) -> tuple[float, float]:
         nodes, _ = self.fast_lanczos(self.whole, 3)

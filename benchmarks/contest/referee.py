@@ -5,9 +5,10 @@ across a kink of ReLU or max-pooling is wrong, so small steps come first; two ne
 that agree decide, and how well they agree is the referee's own uncertainty.
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ BOUNDS = {
     torch.float64: 1e-6,
 }  # rounding is 1e-6 in float32; wrong mathematics 1e-3 and more
 WHOLE, SMALL, BLOCK = "whole Hessian", "whole Hessian on norms and biases", "block "
+OUTPUTS, OUTPUTS_SMALL, OUTPUTS_BLOCK = (
+    f"Gauss-Newton: {key}" for key in ("whole", "whole on norms and biases", "block ")
+)
+_OF_OUTPUTS = {WHOLE: OUTPUTS, SMALL: OUTPUTS_SMALL}
 STEPS = (
     1e-6,
     1e-7,
@@ -91,6 +96,10 @@ def reference(case: Case) -> tuple[dict[str, Tensor], float]:
         product, uncertainty = _difference(model, batches, parameters, direction)
         worst = max(worst, uncertainty)
         products[key] = torch.cat([product[name].flatten() for name in direction]).float()
+        key = _OF_OUTPUTS.get(key) or key.replace(BLOCK, OUTPUTS_BLOCK, 1)
+        product, uncertainty = _through_outputs(model, batches, parameters, direction)
+        worst = max(worst, uncertainty)
+        products[key] = torch.cat([product[name].flatten() for name in direction]).float()
     return products, worst
 
 
@@ -118,11 +127,84 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.detach().double().flatten() - expected).norm() / expected.norm())
 
 
+Quotient = Callable[[float], dict[str, Tensor]]  # of a step
+
+
 def _difference(
     model: nn.Module,
     batches: Sequence,
     parameters: Mapping[str, Tensor],
     direction: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], float]:
+    """H v by differences of the gradient."""
+
+    def quotient(step: float) -> dict[str, Tensor]:
+        ahead, behind = (
+            _gradient(model, batches, parameters, direction, sign * step) for sign in (1, -1)
+        )
+        return {name: ahead[name].sub_(behind[name]).div_(2 * step) for name in direction}
+
+    return _at_the_best_step(parameters, direction, quotient)
+
+
+def _through_outputs(
+    model: nn.Module,
+    batches: Sequence,
+    parameters: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], float]:
+    """J' M J v: differences of the logits, the closed form of M, and a backward pass."""
+    total = sum(int((y != -100).sum()) for _, y in batches)
+
+    def quotient(step: float) -> dict[str, Tensor]:
+        product = {name: torch.zeros_like(parameters[name]) for name in direction}
+        for x, y in batches:
+            with _moved(parameters, direction, step), torch.no_grad():
+                ahead = _logits(model, x)
+            with _moved(parameters, direction, -step), torch.no_grad():
+                behind = _logits(model, x)
+            logits = _logits(model, x)
+            p = logits.detach().softmax(-1)
+            scaled = p * (ahead - behind) / (2 * step)
+            cotangent = (scaled - p * scaled.sum(-1, keepdim=True)) / total
+            cotangent = cotangent * (y.flatten() != -100)[:, None]
+            chosen = [parameters[name] for name in direction]
+            gradients = torch.autograd.grad(logits, chosen, cotangent)
+            for name, gradient in zip(direction, gradients, strict=True):
+                product[name].add_(gradient)
+        return product
+
+    return _at_the_best_step(parameters, direction, quotient)
+
+
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """(targets, C)."""
+    with sdpa_kernel(SDPBackend.MATH):
+        outputs = model(inputs)
+    return getattr(outputs, "logits", outputs).flatten(0, -2)
+
+
+@contextlib.contextmanager
+def _moved(
+    parameters: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    step: float,
+) -> Iterator[None]:
+    """Within it the parameters are moved by ``step`` times the direction."""
+    kept = {name: parameters[name].detach().clone() for name in direction}
+    with torch.no_grad():
+        for name, vector in direction.items():
+            parameters[name].add_(vector, alpha=step)
+    yield
+    with torch.no_grad():
+        for name, value in kept.items():
+            parameters[name].copy_(value)
+
+
+def _at_the_best_step(
+    parameters: Mapping[str, Tensor],
+    direction: Mapping[str, Tensor],
+    quotient: Quotient,
 ) -> tuple[dict[str, Tensor], float]:
     scale = math.hypot(*(float(p.detach().norm()) for p in parameters.values()))
     length = math.hypot(*(float(d.norm()) for d in direction.values()))
@@ -130,11 +212,7 @@ def _difference(
     previous: dict[str, Tensor] = {}
     for relative_step in STEPS:
         step = relative_step * scale / length
-        ahead, behind = (
-            _gradient(model, batches, parameters, direction, sign * step) for sign in (1, -1)
-        )
-        product = {name: ahead[name].sub_(behind[name]).div_(2 * step) for name in direction}
-        del ahead, behind
+        product = quotient(step)
         if previous:
             gap = math.hypot(*(float((product[n] - previous[n]).norm()) for n in product))
             uncertainty = gap / max(
@@ -156,19 +234,12 @@ def _gradient(
     step: float,
 ) -> dict[str, Tensor]:
     """Of the pooled mean loss, at parameters + step * direction."""
-    kept = {name: parameters[name].detach().clone() for name in direction}
     counts = [int((y != -100).sum()) for _, y in batches]
     total = {name: torch.zeros_like(parameters[name]) for name in direction}
-    with torch.no_grad():
-        for name, vector in direction.items():
-            parameters[name].add_(vector, alpha=step)
     for (x, y), count in zip(batches, counts, strict=True):
-        with sdpa_kernel(SDPBackend.MATH):
+        with _moved(parameters, direction, step), sdpa_kernel(SDPBackend.MATH):
             loss = criterion(model(x), y)
-        gradients = torch.autograd.grad(loss, [parameters[name] for name in direction])
+            gradients = torch.autograd.grad(loss, [parameters[name] for name in direction])
         for name, gradient in zip(direction, gradients, strict=True):
             total[name].add_(gradient, alpha=count / sum(counts))
-    with torch.no_grad():
-        for name, value in kept.items():
-            parameters[name].copy_(value)
     return total

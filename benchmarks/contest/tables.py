@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from statistics import quantiles
 from typing import Any
 
+OF_OUTPUTS = "Gauss-Newton: "  # how the referee's names of such products begin
+
 
 def summarise(result: dict[str, Any]) -> None:
     """Adds to every entry its ratio to ours (median and quartiles over rounds) and whether it may
@@ -57,10 +59,11 @@ def markdown(result: dict[str, Any]) -> str:
             ),
         ),
         "Counted operations in forward passes (F) a product.",
-        _table(result, _operations, jobs=("a1", "a8", "b")),
+        _table(result, _operations, jobs=("a1", "a8", "b", "g1", "g8", "h")),
         "Relative error against a float64 finite difference of the gradient: whole Hessian "
         "(the worse of a random "
-        "vector and one on norms and biases alone) / worst of three blocks.",
+        "vector and one on norms and biases alone) / worst of three blocks; then the same of the "
+        "Gauss-Newton matrix, where offered, against differences of the logits.",
         _correctness(result),
         *_remarks(result),
     ]
@@ -93,9 +96,11 @@ def _error(checked: dict[str, Any], job: str) -> float | None:
     errors = checked.get("errors")
     if errors is None:
         return None
-    found = [
-        error for name, error in errors.items() if name.startswith("block ") == (job in ("b", "d"))
-    ]
+    prefix = OF_OUTPUTS if job in ("g1", "g8", "h") else ""
+    kinds = [name for name in errors if name.startswith(OF_OUTPUTS) == bool(prefix)]
+    of_blocks = job in ("b", "d", "h")
+    chosen = [name for name in kinds if name.startswith(f"{prefix}block ") == of_blocks]
+    found = [errors[name] for name in chosen]
     return max(found, key=lambda e: (e != e, e)) if found else None  # NaN is the worst
 
 
@@ -165,7 +170,7 @@ def _verdict(model: dict[str, Any], contender: str) -> str:
     checked = model["correctness"].get(contender, {})
     if "errors" not in checked:
         return _missing(checked)
-    errors = [_error(checked, job) for job in ("a1", "b")]
+    errors = [_error(checked, job) for job in ("a1", "b", "g1", "h")]
     text = " / ".join(_number(e) for e in errors if e is not None)
     return text if all(e is None or e <= model["bound"] for e in errors) else f"WRONG {text}"
 

@@ -1,0 +1,272 @@
+"""A basis of Lanczos vectors that is restarted with Ritz vectors when its memory is full.
+
+V holds m orthonormal rows, T = V A V', and what a product leaves outside is kept as p further
+orthonormal rows Q that are not yet multiplied:
+    A V' = V' T + Q' C',   C (m, p) the coupling
+A step multiplies Q, adds it to V and takes what is left of the products, orthogonal to all, as the
+next Q. For an eigenvector s of T with value t, the Ritz vector s'V has the residual norm |C's|,
+known without a product. When V is full, some Ritz vectors replace it: T becomes the diagonal of
+their values and C becomes S'C, so that the relation above still holds (thick restart: Wu & Simon
+2000; with p > 1 the block form). All rows are kept orthogonal by repeated classical Gram-Schmidt
+(twice is enough: Giraud et al. 2005), also to "locked" rows at the front, which take no part: the
+run then sees (I - P) A (I - P), P their projector.
+
+Letters: n size of the operator, m vectors of the basis, p pending vectors, c locked ones.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from hessian_tools.curvature.symmetric import SymmetricOperator
+from hessian_tools.errors import nonfinite_product
+from hessian_tools.spectra.probes import draw_probes
+from hessian_tools.spectra.row_arithmetic import units
+
+Floats = NDArray[np.float64]
+
+_ROUNDING = 10.0  # what is left of a product below so many roundings of |A| is nothing
+_PASSES = 4  # of Gram-Schmidt, at most
+_COLUMNS = 1 << 18  # of all vectors, worked on at a time
+
+
+class Products:
+    """Products of an operator, counted and checked, in a unit of its own.
+
+    The unit is the power of two near the largest entry of the first product, so that squares of
+    tiny or huge entries stay within the dtype's range. ``scale`` is the largest |Ritz value| seen,
+    over the unit.
+    """
+
+    def __init__(self, operator: SymmetricOperator, bar: tqdm) -> None:
+        self.operator = operator
+        self.bar = bar
+        self.count = 0
+        self.unit = 1.0
+        self.scale = 0.0
+        self.eps = torch.finfo(operator.dtype).eps
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """A v over the unit for each row of (r, n) ``vectors``.
+
+        Raises:
+            NumericalError: naming the first product that holds NaN or inf.
+        """
+        products = self.operator.matmat(vectors).detach()
+        self.bar.update(len(vectors))
+        finite = torch.isfinite(products).all(dim=1).tolist()
+        if not all(finite):
+            raise nonfinite_product("", f"in product {self.count + finite.index(False) + 1}")
+        if self.count == 0:
+            self.unit = float(units(products).max())
+        self.count += len(vectors)
+        return products * (1 / self.unit)
+
+    @property
+    def noise(self) -> float:
+        """What rounding may leave of a product that should vanish."""
+        return _ROUNDING * self.eps * self.scale
+
+
+class Ritz:
+    """Eigenpairs of T: ``values`` (m,) ascending, ``residuals`` (m,), ``turn`` (m, m) columns."""
+
+    def __init__(self, values: Floats, residuals: Floats, turn: Floats) -> None:
+        self.values = values
+        self.residuals = residuals
+        self.turn = turn
+
+
+class Krylov:
+    """The basis V, T and C of the module's docstring.
+
+    Args:
+        products: of the operator.
+        rows: (capacity, n) memory; its first ``locked`` rows are orthonormal and stay.
+        start: (p, n) the first vectors, made orthonormal here.
+        fresh: what random vectors are keyed by when an invariant space is found.
+    """
+
+    def __init__(
+        self,
+        products: Products,
+        rows: Tensor,
+        start: Tensor,
+        fresh: tuple[int, str],
+        locked: int = 0,
+    ) -> None:
+        self.products = products
+        self.rows = rows
+        self.locked = locked
+        self.size = 0
+        self.pending = 0
+        self.restarts = 0
+        self._drawn = 0
+        self._fresh = fresh
+        self._block = len(start)
+        self.projected = np.zeros((len(rows), len(rows)))
+        self.coupling = np.zeros((0, 0))
+        self._append(start, 0.0)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether V and the locked rows span everything, so that Ritz pairs are exact."""
+        return self.pending == 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for the vectors that the next step leaves."""
+        used = self.locked + self.size + 2 * self.pending
+        return used > len(self.rows)
+
+    def step(self) -> None:
+        """Multiplies the pending vectors and takes up the products."""
+        first = self.locked + self.size
+        end = first + self.pending
+        products = self.products(self.rows[first:end])
+        inside = self._project_out(products, end)[:, self.locked :]
+        old, new = self.size, self.size + self.pending
+        # the part within the pending vectors themselves is symmetric up to rounding
+        square = inside[:, old:]
+        self.projected[old:new, old:new] = (square + square.T) / 2
+        self.projected[old:new, :old] = inside[:, :old]
+        self.projected[:old, old:new] = inside[:, :old].T
+        largest = np.abs(inside).max(initial=0.0)
+        self.products.scale = max(self.products.scale, float(largest))
+        self.size = new
+        left = self._append(products, self.products.noise)
+        self.coupling = np.zeros((new, self.pending))
+        self.coupling[old:, : left.shape[1]] = left
+
+    def ritz(self) -> Ritz:
+        """All Ritz pairs at present."""
+        matrix = self.projected[: self.size, : self.size]
+        values, turn = np.linalg.eigh(matrix)
+        residuals = np.linalg.norm(self.coupling.T @ turn, axis=0)
+        largest = np.abs(values).max(initial=0.0)
+        self.products.scale = max(self.products.scale, float(largest))
+        return Ritz(values, residuals, turn)
+
+    def restart(self, ritz: Ritz, kept: NDArray[np.intp]) -> None:
+        """Goes on with the Ritz vectors ``kept`` and the pending ones."""
+        turn = ritz.turn[:, kept]
+        first, last = self.locked, self.locked + self.size
+        begin = first + len(kept)
+        for piece in self.rows.split(_COLUMNS, dim=1):
+            waiting = piece[last : last + self.pending].clone()
+            turn_rows(piece[first:last], turn)
+            piece[begin : begin + self.pending] = waiting
+        straighten(self.rows[first:begin])
+        self.coupling = turn.T @ self.coupling
+        self.projected[:] = 0
+        self.size = len(kept)
+        np.fill_diagonal(self.projected[: self.size, : self.size], ritz.values[kept])
+        self.restarts += 1
+
+    def _project_out(self, vectors: Tensor, end: int) -> Floats:
+        """Makes (r, n) ``vectors`` orthogonal to the first ``end`` rows, in place.
+
+        Returns the coefficients of one pass, (r, end) float64.
+        """
+        basis = self.rows[:end]
+        pieces = list(zip(vectors.split(_COLUMNS, 1), basis.split(_COLUMNS, 1), strict=True))
+        sums = [(v @ q.T).double() for v, q in pieces]
+        coefficients = torch.stack(sums).sum(0)
+        factors = coefficients.to(vectors.dtype)
+        for v, q in pieces:
+            v.sub_(factors @ q)
+        return coefficients.cpu().numpy()
+
+    def _append(self, vectors: Tensor, noise: float) -> Floats:
+        """Makes what is left of (r, n) ``vectors`` the pending rows; those of norm <= ``noise`` go.
+
+        They come orthogonal to all rows but for rounding. Where nothing is left, random vectors are
+        taken, which the basis is not coupled to: C is zero then, and every Ritz pair exact.
+
+        Returns:
+            their coefficients in the new rows, (r, p).
+        """
+        begin = self.locked + self.size
+        self.pending = 0
+        coefficients = np.zeros((len(vectors), len(vectors)))
+        for number, vector in enumerate(vectors):
+            row = begin + self.pending
+            if row >= min(self.products.operator.size, len(self.rows)):
+                break
+            inside, norm = self._orthogonalised(vector[None], row)
+            coefficients[number, : self.pending] = inside[begin:]
+            if norm > noise:
+                self.rows[row] = vector / norm
+                coefficients[number, self.pending] = norm
+                self.pending += 1
+        found = self.pending
+        if not found:
+            self._append_random(begin)
+        return coefficients[:, :found]
+
+    def _orthogonalised(self, vector: Tensor, end: int) -> tuple[Floats, float]:
+        """Makes ``vector`` (1, n) orthogonal to the first ``end`` rows, in place.
+
+        A pass that takes away most of it leaves rounding that is not small beside the rest, so
+        another follows. Returns the coefficients, (end,), and the norm of what is left.
+        """
+        total = np.zeros(end)
+        norm = _norm(vector)
+        for _ in range(_PASSES):
+            before = norm
+            total += self._project_out(vector, end)[0]
+            norm = _norm(vector)
+            if norm > 0.7 * before:
+                break
+        return total, norm
+
+    def _append_random(self, begin: int) -> None:
+        """Random pending rows, as many as a block has, while there is room for them."""
+        room = min(self.products.operator.size, len(self.rows)) - begin
+        for _ in range(min(self._block, room)):
+            row = begin + self.pending
+            seed, name = self._fresh
+            key = f"{name} again {self._drawn}"
+            vector = random_rows(self.products.operator, seed, key, 1)
+            self._drawn += 1
+            _, norm = self._orthogonalised(vector, row)
+            self.rows[row] = vector[0] / norm
+            self.pending += 1
+
+
+def _norm(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+
+
+def turn_rows(rows: Tensor, turn: Floats) -> None:
+    """Writes ``turn``' (j, m) times ``rows`` (m, n) over the first j rows, in place."""
+    factors = torch.from_numpy(turn.T.copy()).to(rows)
+    for piece in rows.split(_COLUMNS, dim=1):
+        piece[: len(factors)] = factors @ piece
+
+
+def straighten(rows: Tensor) -> None:
+    """Makes (m, n) ``rows`` that are orthonormal but for rounding so once more, in place.
+
+    By one Newton step for the polar factor, X - (X X' - 1) X / 2; without it the roundings of many
+    restarts add up.
+    """
+    sums = [(piece @ piece.T).double() for piece in rows.split(_COLUMNS, dim=1)]
+    gram = torch.stack(sums).sum(0).cpu().numpy()
+    turn_rows(rows, 1.5 * np.eye(len(rows)) - 0.5 * gram)
+
+
+def random_rows(operator: SymmetricOperator, seed: int, name: str, count: int) -> Tensor:
+    """(count, n) Gaussian vectors of length 1 about, keyed by ``seed`` and ``name``."""
+    rows = draw_probes(
+        "gaussian",
+        seed,
+        name,
+        count,
+        operator.size,
+        dtype=operator.dtype,
+        device=operator.device,
+    )
+    return rows / operator.size**0.5

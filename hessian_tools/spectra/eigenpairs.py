@@ -8,8 +8,8 @@ are done that the method does not do by itself:
   within r of t (Parlett 1998, theorem 4.5.1).
 - Repeated eigenvalues come as often as they are there. Once the wanted pairs have converged, a run
   from a new random vector orthogonal to them looks for eigenvalues beyond the last one
-  (:mod:`hessian_tools.spectra.overlooked`). What it finds is added, and another run follows, until
-  one finds nothing.
+  (:func:`hessian_tools.spectra.krylov.overlooked`). What it finds is added, and another run
+  follows, until one finds nothing.
 
 Letters: n size of the operator, k wanted pairs (of each end for "both"), w all wanted pairs.
 """
@@ -28,6 +28,13 @@ from tqdm import tqdm
 from hessian_tools.curvature.engine.memory import format_bytes
 from hessian_tools.curvature.progress import product_bar
 from hessian_tools.curvature.symmetric import SymmetricOperator
+from hessian_tools.curvature.target import (
+    Shape,
+    by_name,
+    names_and_shapes,
+    single_operator,
+    vector_bytes,
+)
 from hessian_tools.errors import nonfinite_product
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
@@ -36,19 +43,10 @@ from hessian_tools.spectra.krylov import (
     Krylov,
     Products,
     Ritz,
+    overlooked,
     random_rows,
-    straighten,
-    turn_rows,
 )
-from hessian_tools.spectra.overlooked import overlooked
-from hessian_tools.spectra.row_arithmetic import dots, subtract
-from hessian_tools.spectra.target import (
-    Shape,
-    by_name,
-    names_and_shapes,
-    single_operator,
-    vector_bytes,
-)
+from hessian_tools.spectra.row_arithmetic import dots, straighten, subtract, turn_rows
 
 WHICH = ("largest", "smallest", "magnitude", "both")
 _FLOOR = 50  # roundings of |A|: no residual is asked to be smaller

@@ -11,8 +11,22 @@ their values and C becomes S'C, so that the relation above still holds (thick re
 (twice is enough: Giraud et al. 2005), also to "locked" rows at the front, which take no part: the
 run then sees (I - P) A (I - P), P their projector.
 
-Letters: n size of the operator, m vectors of the basis, p pending vectors, c locked ones.
+A Krylov space holds one vector of each eigenspace, so in exact arithmetic the second copy of a
+repeated eigenvalue is never seen. A run from a new random vector v, orthogonal to those found, sees
+it (:func:`overlooked`). When the run may end is decided by what v would have shown: with the
+orthonormal polynomials p_j of v's spectral measure, v's squared component along the eigenvectors of
+eigenvalues at or beyond t, where t is outside all Ritz values, is at most
+    1 / sum_j p_j(t)^2
+(the Christoffel function: Golub & Meurant 2010, chapter 2). Along one direction it is below
+pi d^2 / (2 n) with a probability of about d alone. The run ends where the bound falls below that,
+d = 1e-4, or where its outermost Ritz pairs have converged.
+
+Letters: n size of the operator, without locked vectors where there are any; m vectors of the basis,
+p pending vectors, j polynomials.
 """
+
+import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,11 +37,12 @@ from tqdm import tqdm
 from hessian_tools.curvature.symmetric import SymmetricOperator
 from hessian_tools.errors import nonfinite_product
 from hessian_tools.spectra.probes import draw_probes
-from hessian_tools.spectra.row_arithmetic import units
+from hessian_tools.spectra.row_arithmetic import straighten, turn_rows, units
 
 Floats = NDArray[np.float64]
 
 _ROUNDING = 10.0  # what is left of a product below so many roundings of |A| is nothing
+_OVERLOOKED = 1e-4  # d
 _PASSES = 4  # of Gram-Schmidt, at most
 _COLUMNS = 1 << 18  # of all vectors, worked on at a time
 
@@ -240,24 +255,6 @@ def _norm(vector: Tensor) -> float:
     return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
 
-def turn_rows(rows: Tensor, turn: Floats) -> None:
-    """Writes ``turn``' (j, m) times ``rows`` (m, n) over the first j rows, in place."""
-    factors = torch.from_numpy(turn.T.copy()).to(rows)
-    for piece in rows.split(_COLUMNS, dim=1):
-        piece[: len(factors)] = factors @ piece
-
-
-def straighten(rows: Tensor) -> None:
-    """Makes (m, n) ``rows`` that are orthonormal but for rounding so once more, in place.
-
-    By one Newton step for the polar factor, X - (X X' - 1) X / 2; without it the roundings of many
-    restarts add up.
-    """
-    sums = [(piece @ piece.T).double() for piece in rows.split(_COLUMNS, dim=1)]
-    gram = torch.stack(sums).sum(0).cpu().numpy()
-    turn_rows(rows, 1.5 * np.eye(len(rows)) - 0.5 * gram)
-
-
 def random_rows(operator: SymmetricOperator, seed: int, name: str, count: int) -> Tensor:
     """(count, n) Gaussian vectors of length 1 about, keyed by ``seed`` and ``name``."""
     rows = draw_probes(
@@ -270,3 +267,122 @@ def random_rows(operator: SymmetricOperator, seed: int, name: str, count: int) -
         device=operator.device,
     )
     return rows / operator.size**0.5
+
+
+def overlooked(
+    space: Krylov,
+    low: float,
+    high: float,
+    *,
+    tolerance: float,
+    is_spent: Callable[[], bool],
+) -> tuple[Floats, bool]:
+    """Eigenvalues below ``low`` or above ``high``, and whether that is settled.
+
+    Their vectors are the rows after the locked ones then. None, settled, is the usual outcome.
+
+    Args:
+        space: not yet stepped, from one random vector.
+        low, high: -inf or inf for an end that does not matter.
+        tolerance: of a residual, over the unit of the products.
+        is_spent: whether no further product may be made.
+    """
+    if space.is_whole:  # the locked rows span everything
+        return np.zeros(0), True
+    run = _Run(space, low, high, tolerance)
+    while True:
+        is_last = run.step() or is_spent()
+        if is_last or run.is_due:
+            found, is_settled = run.look()
+            if is_settled or is_spent():
+                return found, is_settled
+        if space.is_full:
+            run.restart()
+
+
+class _Run:
+    """The run of :func:`overlooked`."""
+
+    def __init__(self, space: Krylov, low: float, high: float, tolerance: float) -> None:
+        ends = ((low, -1), (high, 1))
+        self.sides = [_Side(space, t, sign) for t, sign in ends if math.isfinite(t)]
+        self._space = space
+        self._low, self._high = low, high
+        self._tolerance = tolerance
+        self._every = max(1, len(space.rows) // 32)
+
+    def step(self) -> bool:
+        """A product; whether eigenvalues are excluded at all ends."""
+        self._space.step()
+        for side in self.sides:
+            side.take_up()
+        return all(side.is_bounded for side in self.sides)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for a look at the Ritz values."""
+        space = self._space
+        return space.is_full or space.is_whole or space.size % self._every == 0
+
+    def look(self) -> tuple[Floats, bool]:
+        """Ritz values outside the limits, and whether this is settled.
+
+        Where they are eigenvalues, or none is there, or no product is left, that is the end.
+        """
+        ritz = self._space.ritz()
+        is_outside = (ritz.values < self._low) | (ritz.values > self._high)
+        outside = np.flatnonzero(is_outside)
+        if not len(outside):
+            return np.zeros(0), all(side.is_settled(ritz, self._tolerance) for side in self.sides)
+        is_settled = bool((ritz.residuals[outside] <= self._tolerance).all())
+        if is_settled:
+            self._space.restart(ritz, outside)
+            return ritz.values[outside], True
+        return np.zeros(0), False
+
+    def restart(self) -> None:
+        """Goes on with half of the Ritz vectors, those outermost at the ends in question."""
+        space = self._space
+        most = len(space.rows) - space.locked - 2 * space.pending
+        kept = max(len(self.sides), most // 2)
+        signs = [side.sign for side in self.sides]
+        from_above = kept // len(signs) if 1 in signs else 0
+        from_below = kept - from_above if -1 in signs else 0
+        above = np.arange(space.size - from_above, space.size)
+        space.restart(space.ritz(), np.concatenate([np.arange(from_below), above]))
+
+
+class _Side:
+    """One end of the spectrum: is an eigenvalue beyond ``t`` excluded?"""
+
+    def __init__(self, space: Krylov, t: float, sign: int) -> None:
+        self.sign = sign  # 1: above t, -1: below
+        self.is_bounded = False
+        self._space = space
+        self._t = t
+        self._previous = 0.0
+        self._current = 1.0  # p_j(t)
+        self._beta = 0.0
+        self._total = 1.0
+        free = space.products.operator.size - space.locked
+        self._enough = 2 * free / (math.pi * _OVERLOOKED**2)
+
+    def take_up(self) -> None:
+        """Adds the step just made to the sum of p_j(t)^2; after a restart there are no more p_j."""
+        if self.is_bounded or self._space.restarts:
+            return
+        last = self._space.size - 1
+        alpha = self._space.projected[last, last]
+        beta = np.linalg.norm(self._space.coupling[last])
+        if beta == 0:  # an invariant space: its Ritz values tell
+            return
+        following = (self._t - alpha) * self._current - self._beta * self._previous
+        self._previous, self._current = self._current, float(following / beta)
+        self._beta = float(beta)
+        self._total += self._current**2
+        self.is_bounded = self._total > self._enough
+
+    def is_settled(self, ritz: Ritz, tolerance: float) -> bool:
+        """Whether no eigenvalue is beyond t, where no Ritz value is."""
+        outermost = ritz.residuals[-1 if self.sign > 0 else 0]
+        return self.is_bounded or bool(outermost <= tolerance)

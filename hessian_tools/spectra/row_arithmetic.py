@@ -8,9 +8,12 @@ Shapes: k rows, n entries of each, j basis vectors a row.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+_TURNED = 1 << 18  # columns of a whole basis, taken at a time
 _DEVICE_COLUMNS = 1 << 22  # taken at a time on a device: no copy of the whole batch is made
 _CPU_ENTRIES = 1 << 18  # of a batch that stay in a CPU's cache from one operation to the next
 _CPU_COLUMNS = 1 << 14  # at least so many, else the calls cost more than the arithmetic
@@ -75,6 +78,24 @@ def project_out(vectors: Tensor, basis: Sequence[Tensor]) -> Tensor:
         for v, q in pieces:
             v.sub_(torch.bmm(coefficients, q)[:, 0])
     return taken
+
+
+def turn_rows(rows: Tensor, turn: NDArray[np.float64]) -> None:
+    """Writes ``turn``' (j, m) times ``rows`` (m, n) over the first j rows, in place."""
+    factors = torch.from_numpy(turn.T.copy()).to(rows)
+    for piece in rows.split(_TURNED, dim=1):
+        piece[: len(factors)] = factors @ piece
+
+
+def straighten(rows: Tensor) -> None:
+    """Makes (m, n) ``rows`` that are orthonormal but for rounding so once more, in place.
+
+    By one Newton step for the polar factor, X - (X X' - 1) X / 2; without it the roundings of many
+    restarts add up.
+    """
+    sums = [(piece @ piece.T).double() for piece in rows.split(_TURNED, dim=1)]
+    gram = torch.stack(sums).sum(0).cpu().numpy()
+    turn_rows(rows, 1.5 * np.eye(len(rows)) - 0.5 * gram)
 
 
 def _width(vectors: Tensor) -> int:

@@ -334,10 +334,11 @@ class _Run:
         outside = np.flatnonzero(is_outside)
         if not len(outside):
             return np.zeros(0), all(side.is_settled(ritz, self._tolerance) for side in self.sides)
-        is_settled = bool((ritz.residuals[outside] <= self._tolerance).all())
-        if is_settled:
-            self._space.restart(ritz, outside)
-            return ritz.values[outside], True
+        converged = outside[ritz.residuals[outside] <= self._tolerance]
+        # all are waited for, unless some would be lost at a restart
+        if len(converged) == len(outside) or (self._space.is_full and len(converged)):
+            self._space.restart(ritz, converged)
+            return ritz.values[converged], True
         return np.zeros(0), False
 
     def restart(self) -> None:

@@ -46,7 +46,7 @@ from hessian_tools.spectra.krylov import (
     overlooked,
     random_rows,
 )
-from hessian_tools.spectra.row_arithmetic import dots, straighten, subtract, turn_rows
+from hessian_tools.spectra.row_arithmetic import dot_table, dots, straighten, subtract, turn_rows
 
 WHICH = ("largest", "smallest", "magnitude", "both")
 _FLOOR = 50  # roundings of |A|: no residual is asked to be smaller
@@ -386,7 +386,7 @@ class _Search:
         for first in range(0, count, _ROOM):
             some = slice(first, first + _ROOM)
             products[some] = self.products(vectors[some])
-        projected = (vectors @ products.T).double().cpu().numpy()
+        projected = dot_table(vectors, products).cpu().numpy()
         _, turn = np.linalg.eigh((projected + projected.T) / 2)
         turn_rows(vectors, turn)
         turn_rows(products, turn)

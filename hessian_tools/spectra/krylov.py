@@ -37,7 +37,7 @@ from tqdm import tqdm
 from hessian_tools.curvature.symmetric import SymmetricOperator
 from hessian_tools.errors import nonfinite_product
 from hessian_tools.spectra.probes import draw_probes
-from hessian_tools.spectra.row_arithmetic import straighten, turn_rows, units
+from hessian_tools.spectra.row_arithmetic import dot_table, straighten, turn_rows, units
 
 Floats = NDArray[np.float64]
 
@@ -186,11 +186,9 @@ class Krylov:
         Returns the coefficients of one pass, (r, end) float64.
         """
         basis = self.rows[:end]
-        pieces = list(zip(vectors.split(_COLUMNS, 1), basis.split(_COLUMNS, 1), strict=True))
-        sums = [(v @ q.T).double() for v, q in pieces]
-        coefficients = torch.stack(sums).sum(0)
+        coefficients = dot_table(vectors, basis)
         factors = coefficients.to(vectors.dtype)
-        for v, q in pieces:
+        for v, q in zip(vectors.split(_COLUMNS, 1), basis.split(_COLUMNS, 1), strict=True):
             v.sub_(factors @ q)
         return coefficients.cpu().numpy()
 

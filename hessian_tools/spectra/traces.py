@@ -55,7 +55,7 @@ from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
 from hessian_tools.spectra.krylov import Products
 from hessian_tools.spectra.probes import draw_probes
-from hessian_tools.spectra.row_arithmetic import dots
+from hessian_tools.spectra.row_arithmetic import dot_table, dots
 
 Floats = NDArray[np.float64]
 
@@ -436,7 +436,7 @@ def _unit_columns(triangle: Floats) -> Floats:
 
 def _gram(left: Tensor, right: Tensor) -> Floats:
     """(k, k) float64 dot products of all rows of two batches."""
-    return (left @ right.T).double().cpu().numpy()
+    return dot_table(left, right).cpu().numpy()
 
 
 def _mean(samples: list[Tensor]) -> tuple[float, float, float]:

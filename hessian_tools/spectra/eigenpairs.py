@@ -146,8 +146,10 @@ def top_eigenpairs(
     ends = _Ends(which, k)
     ends.check(target.size)
     _check_tolerance(tolerance)
-    block = _whole_number("block_size", block_size or 1, 1, target.size)
-    limit = _limit(max_matvecs, ends.count)
+    block = 1
+    if block_size is not None:
+        block = _whole_number("block_size", block_size, 1, target.size)
+    limit = _limit(max_matvecs, ends.count, block)
     eps = torch.finfo(target.dtype).eps
     tolerance = max(float(tolerance), _FLOOR * eps)
     if target.size <= max(_DENSE, 2 * ends.count + 20):
@@ -240,13 +242,14 @@ class _Search:
         self.tolerance = tolerance
         self.seed = seed
         self.products = Products(operator, bar)
-        # the residuals at the end take a product for each pair
-        self.limit = limit - ends.count
+        self.limit = limit
 
     def run(self, capacity: int, block: int, check: bool) -> Eigenpairs:
         """Search, check, and residuals of what was found."""
         start = random_rows(self.operator, self.seed, "eigenpairs", block)
         rows = start.new_empty(capacity, self.operator.size)
+        # the residuals at the end take a product for each pair, and the last step up to a block
+        self.limit -= self.ends.count + block - 1
         space = Krylov(self.products, rows, start, (self.seed, "eigenpairs"))
         ritz, is_done = self._converge(space)
         order = self.ends.order(ritz.values)
@@ -318,7 +321,7 @@ class _Search:
     def _checked(self, rows: Tensor, values: Floats) -> tuple[Floats, str]:
         """Values of the first rows with those that were missed, and how the check ended."""
         round_number = 0
-        while True:
+        while not self.is_spent():
             values = self._with_room(rows, values)
             name = f"eigenpairs check {round_number}"
             round_number += 1
@@ -333,10 +336,9 @@ class _Search:
                 is_spent=self.is_spent,
             )
             values = np.concatenate([values, found])
-            if not is_settled:
-                return values, "unfinished"
-            if not len(found):
+            if is_settled and not len(found):
                 return values, "passed"
+        return values, "unfinished"
 
     def _with_room(self, rows: Tensor, values: Floats) -> Floats:
         """``values`` without those that are not wanted where their rows are needed."""
@@ -446,10 +448,12 @@ def _capacity(operator: SymmetricOperator, count: int, block: int, budget: int) 
     return min(fitting, useful)
 
 
-def _limit(max_matvecs: int | None, count: int) -> int:
+def _limit(max_matvecs: int | None, count: int, block: int) -> int:
+    # w vectors at least, which take w products, and their residuals
+    least = 2 * count + block
     if max_matvecs is None:
-        return max(1000, 100 * count)
-    return _whole_number("max_matvecs", max_matvecs, 2 * count + 1)
+        return max(1000, 100 * count, least)
+    return _whole_number("max_matvecs", max_matvecs, least)
 
 
 def _whole_number(name: str, value: int, least: int, most: float = math.inf) -> int:

@@ -254,7 +254,7 @@ def _norm(vector: Tensor) -> float:
 
 
 def random_rows(operator: SymmetricOperator, seed: int, name: str, count: int) -> Tensor:
-    """(count, n) Gaussian vectors of length 1 about, keyed by ``seed`` and ``name``."""
+    """(count, n) Gaussian vectors of length about 1, keyed by ``seed`` and ``name``."""
     rows = draw_probes(
         "gaussian",
         seed,

@@ -1,5 +1,7 @@
 """Eigenpairs against numpy's of planted spectra, and products against those of scipy's eigsh."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -227,6 +229,17 @@ def test_what_has_not_converged_is_returned_with_one_warning():
     assert pairs.converged.all() and pairs.check == "unfinished"
 
 
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("limit", [13, 40, 70, 100])
+def test_no_more_products_than_allowed(limit, block):
+    """Wherever the limit falls: in the search, between check and search, in the check."""
+    operator = DenseOperator(random_symmetric(SPECTRA["three times"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pairs = top_eigenpairs(operator, 5, block_size=block, max_matvecs=limit, progress=False)
+    assert pairs.num_matvecs <= limit and len(pairs.values) == 5
+
+
 class Failing(SymmetricOperator):
     """diag(1 ... n) whose products from number ``last`` on are NaN."""
 
@@ -256,7 +269,7 @@ def test_products_that_are_nan(size):
         ({"tolerance": -1}, "tolerance is -1; pass a number from 0"),
         ({"tolerance": "small"}, "tolerance is 'small'"),
         ({"max_matvecs": 6}, "max_matvecs is 6; pass a whole number, at least 7"),
-        ({"block_size": -1}, "block_size is -1; pass a whole number, at least 1"),
+        ({"block_size": 0}, "block_size is 0; pass a whole number, at least 1"),
         ({"memory": 5000}, r"k needs .* but memory is 4.88 KiB; pass a smaller k"),
     ],
 )

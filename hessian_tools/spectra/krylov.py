@@ -204,13 +204,12 @@ class Krylov:
         begin = self.locked + self.size
         self.pending = 0
         coefficients = np.zeros((len(vectors), len(vectors)))
+        room = min(self.products.operator.size, len(self.rows))
         for number, vector in enumerate(vectors):
             row = begin + self.pending
-            if row >= min(self.products.operator.size, len(self.rows)):
-                break
             inside, norm = self._orthogonalised(vector[None], row)
             coefficients[number, : self.pending] = inside[begin:]
-            if norm > noise:
+            if norm > noise and row < room:
                 self.rows[row] = vector / norm
                 coefficients[number, self.pending] = norm
                 self.pending += 1

@@ -11,9 +11,11 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 
 import hessian_tools as ht
+from hessian_tools.curvature.progress import product_bar
 from hessian_tools.curvature.symmetric import DenseOperator, DiagonalOperator, SymmetricOperator
 from hessian_tools.errors import NumericalError
 from hessian_tools.spectra.eigenpairs import WHICH, top_eigenpairs
+from hessian_tools.spectra.krylov import Krylov, Products, random_rows
 
 N = 200
 RNG = np.random.default_rng(1)
@@ -193,6 +195,32 @@ def test_float32_and_units(factor):
     assert pairs.tolerance == pytest.approx(50 * 2**-23)
     assert pairs.converged.all() and pairs.vectors.dtype == np.float32
     assert np.allclose(pairs.values / factor, expected(matrix, 5, "both"), atol=1e-4)
+
+
+@pytest.mark.parametrize("spectrum", ["clustered", "rank-deficient"])
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+def test_the_relation_of_a_krylov_basis(block, spectrum):
+    """A V' = V' T + Q' C' after every step, over restarts and up to the last dimension."""
+    matrix = random_symmetric(SPECTRA[spectrum][:29])
+    products = Products(DenseOperator(matrix), product_bar(None, shown=False))
+    for capacity in (20, 40):
+        rows = torch.empty(capacity, 29, dtype=torch.float64)
+        start = random_rows(products.operator, 3, "test", block)
+        space = Krylov(products, rows, start, (3, "test"))
+        for _ in range(40):
+            space.step()
+            end = space.size + space.pending
+            v, q = rows[: space.size].numpy(), rows[space.size : end].numpy()
+            t = space.projected[: space.size, : space.size]
+            left = v @ matrix / products.unit - t @ v - space.coupling @ q
+            assert np.abs(left).max() < 1e-12
+            basis = rows[:end].numpy()
+            assert np.abs(basis @ basis.T - np.eye(end)).max() < 1e-12
+            if space.is_whole:
+                break
+            if space.is_full:
+                space.restart(space.ritz(), np.arange(space.size - 9, space.size))
+        assert space.restarts if capacity == 20 else space.is_whole
 
 
 def test_seeds():

@@ -34,9 +34,11 @@ from hessian_tools.problem.losses import Loss, cross_entropy, huggingface, mse
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import load, save
 from hessian_tools.spectra.density import spectral_density
+from hessian_tools.spectra.eigenpairs import top_eigenpairs
 from hessian_tools.spectra.lanczos import lanczos
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.spectra.slq import blockwise_slq, slq
+from hessian_tools.spectra.traces import diagonal, trace
 from hessian_tools.structure.check import check_partition
 from hessian_tools.structure.coupling import coupling
 from hessian_tools.structure.dense import dense_block
@@ -61,6 +63,7 @@ __all__ = [
     "coupling",
     "cross_entropy",
     "dense_block",
+    "diagonal",
     "heads",
     "huggingface",
     "js_heterogeneity",
@@ -75,4 +78,6 @@ __all__ = [
     "save",
     "slq",
     "spectral_density",
+    "top_eigenpairs",
+    "trace",
 ]

@@ -49,6 +49,8 @@ def samples():
         Verification((check,), ("cut batches: cannot be cut",)),
     ]  # fmt: skip
     found.append(found[4].axis)
+    operator = DiagonalOperator(torch.arange(1.0, 90))
+    found += [ht.top_eigenpairs(operator, 2), ht.trace(operator), ht.diagonal(operator, 6)]
     uncertainty = Uncertainty(*np.arange(1.0, 1.0 + len(dataclasses.fields(Uncertainty))).tolist())
     history = Round(12, {"log": 0.5}, {"log": uncertainty}, ("a.weight",))
     found += [

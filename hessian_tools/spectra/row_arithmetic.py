@@ -8,9 +8,13 @@ Shapes: k rows, n entries of each, j basis vectors a row.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+_RUN = 1 << 12  # entries that are summed in the vectors' dtype
+_TURNED = 1 << 18  # columns of a whole basis, taken at a time
 _DEVICE_COLUMNS = 1 << 22  # taken at a time on a device: no copy of the whole batch is made
 _CPU_ENTRIES = 1 << 18  # of a batch that stay in a CPU's cache from one operation to the next
 _CPU_COLUMNS = 1 << 14  # at least so many, else the calls cost more than the arithmetic
@@ -75,6 +79,40 @@ def project_out(vectors: Tensor, basis: Sequence[Tensor]) -> Tensor:
         for v, q in pieces:
             v.sub_(torch.bmm(coefficients, q)[:, 0])
     return taken
+
+
+def dot_table(left: Tensor, right: Tensor) -> Tensor:
+    """(r, m) float64 dot products of all rows of (r, n) ``left`` and (m, n) ``right``.
+
+    Runs of entries are summed in the vectors' dtype, and the runs in float64: a float32 sum of a
+    million terms of one sign is wrong by 100 roundings.
+    """
+    whole = left.shape[1] // _RUN * _RUN
+    table = (left[:, whole:] @ right[:, whole:].T).double()
+    pairs = zip(left[:, :whole].split(_TURNED, 1), right[:, :whole].split(_TURNED, 1), strict=True)
+    for a, b in pairs:
+        if a.shape[1]:
+            runs_of_a = a.unflatten(1, (-1, _RUN)).transpose(0, 1)
+            runs_of_b = b.unflatten(1, (-1, _RUN)).permute(1, 2, 0)
+            table += torch.bmm(runs_of_a, runs_of_b).sum(0, dtype=torch.float64)
+    return table
+
+
+def turn_rows(rows: Tensor, turn: NDArray[np.float64]) -> None:
+    """Writes ``turn``' (j, m) times ``rows`` (m, n) over the first j rows, in place."""
+    factors = torch.from_numpy(turn.T.copy()).to(rows)
+    for piece in rows.split(_TURNED, dim=1):
+        piece[: len(factors)] = factors @ piece
+
+
+def straighten(rows: Tensor) -> None:
+    """Makes (m, n) ``rows`` that are orthonormal but for rounding so once more, in place.
+
+    By one Newton step for the polar factor, X - (X X' - 1) X / 2; without it the roundings of many
+    restarts add up.
+    """
+    gram = dot_table(rows, rows).cpu().numpy()
+    turn_rows(rows, 1.5 * np.eye(len(rows)) - 0.5 * gram)
 
 
 def _width(vectors: Tensor) -> int:

@@ -31,20 +31,32 @@ def problem() -> ht.Problem:
     return ht.Problem(model, ht.cross_entropy, [(tokens[:, :-1], tokens[:, 1:])])
 
 
+Kind = type[ht.HessianOperator] | type[ht.GaussNewtonOperator]
+
+
 def full_product(
-    problem: ht.Problem, probes: int, record: bool, route: str = "double backward"
+    problem: ht.Problem,
+    probes: int,
+    record: bool,
+    route: str = "double backward",
+    kind: Kind = ht.HessianOperator,
 ) -> float:
-    """Operations a probe of the whole Hessian; a recorded graph's own recording is not counted."""
-    hessian = ht.HessianOperator(problem, record=record, route=route)
+    """Operations a probe of the whole matrix; a recorded graph's own recording is not counted."""
+    hessian = kind(problem, record=record, route=route)
     vectors = torch.randn(probes, hessian.size)
     if record:
         hessian.matmat(vectors[:1])
     return operations(lambda: hessian.matmat(vectors)) / probes
 
 
-def block_product(problem: ht.Problem, probes: int, route: str = "double backward") -> float:
+def block_product(
+    problem: ht.Problem,
+    probes: int,
+    route: str = "double backward",
+    kind: Kind = ht.HessianOperator,
+) -> float:
     """Operations a probe of one diagonal block, mean over all weight matrices."""
-    hessian = ht.HessianOperator(problem, record=True, route=route)
+    hessian = kind(problem, record=True, route=route)
     hessian.matmat(torch.randn(1, hessian.size))
     costs = []
     for cut in ht.partition(problem.model, "weights").cuts:
@@ -90,10 +102,26 @@ def main() -> None:
         ),
         ("whole Hessian, graph rebuilt, 8 probes", full_product(case, 8, False)),
         ("whole Hessian, graph rebuilt, 1 probe", full_product(case, 1, False)),
+        (
+            "whole Gauss-Newton matrix, graph recorded, 8 probes",
+            full_product(case, 8, True, kind=ht.GaussNewtonOperator),
+        ),
+        (
+            "whole Gauss-Newton matrix, tangent program, 8 probes",
+            full_product(case, 8, True, "tangent program", ht.GaussNewtonOperator),
+        ),
+        (
+            "whole Gauss-Newton matrix, graph rebuilt, 1 probe",
+            full_product(case, 1, False, kind=ht.GaussNewtonOperator),
+        ),
         ("one weight block (mean), 4 probes", block_product(case, 4)),
         (
             "one weight block (mean), tangent program, 4 probes",
             block_product(case, 4, "tangent program"),
+        ),
+        (
+            "one weight block (mean), Gauss-Newton, 4 probes",
+            block_product(case, 4, kind=ht.GaussNewtonOperator),
         ),
         ("one weight block (mean), 1 probe", block_product(case, 1)),
         ("one weight block (mean), backward into all leaves, 1 probe", into_all_leaves(case)),

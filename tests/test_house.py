@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 # before it
 ORDER = (
     "interruption errors tables lock results problem blocks curvature.tangent curvature.segments "
-    "curvature.engine curvature spectra heterogeneity structure descent quadratic plots app "
-    "__init__ __main__"
+    "curvature.engine curvature.outputs curvature spectra heterogeneity structure descent "
+    "quadratic plots app __init__ __main__"
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the
 # command line

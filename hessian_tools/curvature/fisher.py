@@ -1,6 +1,6 @@
 """Fisher matrices: exact, from drawn targets (Monte Carlo), and empirical.
 
-All are J' M J, with M as in :mod:`hessian_tools.curvature.output_matrices`, normalised like the
+All are J' M J, with M as in :mod:`hessian_tools.curvature.outputs.matrices`, normalised like the
 mean loss: (1/N) times a sum over the N valid examples (tokens, for language models).
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.curvature.distributions import ClassLoss, distribution
 from hessian_tools.curvature.engine_operator import EngineOperator, check_problem
 from hessian_tools.curvature.gauss_newton import ThroughOutputsOperator
-from hessian_tools.curvature.output_matrices import EmpiricalFisher, ExpectedFisher, SampledFisher
+from hessian_tools.curvature.outputs.distributions import ClassLoss, distribution
+from hessian_tools.curvature.outputs.matrices import EmpiricalFisher, ExpectedFisher, SampledFisher
 from hessian_tools.curvature.referees import Reference, outputs_difference
 from hessian_tools.problem.batches import Batch, batch_length
 from hessian_tools.problem.problem import Problem

@@ -7,7 +7,7 @@ from torch import Tensor
 from hessian_tools.curvature.engine.derivative import OfTheOutputs
 from hessian_tools.curvature.engine.precision import PRECISIONS
 from hessian_tools.curvature.engine_operator import EngineOperator, check_problem
-from hessian_tools.curvature.output_matrices import LossHessian, Matrix
+from hessian_tools.curvature.outputs.matrices import LossHessian, Matrix
 from hessian_tools.curvature.referees import Reference, outputs_difference
 from hessian_tools.curvature.segments.recompute import Segments
 from hessian_tools.problem.problem import Problem

@@ -163,12 +163,11 @@ def js_heterogeneity(
     found, workspace = compared(blocks, needed, settings)
     stochastic = [block for block in blocks if block.status != "exact"]
     literature = _literature(workspace, asked)
-    notes = [*_notes(names, blocks, workspace, asked), *_literature_notes(literature)]
-    curvature = spectra.curvature if isinstance(spectra, BlockSpectra) else "Hessian"
-    if curvature != "Hessian":
-        notes.append(
-            f"these are readings of the {curvature}; the verdict's limits were set on Hessians"
-        )
+    notes = [
+        *_notes(names, blocks, workspace, asked),
+        *_literature_notes(literature),
+        *_matrix_notes(spectra),
+    ]
     return JSHeterogeneity(
         names=names,
         readings={name: _reading(found[name]) for name in asked},
@@ -274,6 +273,12 @@ def _notes(
             f"apart, which {coarsest} does not resolve at its steps; values at other steps are "
             "on another axis"
         )
+
+
+def _matrix_notes(spectra: Mapping[str, Quadrature]) -> Iterator[str]:
+    curvature = spectra.curvature if isinstance(spectra, BlockSpectra) else "Hessian"
+    if curvature != "Hessian":
+        yield f"these are readings of the {curvature}; the verdict's limits were set on Hessians"
 
 
 def _literature(workspace: Workspace, asked: Sequence[str]) -> Densities | None:

@@ -5,7 +5,8 @@ row only:
 
 - the loss's Hessian in z, by autograd, for any loss that is twice differentiable in z;
 - the Fisher matrix, (1/N) sum_rows E[s s'], s the score of a target that the model itself draws
-  (:mod:`hessian_tools.curvature.distributions`), exactly or as a mean over draws (Monte Carlo);
+  (:mod:`hessian_tools.curvature.outputs.distributions`), exactly or as a mean over draws (Monte
+  Carlo);
 - the empirical one, with the score of the target in the data (Kunstner, Hennig & Balles 2019,
   "Limitations of the empirical Fisher approximation").
 
@@ -17,16 +18,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hessian_tools.curvature.distributions import (
+from hessian_tools.curvature.engine.custom_functions import first_line
+from hessian_tools.curvature.engine.memory import is_out_of_memory
+from hessian_tools.curvature.engine.recorded import Grad, derivatives_of_rows
+from hessian_tools.curvature.engine.through_outputs import RowMap
+from hessian_tools.curvature.outputs.distributions import (
     AnyProblem,
     distribution,
     likelihood,
     rank_one,
 )
-from hessian_tools.curvature.engine.custom_functions import first_line
-from hessian_tools.curvature.engine.memory import is_out_of_memory
-from hessian_tools.curvature.engine.recorded import Grad, derivatives_of_rows
-from hessian_tools.curvature.engine.through_outputs import RowMap
 from hessian_tools.errors import NotTwiceDifferentiable
 from hessian_tools.problem.batches import Batch
 from hessian_tools.problem.problem import Problem

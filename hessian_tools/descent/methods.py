@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.curvature.preconditioners import DiagonalPreconditioner, Preconditioner
@@ -77,16 +78,17 @@ def solved_methods(
     preconditioner: Preconditioner | None,
     eps: float,
     relative_floor: float | None,
+    bar: tqdm,
 ) -> dict[str, Method]:
     """Every method, solved for one step."""
     p, direction = _preconditioned(operator, gradient, preconditioner, eps)
     follows = preconditioner is not None
-    plain = _solved(operator, gradient, gradient, owners, None, True, relative_floor)
-    adam = _solved(operator, gradient, direction, owners, p, follows, relative_floor)
+    plain = _solved(operator, gradient, gradient, owners, None, True, relative_floor, bar)
+    adam = _solved(operator, gradient, direction, owners, p, follows, relative_floor, bar)
     methods = {"one rate": _together(plain), "blocks": plain}
     if row_owners is not None:
         methods["rows"] = _solved(
-            operator, gradient, gradient, row_owners, None, True, relative_floor
+            operator, gradient, gradient, row_owners, None, True, relative_floor, bar
         )
     methods["adam"] = _together(adam)
     methods["adam blocks"] = adam
@@ -115,8 +117,9 @@ def _solved(
     precondition: Preconditioner | None,
     follows: bool,
     relative_floor: float | None,
+    bar: tqdm,
 ) -> Method:
-    matrix = reduced_matrix(operator, direction, owners)
+    matrix = reduced_matrix(operator, direction, owners, bar)
     slopes = inner_products(gradient, direction, owners)
     floor = relative_floor
     if floor is None:
@@ -144,6 +147,7 @@ def simulate(
     methods: Mapping[str, Method],
     steps: int,
     krylov: int,
+    bar: tqdm,
 ) -> None:
     """Gives every method its run of ``steps`` steps."""
     for method in methods.values():
@@ -157,6 +161,7 @@ def simulate(
                 continue
             p = _with_rates(method, p)
         method.run = best_run(operator, gradient, p, steps, krylov)
+        bar.update(method.run.num_matvecs)
 
 
 def _with_rates(method: Method, p: DiagonalPreconditioner | None) -> Rates:

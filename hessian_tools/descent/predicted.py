@@ -32,6 +32,7 @@ from hessian_tools.blocks.presets import partition as partition_of
 from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.curvature.preconditioned import PreconditionedOperator
 from hessian_tools.curvature.preconditioners import Preconditioner
+from hessian_tools.curvature.progress import product_bar
 from hessian_tools.descent.batch_errors import FEWEST, influences, standard_error
 from hessian_tools.descent.methods import Method, simulate, solved_methods
 from hessian_tools.descent.predicted_result import Decrease, PredictedProgress
@@ -58,6 +59,7 @@ def predicted_progress(
     krylov: int = KRYLOV,
     batches_standard_error: bool = True,
     relative_floor: float | None = None,
+    progress: bool = True,
 ) -> PredictedProgress:
     """The best decrease of the local quadratic by one rate, by a rate a block, by Adam's diagonal.
 
@@ -81,6 +83,7 @@ def predicted_progress(
             least 4 batches (:mod:`hessian_tools.descent.batch_errors`). The preconditioner is held
             fixed, and with it the default one's direction.
         relative_floor: see :mod:`hessian_tools.descent.reduced`.
+        progress: a bar on stderr, products done and left, when that is a terminal.
 
     Raises:
         TypeError: for an ``operator`` that is no curvature operator, or one preconditioned already.
@@ -94,15 +97,16 @@ def predicted_progress(
     row_owners = _row_owners(problem, max_rows) if rows else None
     one_step = 2 * len(owners.names) + (len(row_owners.names) if row_owners else 0)
     runs = (5 if rows else 4) if steps > 1 else 0
-    operator.expect(one_step + runs * min(steps, krylov))
-    with operator.steady():
+    total = one_step + runs * min(steps, krylov)
+    operator.expect(total)
+    with operator.steady(), product_bar(total, shown=progress) as bar:
         loss, gradient = loss_and_gradient(problem)
         _check_finite(gradient)
         methods = solved_methods(
-            operator, gradient, owners, row_owners, preconditioner, eps, relative_floor
+            operator, gradient, owners, row_owners, preconditioner, eps, relative_floor, bar
         )
         if steps > 1:
-            simulate(operator, gradient, methods, steps, krylov)
+            simulate(operator, gradient, methods, steps, krylov, bar)
     spent = one_step + sum(method.run.num_matvecs for method in methods.values())
     errors, notes = _errors(operator, gradient, methods, batches_standard_error)
     spent += len(errors)

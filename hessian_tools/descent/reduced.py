@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
+from tqdm import tqdm
 
 from hessian_tools.blocks.block import Cut
 from hessian_tools.curvature.operators import CurvatureOperator
@@ -84,8 +85,13 @@ def inner_products(a: Tensors, b: Tensors, owners: Owners) -> Floats:
     return total.numpy()
 
 
-def reduced_matrix(operator: CurvatureOperator, direction: Tensors, owners: Owners) -> Floats:
-    """(B, B) M_bc = d_b'A d_c, symmetrised.
+def reduced_matrix(
+    operator: CurvatureOperator,
+    direction: Tensors,
+    owners: Owners,
+    bar: tqdm,
+) -> Floats:
+    """(B, B) M_bc = d_b'A d_c, symmetrised; ``bar`` counts the products.
 
     Raises:
         NumericalError: for a product with NaN or inf, naming the block.
@@ -106,7 +112,12 @@ def reduced_matrix(operator: CurvatureOperator, direction: Tensors, owners: Owne
             rows.append(direction[name].to(operator.dtype) * is_mine)
         return rows
 
+    counted = 0  # rows told to the bar: each part comes once a micro-batch
+
     def collect(part: slice, products: Sequence[Tensor | None], weight: float) -> None:
+        nonlocal counted
+        bar.update(max(0, part.stop - counted))
+        counted = max(counted, part.stop)
         for name, product in zip(names, products, strict=True):
             if product is None:
                 continue

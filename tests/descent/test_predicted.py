@@ -12,6 +12,7 @@ from hessian_tools.curvature.preconditioners import (
     DiagonalPreconditioner,
     KroneckerPreconditioner,
 )
+from hessian_tools.curvature.progress import product_bar
 from hessian_tools.descent.methods import DIAGONAL_ONLY, solved_methods
 from hessian_tools.descent.reduced import LEFT, best_rates, owners_of
 from hessian_tools.descent.trajectories import best_fixed_rate, fall
@@ -504,7 +505,9 @@ def test_the_reduced_matrix_is_that_of_the_directions(dense):
     owners = owners_of(dense.problem, partition.cuts)
     operator = HessianOperator(dense.problem)
     gradient = mean_gradient(dense.problem)
-    methods = solved_methods(operator, gradient, owners, None, None, 1e-8, None)
+    methods = solved_methods(
+        operator, gradient, owners, None, None, 1e-8, None, product_bar(None, shown=False)
+    )
     columns = dense.columns(partition)
     np.testing.assert_allclose(
         methods["blocks"].matrix, columns.T @ dense.hessian @ columns, atol=1e-12

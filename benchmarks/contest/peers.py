@@ -62,7 +62,7 @@ class HessianEigenthings(Contender):
         return self.library.GGNOperator(
             self.case.model,
             self.case.batches,
-            self.library.supervised_forward,
+            _logits,  # supervised_forward, but for models of transformers
             self.library.supervised_loss_of_output(criterion),
             param_filter=chosen,
         )
@@ -99,6 +99,11 @@ class HessianEigenthings(Contender):
             )
             spectra[name] = quadrature(found.raw_eigenvalues, found.raw_weights, operator.size)
         return spectra
+
+
+def _logits(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    outputs = model(batch[0])
+    return getattr(outputs, "logits", outputs)
 
 
 class _FlatLogits(nn.Module):

@@ -182,8 +182,8 @@ def _with_noise(problem: Problem, seed: int, num_samples: int) -> Problem:
     wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
     noisy: list[Batch] = []
     for batch in problem.batches:
-        with problem.evaluating(), torch.no_grad():
-            outputs = problem.batch_outputs(batch)
+        with problem.evaluating():
+            outputs = problem.outputs_value(batch)
         known = distribution(problem, outputs, batch)
         shape = (*known.noise_shape(outputs), num_samples)
         noisy.append((batch, known.noise(shape, generator).to(problem.device, wide)))
@@ -214,5 +214,5 @@ def _noise_changed(drawn: Problem, change: Callable[[Tensor], Tensor]) -> Proble
 def _check_distribution(problem: Problem) -> None:
     """What the loss does not say is said before anything is planned or traced."""
     _, batch = problem.samples[0]
-    with problem.evaluating(), torch.no_grad():
-        distribution(problem, problem.batch_outputs(batch), batch)
+    with problem.evaluating():
+        distribution(problem, problem.outputs_value(batch), batch)

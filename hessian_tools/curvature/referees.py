@@ -88,8 +88,8 @@ def outputs_difference(
 
 def _outputs(problem: Problem) -> list[Tensor]:
     """z of every batch."""
-    with problem.evaluating(), torch.no_grad():
-        return [problem.batch_outputs(batch).clone() for batch in problem.batches]
+    with problem.evaluating():
+        return [problem.outputs_value(batch).clone() for batch in problem.batches]
 
 
 def _pulled_back(problem: Problem, middle: Middle, vectors: Sequence[Tensor]) -> list[Tensor]:

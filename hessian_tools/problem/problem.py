@@ -123,6 +123,11 @@ class Problem:
             )
         return outputs
 
+    def outputs_value(self, batch: Batch) -> Tensor:
+        """The same, without a graph; call it inside :meth:`evaluating`."""
+        with torch.set_grad_enabled(self._differentiates_inside):
+            return self.batch_outputs(batch).detach()
+
     def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
         """The mean loss of one batch of given outputs, a scalar."""
         return self.in_two_steps.loss(outputs, batch)

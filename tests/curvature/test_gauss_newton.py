@@ -214,6 +214,45 @@ def test_a_loss_without_a_known_form_is_verified_as_well():
         assert verification.passed, str(verification)
 
 
+def derivatives_inside(model, batch):
+    """What a physics-informed network is fitted by: a residual of its derivatives, and a value."""
+    x = batch.detach().requires_grad_()
+    u = model(x)
+    (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (d2u,) = torch.autograd.grad(du[:, 0].sum(), x, create_graph=True)
+    return torch.stack([du[:, 1] - d2u[:, 0], u[:, 0]], dim=1)
+
+
+def test_outputs_that_are_derivatives_themselves():
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    loss = ht.Loss(derivatives_inside, lambda z, batch: z.square().mean())
+    problem = ht.Problem(model, loss, [torch.randn(9, 2).double()])
+    operator = ht.GaussNewtonOperator(problem)
+    assert relative_error(operator.to_dense(), dense_gauss_newton(problem)) < 1e-13
+    verification = operator.verify()
+    assert verification.passed and not verification.skipped, str(verification)
+
+
+def test_a_model_under_autocast_is_verified_in_float64():
+    torch.manual_seed(7)
+
+    def outputs(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(batch[0]).float()
+
+    def loss(z, batch):
+        return nn.functional.cross_entropy(z.flatten(0, 1), batch[1].flatten())
+
+    tokens = torch.randint(11, (2, 7))
+    given = ht.Loss(outputs, loss)
+    problem = ht.Problem(gpt(), given, [(tokens[:, :-1], tokens[:, 1:])])
+    operator = ht.GaussNewtonOperator(problem)
+    verification = operator.verify()
+    assert verification.passed, str(verification)
+    assert any(check.name == "rounding of bfloat16" for check in verification.checks)
+
+
 # ------------------------------------------------------------------------------- what losses tell
 
 

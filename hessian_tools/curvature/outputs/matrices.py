@@ -55,10 +55,11 @@ class LossHessian:
         if likelihood(problem.in_two_steps, batch):
             known = distribution(problem, outputs, batch)
             return known.fisher_product(outputs, u[None])[0]
-        step = _step(outputs, u)
-        _, ahead = _slope(problem, outputs + step * u, batch)
-        _, behind = _slope(problem, outputs - step * u, batch)
-        return (ahead - behind).detach() / (2 * step)
+        z, v = outputs.double(), u.double()  # in which differences of so small a step can be had
+        step = _step(z, v)
+        _, ahead = _slope(problem, z + step * v, batch)
+        _, behind = _slope(problem, z - step * v, batch)
+        return ((ahead - behind).detach() / (2 * step)).to(u.dtype)
 
 
 class ExpectedFisher:
@@ -104,16 +105,17 @@ class EmpiricalFisher:
             known = distribution(problem, outputs, batch)
             product = rank_one(known.score(outputs), known.row_axes, u[None])[0]
             return known.weights * product
-        step = _step(outputs, u)
-        total = torch.zeros_like(u)
-        for example in range(len(outputs)):
-            moved = torch.zeros_like(u)
-            moved[example] = step * u[example]
-            ahead = problem.loss_of_outputs(outputs + moved, batch)
-            behind = problem.loss_of_outputs(outputs - moved, batch)
+        z, v = outputs.double(), u.double()
+        step = _step(z, v)
+        total = torch.zeros_like(v)
+        for example in range(len(z)):
+            moved = torch.zeros_like(v)
+            moved[example] = step * v[example]
+            ahead = problem.loss_of_outputs(z + moved, batch)
+            behind = problem.loss_of_outputs(z - moved, batch)
             total[example] = (ahead - behind) / (2 * step)
-        _, slope = _slope(problem, outputs, batch)
-        return slope.detach() * total * problem.count(batch)
+        _, slope = _slope(problem, z, batch)
+        return (slope.detach() * total * problem.count(batch)).to(u.dtype)
 
 
 class SampledFisher:

@@ -269,9 +269,9 @@ def row_of(key: str, numbers: dict[str, float]) -> list[str]:
 
 
 def main() -> None:
-    run = Script(__doc__, OUT, smoke="the MLP and the GPT: seconds").run()
+    run = Script(__doc__, OUT, smoke="the MLP alone: seconds").run()
     repair()  # beside a CPU-only torch, the registry's torchvision breaks transformers
-    names = ("MLP", "GPT") if run.smoke else tuple(MODELS)
+    names = ("MLP",) if run.smoke else tuple(MODELS)
     lines: dict[str, dict[str, float]] = {}
     for name in tqdm(names, disable=None):
         case = problem(name)

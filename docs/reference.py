@@ -10,7 +10,9 @@ import inspect
 from pathlib import Path
 from types import ModuleType
 
-FOLDERS = "problem blocks curvature spectra heterogeneity structure descent quadratic".split()
+FOLDERS = (
+    "problem blocks curvature spectra heterogeneity structure descent quadratic optimizers".split()
+)
 PAGE = Path(__file__).with_name("reference.md")
 
 

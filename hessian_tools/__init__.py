@@ -1,7 +1,7 @@
 """hessian_tools: curvature of neural networks, block by block, and what to do about it.
 
 The names here are what most users need; the rest is in the folders, which are read in this order:
-problem, blocks, curvature, spectra, heterogeneity, structure, descent, quadratic. Heavy
+problem, blocks, curvature, spectra, heterogeneity, structure, descent, quadratic, optimizers. Heavy
 optional libraries (torchvision, transformers, matplotlib) are imported only when a model or a
 figure asks for them.
 """
@@ -12,6 +12,7 @@ from hessian_tools import blocks as blocks
 from hessian_tools import curvature as curvature
 from hessian_tools import descent as descent
 from hessian_tools import heterogeneity as heterogeneity
+from hessian_tools import optimizers as optimizers
 from hessian_tools import problem as problem
 from hessian_tools import quadratic as quadratic
 from hessian_tools import spectra as spectra

@@ -19,7 +19,7 @@ Letters: B blocks of a tensor.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, optim
@@ -40,12 +40,24 @@ class Rule(Protocol):
     def __call__(self, p: Tensor, state: State, group: ParamGroup) -> Tensor: ...
 
 
+@runtime_checkable
+class TellsDenominators(Protocol):
+    """An optimizer that says itself what its steps are divided by."""
+
+    param_groups: list[ParamGroup]
+
+    def denominators(self) -> Mapping[Tensor, Tensor]:
+        """By parameter, one number for every entry."""
+        ...
+
+
 def preconditioner_of(optimizer: optim.Optimizer, problem: Problem) -> DiagonalPreconditioner:
     """P from the state of ``optimizer`` after its last step, see the module's text.
 
     Args:
         optimizer: one of torch's Adam, AdamW, NAdam, RAdam, RMSprop and Adagrad, an optimizer that
-            derives from them and keeps their state, or Adam-mini.
+            derives from them and keeps their state, Adam-mini, or any that has
+            ``denominators()``, as those of this package do.
         problem: of the model that it trains.
 
     Raises:
@@ -53,8 +65,12 @@ def preconditioner_of(optimizer: optim.Optimizer, problem: Problem) -> DiagonalP
         ValueError: for a parameter without state; for parameters that optimizer and Problem do not
             share; for a second moment that does not fit its parameter, or a P that is not positive.
     """
-    rule = _rule_of(optimizer)
     follow(problem)
+    if isinstance(optimizer, TellsDenominators):
+        _groups_by_parameter(optimizer, problem)
+        told = optimizer.denominators()
+        return DiagonalPreconditioner({name: told[p] for name, p in problem.parameters.items()})
+    rule = _rule_of(optimizer)
     groups = _groups_by_parameter(optimizer, problem)
     diagonal: dict[str, Tensor] = {}
     for name, p in problem.parameters.items():

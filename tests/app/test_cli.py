@@ -548,7 +548,7 @@ def test_a_finished_run_repeated_computes_nothing(capsys, monkeypatch):
     def forbidden(*arguments, **keywords):
         raise AssertionError("computed")
 
-    for name in ("HessianOperator", "blockwise_slq", "js_heterogeneity"):
+    for name in ("operator_for", "blockwise_slq", "js_heterogeneity"):
         monkeypatch.setattr(spectra_command, name, forbidden)
     assert run(*command) == 0
     again, err = said(capsys)

@@ -154,4 +154,4 @@ def test_summary_is_json_with_the_tables_numbers():
     assert found["readings"]["scale"]["mean"] == "nan"  # one of two blocks is zero
     assert found["readings"]["unnormalised"]["mean"] == js.js0
     assert found["verdict"] == {"decision": js.verdict.decision, "words": str(js.verdict)}
-    assert set(report.summary(SMALL, None)) == {"blocks", "matvecs", "route", "notes"}
+    assert set(report.summary(SMALL, None)) == {"blocks", "matvecs", "route", "matrix", "notes"}

@@ -91,7 +91,10 @@ class BlockwiseAdam(torch.optim.Optimizer):
                 _check_cuts(p, group)
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Tensor | float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]  # torch's own has overloads
+        self,
+        closure: Closure | None = None,
+    ) -> Tensor | float | None:
         """One step; returns what ``closure`` does."""
         loss = None
         if closure is not None:

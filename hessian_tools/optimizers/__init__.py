@@ -1,8 +1,9 @@
-"""Optimizers that the theories speak of: Adam over the blocks of a partition, and its relatives.
+"""Optimizers that the theories speak of: Adam over the blocks of a partition, and the others.
 
-Reading order: blockwise_adam, adam_family, state.
+Reading order: blockwise_adam, adam_family, adafactor, shampoo, blockwise_sgd, muon, named, state.
 """
 
+from hessian_tools.optimizers.adafactor import Adafactor
 from hessian_tools.optimizers.adam_family import (
     PRESETS,
     adalayer,
@@ -13,17 +14,28 @@ from hessian_tools.optimizers.adam_family import (
     sgd_adalayer,
 )
 from hessian_tools.optimizers.blockwise_adam import BlockwiseAdam
+from hessian_tools.optimizers.blockwise_sgd import BlockwiseSGD
+from hessian_tools.optimizers.muon import MuonWithAdamW
+from hessian_tools.optimizers.named import OPTIMIZERS, Entry, make
+from hessian_tools.optimizers.shampoo import Shampoo
 from hessian_tools.optimizers.state import StateBytes, state_bytes
 
 __all__ = [
+    "OPTIMIZERS",
     "PRESETS",
+    "Adafactor",
     "BlockwiseAdam",
+    "BlockwiseSGD",
+    "Entry",
+    "MuonWithAdamW",
+    "Shampoo",
     "StateBytes",
     "adalayer",
     "adalayer_star",
     "adam",
     "adam_mini",
     "frozen_adalayer",
+    "make",
     "sgd_adalayer",
     "state_bytes",
 ]

@@ -197,14 +197,9 @@ class _Work:
 
     def divided(self, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of the regions of ``tensor``, each with denominators that it can be divided by."""
-        values = self.denominator()
-        cuts = self.group["cuts"]
-        if not cuts or self.has_all or not self.group["adapt"]:
-            yield tensor, values
-            return
-        for cut, some in zip(cuts, values.split([_count(cut) for cut in cuts]), strict=True):
-            region = _region(tensor, cut)
-            yield region, _beside(some, region.shape, cut["axes"])
+        if self.has_all or not self.group["adapt"]:
+            return iter([(tensor, self.denominator())])
+        return by_blocks(tensor, self.denominator(), self.group)
 
 
 def _update(work: list[_Work]) -> None:
@@ -311,6 +306,24 @@ def _is_elementwise(p: Tensor, group: ParamGroup) -> bool:
     if group.get("block") == _NO_BLOCK:
         return True
     return bool(group["cuts"]) and sum(map(_count, group["cuts"])) == p.numel()
+
+
+def by_blocks(
+    tensor: Tensor,
+    values: Tensor,
+    group: ParamGroup,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of the regions that a group cuts ``tensor`` into, each with its blocks' ``values``.
+
+    The values (B,) come in the order of the cuts, and go in shapes that broadcast to the regions.
+    """
+    cuts = group["cuts"]
+    if not cuts:
+        yield tensor, values
+        return
+    for cut, some in zip(cuts, values.split([_count(cut) for cut in cuts]), strict=True):
+        region = _region(tensor, cut)
+        yield region, _beside(some, region.shape, cut["axes"])
 
 
 def _count(cut: Mapping[str, Any]) -> int:  # numbers and tuples of them

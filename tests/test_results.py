@@ -68,7 +68,7 @@ def samples():
         arguments,
         arguments.keywords,
     ]
-    found += [ht.blocks.state_savings(model, partition)]
+    found += [ht.blocks.state_savings(model, partition), ht.optimizers.StateBytes(10, 20)]
     report = ht.check_partition(
         ht.Problem(model, ht.mse, [(torch.randn(8, 4), torch.randn(8, 4))]), partition
     )

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from hessian_tools.optimizers.named import OPTIMIZERS, make
 from hessian_tools.results import Journal
 from hessian_tools.training.budget import Budget
+from hessian_tools.training.loop import CLIP, GiveUp, timed_step, train
 from hessian_tools.training.schedule import Schedule, cosine
 from hessian_tools.training.stream import Stream
-from hessian_tools.training.train import CLIP, GiveUp, timed_step, train
 from hessian_tools.training.trajectory import Trajectory, smoothed
 
 MakeModel = Callable[[int], nn.Module]  # seed -> a fresh model
@@ -73,19 +73,32 @@ class Runs:
     journal: Journal | None = None
     checkpoint: Path | None = None
     progress: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)  # of every run asked for, by name
     _finished: dict[str, Trajectory] = field(default_factory=dict)
 
-    def run(self, setting: Setting, give_up: GiveUp | None = None) -> Trajectory:
-        """The trajectory of a setting."""
+    def run(
+        self,
+        setting: Setting,
+        give_up: GiveUp | None = None,
+        *,
+        validate: bool = True,
+    ) -> Trajectory:
+        """The trajectory of a setting; without validation losses unless ``validate``."""
         name = setting.name
-        if self.journal and name in self.journal.finished:
-            kept: Trajectory = self.journal.finished[name]
-            return kept
-        if name not in self._finished:
-            self._finished[name] = self._trained(setting, give_up)
+        if not self.is_finished(setting):
+            self._finished[name] = self._trained(setting, give_up, validate)
             if self.journal:
                 self.journal.append(name, self._finished[name])
-        return self._finished[name]
+        elif name not in self._finished and self.journal:
+            self._finished[name] = self.journal.finished[name]
+        trajectory = self._finished[name]
+        self.seconds[name] = trajectory.seconds
+        return trajectory
+
+    def is_finished(self, setting: Setting) -> bool:
+        """Whether it was run before."""
+        in_journal = self.journal is not None and setting.name in self.journal.finished
+        return in_journal or setting.name in self._finished
 
     def seconds_a_step(self, optimizer: str, batch_size: int | None) -> float:
         """Measured on a fresh model, at the published rate."""
@@ -98,7 +111,12 @@ class Runs:
         """A bar of runs, on stderr where that is a terminal."""
         return tqdm(total=total, unit="run", disable=None if self.progress else True)
 
-    def _trained(self, setting: Setting, give_up: GiveUp | None) -> Trajectory:
+    def _trained(
+        self,
+        setting: Setting,
+        give_up: GiveUp | None,
+        validate: bool,
+    ) -> Trajectory:
         with _seeded(setting.seed):
             model, optimizer, stream = self._parts(setting)
             return train(
@@ -109,6 +127,7 @@ class Runs:
                 Budget(setting.num_steps),
                 clip=self.clip,
                 z_loss=self.z_loss,
+                validate_every=None if validate else 0,
                 checkpoint=self.checkpoint,
                 key=setting.name,
                 give_up=give_up,

@@ -53,7 +53,7 @@ class Stream:
     loss_fn: LossFunction
     batch_stats: bool | None = None
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
     described: str = ""
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
@@ -66,12 +66,13 @@ class Stream:
         """The batch of a step, counted from 0."""
         size = self.batch_size or 1
         places = [self._place(number) for number in range(step * size, (step + 1) * size)]
-        return to_device(self.source.batch(places), self.device)
+        return to_device(self.source.batch(places), torch.device(self.device))
 
     def held_out(self) -> list[Batch]:
         """The batches of the validation loss, the same for every seed; may be none."""
         size = max(self.batch_size or 1, BATCH_SIZE)
-        return [to_device(batch, self.device) for batch in self.source.held_out(size)]
+        device = torch.device(self.device)
+        return [to_device(batch, device) for batch in self.source.held_out(size)]
 
     def with_seed(self, seed: int) -> "Stream":
         """The same data in another order."""
@@ -96,7 +97,7 @@ class Stream:
 
         They are weighted by the examples that count, or by their lengths.
         """
-        evaluated = in_modes({module: False for module in model.modules()})
+        evaluated = in_modes(dict.fromkeys(model.modules(), False))
         counted = getattr(self.loss_fn, "num_examples", None)
         total = weights = 0.0
         with torch.no_grad(), evaluated, batch_norm_mode(model, self.batch_stats):

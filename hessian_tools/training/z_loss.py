@@ -44,8 +44,8 @@ class ZLoss:
     def __init__(self, loss_fn: LossFunction, weight: float = WEIGHT) -> None:
         if not isinstance(loss_fn, _Classifying):
             raise ValueError(
-                f"z-loss needs the logits of a classifier, and {_name(loss_fn)} does not tell them; "
-                "use ht.cross_entropy or ht.huggingface, or leave the z-loss out"
+                f"z-loss needs the logits of a classifier, and {_name(loss_fn)} does not tell "
+                "them; use ht.cross_entropy or ht.huggingface, or leave the z-loss out"
             )
         if not 0 <= weight < float("inf"):
             raise ValueError(f"the weight of the z-loss must be at least 0, got {weight!r}")

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from hessian_tools.optimizers.named import OPTIMIZERS
 from hessian_tools.results import Journal, registered
 from hessian_tools.training.budget import Budget, budget_of
+from hessian_tools.training.loop import CLIP
 from hessian_tools.training.runs import MakeModel, Runs, Setting, beyond, grid_of, hopeless
 from hessian_tools.training.schedule import Schedule, cosine
 from hessian_tools.training.stream import Stream
-from hessian_tools.training.train import CLIP
 from hessian_tools.training.trajectory import Floats, Trajectory
 
 WITHIN = 0.05  # of the best loss: what counts as about as good

@@ -63,7 +63,8 @@ def train(
             by timing five steps on a copy, so that the run is the same however busy the machine is.
         clip: the gradient's largest norm; None: as it is.
         z_loss: weight of :class:`ZLoss`; the losses recorded are without it.
-        validate_every: steps between validations; default: a fifth of all. There is one at the end.
+        validate_every: steps between validations; default: a fifth of all. There is one at the end,
+            too; 0: none at all.
         checkpoint: file for the state, saved every ``save_every`` seconds and removed at the end;
             where it holds the state of the run ``key``, the run goes on from there, with the same
             losses bit by bit on a CPU.
@@ -87,7 +88,9 @@ def train(
         group.setdefault("initial_lr", float(group["lr"]))
     held_out = stream.held_out()
     run = _Run(model, stream, optimizer, schedule, objective, clip, record, held_out)
-    every = validate_every or max(1, math.ceil(record.num_steps / VALIDATIONS))
+    every = validate_every
+    if every is None:
+        every = math.ceil(record.num_steps / VALIDATIONS)
     hidden = None if progress else True  # None: hidden where stderr is no terminal
     bar = tqdm(total=record.num_steps, initial=record.steps, disable=hidden, leave=False)
     saved = time.monotonic()
@@ -235,6 +238,8 @@ def _num_steps(
 
 
 def _is_due(record: Record, every: int) -> bool:
+    if every == 0:
+        return False
     return record.steps % every == 0 or record.steps == record.num_steps
 
 
@@ -280,7 +285,7 @@ def _same_random_numbers() -> Iterator[None]:
 def _check(clip: float | None, validate_every: int | None, save_every: float) -> None:
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be a positive norm, or None for no clipping, got {clip!r}")
-    if validate_every is not None and validate_every < 1:
-        raise ValueError(f"validate_every must be at least 1 step, got {validate_every!r}")
+    if validate_every is not None and validate_every < 0:
+        raise ValueError(f"validate_every must be 0 (never) or more steps, got {validate_every!r}")
     if save_every < 0:
         raise ValueError(f"save_every must be 0 seconds or more, got {save_every!r}")

@@ -1,6 +1,6 @@
 """The command line: parse, run, explain.
 
-Commands: ``hessian-tools js0 | spectrum | partition | quadratic | models``.
+Commands: ``hessian-tools js0 | spectrum | partition | quadratic | race | models``.
 
 Exit codes: 0 done, 1 a partition is contradicted, 2 bad input (one line on stderr), 3 a failure
 while computing, numerical or other (one line), 130 interrupted (--out resumes).
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hessian_tools.app import partition_command, quadratic_command, spectra_command
+from hessian_tools.app import partition_command, quadratic_command, race_command, spectra_command
 from hessian_tools.app.run_folder import close_all
 from hessian_tools.app.terminal import say
 from hessian_tools.curvature.engine.memory import is_out_of_memory
@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     spectra_command.add(commands, _EPILOG)
     partition_command.add(commands, _EPILOG)
     quadratic_command.add(commands, _EPILOG)
+    race_command.add(commands, _EPILOG)
     models = commands.add_parser("models", help="the networks that --model knows")
     models.add_argument(
         "--json",

@@ -47,9 +47,9 @@ def loss_curves(race: Race, *, title: str = "") -> Figure:
             axes.axhline(level, color="#777777", linewidth=0.8, linestyle=":", zorder=0)
         _fitted_to_curves(axes, entries)
         axes.set_xscale("log")
-        _finished(axes, size, "step")
+        _finished(axes, entries[0], "step")
+        axes.legend(fontsize=7, frameon=False, loc="lower left")
     panels[0].set_ylabel(_loss_label(race), fontsize=9)
-    _legend(panels[-1])
     titled(figure, title)
     return figure
 
@@ -70,9 +70,9 @@ def rate_curves(race: Race, *, title: str = "") -> Figure:
             axes.axhspan(best, best + WITHIN * abs(best), color="#eeeeee", zorder=-1)
         axes.set_xscale("log")
         _fitted_to_rates(axes, entries)
-        _finished(axes, size, "learning rate")
+        _finished(axes, entries[0], "learning rate")
     panels[0].set_ylabel("loss at the end of a run (log scale)", fontsize=9)
-    _legend(panels[-1])
+    panels[-1].legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     titled(figure, title)
     return figure
 
@@ -101,7 +101,7 @@ def _curve(axes: Axes, entry: RaceEntry, colour: str, dash: str) -> None:
     steps = np.arange(1, curves.shape[1] + 1)
     shown = np.unique(np.geomspace(1, len(steps), _MOST_POINTS).astype(int)) - 1
     mean = curves.mean(axis=0)
-    label = f"{entry.optimizer}, {entry.rate:.2g}"
+    label = f"{entry.optimizer}, rate {entry.rate:.2g}"
     axes.plot(steps[shown], mean[shown], dash, color=colour, linewidth=1.4, label=label)
     if len(curves) > 1:
         low, high = curves.min(axis=0), curves.max(axis=0)
@@ -142,7 +142,7 @@ def _rounds(axes: Axes, entry: RaceEntry, colour: str, dash: str) -> None:
             markersize=3.5,
             linewidth=1.2,
             alpha=number / count,
-            label=f"{entry.optimizer}, {entry.num_steps:,} steps" if is_last else None,
+            label=entry.optimizer if is_last else None,
         )
         outside = tried.rates[~finite]
         height = np.full(len(outside), 0.97)
@@ -169,17 +169,15 @@ def _limits(axes: Axes, lowest: float, highest: float) -> None:
         axes.yaxis.set_minor_formatter("{x:g}")
 
 
-def _finished(axes: Axes, size: int | None, below: str) -> None:
+def _finished(axes: Axes, entry: RaceEntry, below: str) -> None:
     axes.set_xlabel(below, fontsize=9)
-    axes.set_title("batches as given" if size is None else f"batches of {size}", fontsize=9)
+    size = entry.batch_size
+    batches = "batches as given" if size is None else f"batches of {size}"
+    axes.set_title(f"{batches}, {entry.num_steps:,} steps", fontsize=9)
     axes.tick_params(labelsize=7, which="both")
     axes.grid(linewidth=0.3, alpha=0.7)
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-
-
 def _loss_label(race: Race) -> str:
     seeds = f"mean of {len(race.seeds)} seeds" if len(race.seeds) > 1 else "one seed"
-    return f"training loss, smoothed ({seeds}; crosses: validation)"
+    return f"training loss, smoothed ({seeds})\ncrosses: validation loss"

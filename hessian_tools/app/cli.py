@@ -111,7 +111,10 @@ def _explained(error: BaseException) -> tuple[int, str]:
         return NUMERICAL_FAILURE, f"numerical failure: {error}"
     if isinstance(error, Exception) and is_out_of_memory(error):
         kind = type(error).__name__
-        advice = "give a smaller --memory, --batch-size or --probes (quadratic: --starts)"
+        advice = (
+            "give a smaller --memory, --batch-size or --probes (quadratic: --starts; race: "
+            "--batch-sizes)"
+        )
         return BAD_INPUT, f"out of memory ({kind}); {advice}"
     if isinstance(error, ValueError | OSError | ImportError):
         return BAD_INPUT, str(error) or type(error).__name__

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,16 @@ FAR_ABOVE_STEPS = 20  # in a row, after which a run counts as diverged
 SAVE_EVERY = 30.0  # seconds
 VALIDATIONS = 5
 _TIMED_STEPS = 4  # besides a first one, by which a budget in seconds becomes one in steps
+
+
+class End(Enum):
+    """How a run ended."""
+
+    DONE = auto()
+    DIVERGED = auto()
+    STOPPED = auto()
+
+
 # whether to give up, from the steps done and the losses so far
 GiveUp = Callable[[int, list[float]], bool]
 
@@ -86,28 +97,18 @@ def train(
         record = Record(num_steps)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", float(group["lr"]))
-    held_out = stream.held_out()
-    run = _Run(model, stream, optimizer, schedule, objective, clip, record, held_out)
+    run = _Run(model, stream, optimizer, schedule, objective, clip, record, stream.held_out())
     every = validate_every
     if every is None:
         every = math.ceil(record.num_steps / VALIDATIONS)
     hidden = None if progress else True  # None: hidden where stderr is no terminal
     bar = tqdm(total=record.num_steps, initial=record.steps, disable=hidden, leave=False)
-    saved = time.monotonic()
-    stopped = diverged = False
+    saving = _Saving(kept, save_every)
     with bar, batch_norm_mode(model, stream.batch_stats):
-        while record.steps < record.num_steps and not stopped and not diverged:
-            diverged = not run.step()
-            if not diverged and _is_due(record, every):
-                run.validate()
-            stopped = give_up is not None and give_up(record.steps, record.losses)
-            bar.update()
-            if kept and time.monotonic() - saved >= save_every and not diverged:
-                kept.save(record, model, optimizer)
-                saved = time.monotonic()
+        end = _end_of(run, every, give_up or (lambda steps, losses: False), saving, bar)
     if kept:
         kept.remove()
-    return _trajectory(record, diverged, stopped and not diverged, state_bytes(optimizer))
+    return _trajectory(record, end, state_bytes(optimizer))
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,9 @@ class _Run:
             self.record.validation_steps.append(self.record.steps)
             self.record.validation_losses.append(loss)
 
+    def is_done(self) -> bool:
+        return self.record.steps >= self.record.num_steps
+
     def _gradient(self, batch: Batch) -> tuple[float, float]:
         """The loss, and the norm of the gradient before clipping."""
         self.optimizer.zero_grad()
@@ -179,6 +183,43 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         return float(self.optimizer.param_groups[0]["lr"])
+
+
+class _Saving:
+    """Saves the state of a run every so many seconds; never where there is no file for it."""
+
+    def __init__(self, checkpoint: Checkpoint | None, every: float) -> None:
+        self._checkpoint = checkpoint
+        self._every = every
+        self._last = time.monotonic()
+
+    def save_if_due(self, run: _Run) -> None:
+        is_due = time.monotonic() - self._last >= self._every
+        if self._checkpoint and is_due:
+            self._checkpoint.save(run.record, run.model, run.optimizer)
+            self._last = time.monotonic()
+
+
+def _end_of(
+    run: _Run,
+    validate_every: int,
+    give_up: GiveUp,
+    saving: _Saving,
+    bar: tqdm,
+) -> End:
+    """Steps until the run ends in one way or another."""
+    record = run.record
+    while not run.is_done():
+        has_diverged = not run.step()
+        bar.update()
+        if has_diverged:
+            return End.DIVERGED
+        if _is_due(record, validate_every):
+            run.validate()
+        if give_up(record.steps, record.losses):
+            return End.STOPPED
+        saving.save_if_due(run)
+    return End.DONE
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -243,12 +284,7 @@ def _is_due(record: Record, every: int) -> bool:
     return record.steps % every == 0 or record.steps == record.num_steps
 
 
-def _trajectory(
-    record: Record,
-    diverged: bool,
-    stopped: bool,
-    bytes_of_state: int,
-) -> Trajectory:
+def _trajectory(record: Record, end: End, bytes_of_state: int) -> Trajectory:
     return Trajectory(
         losses=np.array(record.losses),
         learning_rates=np.array(record.learning_rates),
@@ -256,8 +292,8 @@ def _trajectory(
         validation_steps=np.array(record.validation_steps, dtype=np.int64),
         validation_losses=np.array(record.validation_losses, dtype=np.float64),
         num_steps=record.num_steps,
-        diverged=diverged,
-        stopped=stopped,
+        diverged=end is End.DIVERGED,
+        stopped=end is End.STOPPED,
         seconds=record.seconds,
         state_bytes=bytes_of_state,
     )

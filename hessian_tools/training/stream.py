@@ -46,6 +46,7 @@ class Stream:
         seed: of the order.
         device: where the batches go.
         described: the data in words.
+        differentiates_inside: whether the loss needs gradients enabled.
     """
 
     source: Source
@@ -55,6 +56,7 @@ class Stream:
     seed: int = 0
     device: torch.device | str = "cpu"
     described: str = ""
+    differentiates_inside: bool = False
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -100,10 +102,11 @@ class Stream:
         evaluated = in_modes(dict.fromkeys(model.modules(), False))
         counted = getattr(self.loss_fn, "num_examples", None)
         total = weights = 0.0
-        with torch.no_grad(), evaluated, batch_norm_mode(model, self.batch_stats):
+        enabled = torch.set_grad_enabled(self.differentiates_inside)
+        with enabled, evaluated, batch_norm_mode(model, self.batch_stats):
             for batch in held_out:
                 weight = counted(model, batch) if counted else batch_length(batch) or 1
-                total += weight * float(self.loss_fn(model, batch))
+                total += weight * float(self.loss_fn(model, batch).detach())
                 weights += weight
         return total / weights
 
@@ -205,5 +208,6 @@ def problem_stream(problem: Problem, *, batch_size: int | None = None, seed: int
         seed,
         problem.device,
         described,
+        problem.differentiates_inside,
     )
     return stream if batch_size is None else stream.with_batch_size(batch_size)

@@ -158,7 +158,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(summary(result), indent=1))
         return
-    print(f"{label}\n{race_table(result)}\n\n{race_text(result)}")
+    took = f"runs took {result.seconds:.0f} s"
+    print(f"{label}; {took}\n{race_table(result)}\n\n{race_text(result)}")
 
 
 def _budget(text: str) -> Budget:

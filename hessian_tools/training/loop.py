@@ -239,25 +239,15 @@ def timed_step(
     clip: float | None = CLIP,
     z_loss: float = 0.0,
 ) -> float:
-    """Seconds of a training step, the median of four after a first one, on a copy of both."""
-    return _timed_step(model, stream, optimizer, _Objective(stream, z_loss), clip)
-
-
-def _timed_step(
-    model: nn.Module,
-    stream: Stream,
-    optimizer: torch.optim.Optimizer,
-    objective: _Objective,
-    clip: float | None,
-) -> float:
-    model, optimizer = copy.deepcopy((model, optimizer))
+    """Seconds of a training step, the median of four after a first one; they train ``model``."""
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", float(group["lr"]))
     record = Record(_TIMED_STEPS + 1)
+    objective = _Objective(stream, z_loss)
     run = _Run(model, stream, optimizer, cosine, objective, clip, record)
     times = []
-    with _same_random_numbers(), batch_norm_mode(model, stream.batch_stats):
-        for _ in range(record.num_steps):
+    with batch_norm_mode(model, stream.batch_stats):
+        while not run.is_done():
             before = record.seconds
             run.step()
             times.append(record.seconds - before)
@@ -274,7 +264,9 @@ def _num_steps(
 ) -> int:
     if budget.steps is not None:
         return budget.steps
-    seconds = _timed_step(model, stream, optimizer, objective, clip)
+    copied = copy.deepcopy((model, optimizer))  # together, as the optimizer refers to the model
+    with _same_random_numbers():
+        seconds = timed_step(copied[0], stream, copied[1], clip=clip, z_loss=objective.z_loss)
     return max(1, int(budget.amount / seconds))
 
 

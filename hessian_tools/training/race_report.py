@@ -121,11 +121,13 @@ def _who_leads(race: Race, size: int | None) -> str:
     second = ranking[1]
     gap = second.loss - first.loss
     noise = math.hypot(first.spread, second.spread)
-    told = f"{first.optimizer} leads {second.optimizer} by {gap:.3g}"
+    told = (
+        f"{first.optimizer} leads {second.optimizer} by {gap:.3g} after {first.num_steps:,} steps"
+    )
     if not math.isnan(noise):
         is_clear = gap > 2 * noise / math.sqrt(len(race.seeds))
         told += ", more than seeds explain" if is_clear else ", no more than seeds explain"
-    return f"{where}: {told} after {first.num_steps:,} steps; {level}"
+    return f"{where}: {told}; {level}"
 
 
 def _crossover(race: Race) -> str:

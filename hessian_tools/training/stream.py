@@ -6,6 +6,7 @@ its own. The order does not depend on the batch size: a stream in batches of 64 
 one in batches of 8.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -99,11 +100,12 @@ class Stream:
 
         They are weighted by the examples that count, or by their lengths.
         """
-        evaluated = in_modes(dict.fromkeys(model.modules(), False))
         counted = getattr(self.loss_fn, "num_examples", None)
         total = weights = 0.0
-        enabled = torch.set_grad_enabled(self.differentiates_inside)
-        with enabled, evaluated, batch_norm_mode(model, self.batch_stats):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(in_modes(dict.fromkeys(model.modules(), False)))
+            stack.enter_context(batch_norm_mode(model, self.batch_stats))
+            stack.enter_context(torch.set_grad_enabled(self.differentiates_inside))
             for batch in held_out:
                 weight = counted(model, batch) if counted else batch_length(batch) or 1
                 total += weight * float(self.loss_fn(model, batch).detach())

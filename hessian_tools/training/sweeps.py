@@ -131,7 +131,8 @@ def sweep(
         refine: quarter decades beside the best as well.
         stop_hopeless: give up hopeless runs.
         schedule, clip, z_loss: as for ``train``.
-        journal: where every run becomes a line; runs that it holds are not run again.
+        journal: where every run becomes a line; runs that it holds are not run again. A line's name
+            tells the optimizer, rate, momentum, seed and steps; all else is the journal's own.
         checkpoint: file for the state of the run under way.
 
     Raises:

@@ -67,7 +67,7 @@ def test_a_race_on_ones_own_model(said, tmp_path):
     code, out, err = said("--model", "own.py:net", *SHORT, "--out", tmp_path / "out")
     assert code == 0 and "noise" not in out and "noise" in err
     lines = out.splitlines()
-    assert lines[0] == "own.py:net (123 parameters, 54 examples of its own)"
+    assert lines[0].startswith("own.py:net (123 parameters, 54 examples of its own); runs took ")
     assert {line.split()[0] for line in lines[3:5]} == {"sgd", "adam"}
     assert "a longer run, with other rates, may turn" in out and "--seeds 3" in out
     files = {path.name for path in (tmp_path / "out").iterdir()}

@@ -1,9 +1,9 @@
 """hessian_tools: curvature of neural networks, block by block, and what to do about it.
 
 The names here are what most users need; the rest is in the folders, which are read in this order:
-problem, blocks, curvature, spectra, heterogeneity, structure, descent, quadratic, optimizers. Heavy
-optional libraries (torchvision, transformers, matplotlib) are imported only when a model or a
-figure asks for them.
+problem, blocks, curvature, spectra, heterogeneity, structure, descent, quadratic, optimizers,
+training. Heavy optional libraries (torchvision, transformers, matplotlib) are imported only when a
+model or a figure asks for them.
 """
 
 # first of all, for the imports take seconds in which Ctrl-C has to be answered
@@ -17,6 +17,7 @@ from hessian_tools import problem as problem
 from hessian_tools import quadratic as quadratic
 from hessian_tools import spectra as spectra
 from hessian_tools import structure as structure
+from hessian_tools import training as training
 from hessian_tools.blocks.block import Block
 from hessian_tools.blocks.param_groups import param_groups
 from hessian_tools.blocks.partition import Partition

@@ -47,7 +47,11 @@ def registered(cls: ResultClass) -> ResultClass:
     Files know the class by its name, so a class that is renamed keeps its old one as
     ``saved_as``, a class attribute.
     """
-    TYPES[_saved_name(cls)] = cls
+    name = _saved_name(cls)
+    known = TYPES.get(name, cls)
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise TypeError(f"{cls} would be saved as {name}, which is how {known} is saved")
+    TYPES[name] = cls
     return cls
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "interruption errors tables lock results problem blocks curvature.tangent curvature.segments "
     "curvature.engine curvature.outputs curvature spectra heterogeneity structure descent "
-    "quadratic optimizers plots app __init__ __main__"
+    "quadratic optimizers training plots app __init__ __main__"
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the
 # command line
@@ -32,12 +32,13 @@ LAZY = {
     "app.spectra_command": {"hessian_tools.plots"},
     "app.partition_command": {"hessian_tools.plots"},
     "app.quadratic_command": {"hessian_tools.plots"},
+    "app.race_command": {"hessian_tools.plots"},
 }
 FOLDERS = ("hessian_tools", "experiments", "figures", "tests", "benchmarks")
 PACKAGE = ROOT / "hessian_tools"
 EXPORTING = (
-    "problem blocks curvature spectra heterogeneity structure descent quadratic optimizers".split()
-)
+    "problem blocks curvature spectra heterogeneity structure descent quadratic optimizers training"
+).split()
 MODULES = {  # by dotted name inside the package
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
         path.read_text()

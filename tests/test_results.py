@@ -21,8 +21,11 @@ from hessian_tools import quadratic, results
 from hessian_tools.curvature.symmetric import DiagonalOperator
 from hessian_tools.curvature.verification import Check, Verification
 from hessian_tools.heterogeneity.adaptive import Round, Uncertainty
-from hessian_tools.results import Journal, load, save, write_atomically
+from hessian_tools.results import Journal, load, registered, save, write_atomically
 from hessian_tools.spectra.quadrature import Estimate, RitzValue
+from hessian_tools.training.races import Race, RaceEntry, RaceRound
+from hessian_tools.training.sweeps import RateSweep
+from hessian_tools.training.trajectory import Trajectory
 
 
 def quadrature(seed=0, exact="auto"):
@@ -102,7 +105,34 @@ def samples():
         quadratic.limit_cycle(case, beta2=0.9, **few, tail=4),
     ]
     found.append(quadratic.Scorecard("r", 1, 2, 3, 4))
+    found += trained()
     return {type(result).__name__: result for result in found}
+
+
+def trained():
+    """Results of the training lab."""
+    one = np.ones(2)
+    run = Trajectory(one, one, one, np.array([1]), one[:1], 2, False, False, 0.5, 8)
+    table, flags = np.ones((2, 1)), np.zeros((2, 1), bool)
+    tried = RaceRound(2, one, one, flags[:, 0])
+    entry = RaceEntry(
+        "adam", None, 2, 0.1, one, one, 1.0, None, 8, 0.1, False, rounds=(tried,), runs=(run,)
+    )
+    return [
+        run,
+        RateSweep("sgd", 0.9, 2, (0,), one, table, table, flags, flags, (run,)),
+        tried,
+        entry,
+        Race("data", "2 steps", (0,), (entry,), 0.5),
+    ]
+
+
+def test_two_classes_are_not_saved_under_one_name():
+    class Other:
+        saved_as = "Trajectory"
+
+    with pytest.raises(TypeError, match="would be saved as Trajectory, which is how"):
+        registered(Other)
 
 
 SAMPLES = samples()

@@ -1,6 +1,6 @@
 """The command line: parse, run, explain.
 
-Commands: ``hessian-tools js0 | spectrum | partition | quadratic | models``.
+Commands: ``hessian-tools js0 | spectrum | partition | quadratic | race | models``.
 
 Exit codes: 0 done, 1 a partition is contradicted, 2 bad input (one line on stderr), 3 a failure
 while computing, numerical or other (one line), 130 interrupted (--out resumes).
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hessian_tools.app import partition_command, quadratic_command, spectra_command
+from hessian_tools.app import partition_command, quadratic_command, race_command, spectra_command
 from hessian_tools.app.run_folder import close_all
 from hessian_tools.app.terminal import say
 from hessian_tools.curvature.engine.memory import is_out_of_memory
@@ -111,7 +111,10 @@ def _explained(error: BaseException) -> tuple[int, str]:
         return NUMERICAL_FAILURE, f"numerical failure: {error}"
     if isinstance(error, Exception) and is_out_of_memory(error):
         kind = type(error).__name__
-        advice = "give a smaller --memory, --batch-size or --probes (quadratic: --starts)"
+        advice = (
+            "give a smaller --memory, --batch-size or --probes (quadratic: --starts; race: "
+            "--batch-sizes)"
+        )
         return BAD_INPUT, f"out of memory ({kind}); {advice}"
     if isinstance(error, ValueError | OSError | ImportError):
         return BAD_INPUT, str(error) or type(error).__name__
@@ -188,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     spectra_command.add(commands, _EPILOG)
     partition_command.add(commands, _EPILOG)
     quadratic_command.add(commands, _EPILOG)
+    race_command.add(commands, _EPILOG)
     models = commands.add_parser("models", help="the networks that --model knows")
     models.add_argument(
         "--json",

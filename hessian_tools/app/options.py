@@ -20,7 +20,7 @@ from hessian_tools.problem.problem import Problem
 from hessian_tools.results import JsonObject
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-_BATCH_STATS = {"batch": True, "running": False, None: None}
+BATCH_STATS = {"batch": True, "running": False, None: None}
 MATRICES: dict[str, type[HessianOperator | ThroughOutputsOperator]] = {
     "hessian": HessianOperator,
     "ggn": GaussNewtonOperator,
@@ -72,14 +72,18 @@ def matrix_setting(arguments: argparse.Namespace) -> JsonObject:
 
 def load_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, JsonObject]:
     """The Problem of ``--model REFERENCE``, and what identifies it."""
-    is_own = ":" in reference or reference.endswith(".py")
-    make = _users_problem if is_own else _zoo_problem
+    make = _users_problem if is_users(reference) else _zoo_problem
     problem, settings = make(arguments, reference)
     identity = {
         "batch_stats": problem.batch_stats,
         "network_and_data": fingerprint(problem),
     }
     return problem, settings | identity
+
+
+def is_users(reference: str) -> bool:
+    """Whether ``--model REFERENCE`` names a file of the user's, and no model of the zoo."""
+    return ":" in reference or reference.endswith(".py")
 
 
 def _users_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, JsonObject]:
@@ -92,7 +96,7 @@ def _users_problem(arguments: argparse.Namespace, reference: str) -> tuple[Probl
     problem, identity = problem_from(
         reference,
         seed=arguments.seed,
-        batch_stats=_BATCH_STATS[arguments.batch_stats],
+        batch_stats=BATCH_STATS[arguments.batch_stats],
         device=arguments.device,
         dtype=DTYPES.get(arguments.dtype),
     )
@@ -109,15 +113,36 @@ def _zoo_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem
         dtype=DTYPES.get(arguments.dtype) or torch.float32,
         **knobs,
     )
-    asked = _BATCH_STATS[arguments.batch_stats]
+    asked = BATCH_STATS[arguments.batch_stats]
     batch_stats = made.batch_stats if asked is None else asked
     problem = Problem(made.model, made.loss_fn, made.batches, batch_stats=batch_stats)
     return problem, made.settings
 
 
 def add_network_options(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    """``--model`` (``nargs="+"`` for several), data, device, dtype and seed."""
+    """``--model`` (``nargs="+"`` for several), data, matrix, device, dtype and seed."""
     add = command.add_argument_group("network and data").add_argument
+    add_model_options(add, nargs)
+    add("--num-examples", **COUNT, help="sequences or images (default: the model's own)")
+    add("--batch-size", **COUNT, help="examples a batch (default: all in one)")
+    add_machine_options(add)
+    add(
+        "--matrix",
+        choices=MATRICES,
+        default="hessian",
+        help="of which the spectra or blocks are: the Hessian, the Gauss-Newton matrix, or the "
+        "exact or the empirical Fisher matrix (default: hessian)",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS[:2],
+        help="of float32 matrix products and convolutions on CUDA: ieee, which is true float32, or "
+        "tf32, which is faster (default: ieee)",
+    )
+
+
+def add_model_options(add: Callable[..., object], nargs: str | None = None) -> None:
+    """``--model`` (``nargs="+"`` for several), and what its data is made of."""
     add(
         "--model",
         required=True,
@@ -126,8 +151,6 @@ def add_network_options(command: argparse.ArgumentParser, nargs: str | None = No
         help="names of `hessian-tools models`, or your function returning ht.Problem(...) or "
         "(model, loss_fn, batches)",
     )
-    add("--num-examples", **COUNT, help="sequences or images (default: the model's own)")
-    add("--batch-size", **COUNT, help="examples a batch (default: all in one)")
     add("--context", **COUNT, help="tokens a sequence (text models) (default: the model's own)")
     add("--image-size", **COUNT, help="pixels a side (image models) (default: the model's own)")
     add(
@@ -147,6 +170,10 @@ def add_network_options(command: argparse.ArgumentParser, nargs: str | None = No
         help="BatchNorm normalises by each batch, as in training, or by its running statistics "
         "(default: batch for networks of `hessian-tools models`; paper: running)",
     )
+
+
+def add_machine_options(add: Callable[..., object]) -> None:
+    """Device, dtype and seed."""
     add(
         "--device",
         type=device,
@@ -157,19 +184,6 @@ def add_network_options(command: argparse.ArgumentParser, nargs: str | None = No
         choices=DTYPES,
         help="of network and products; vectors and sums are float32 at least (default: float32, or "
         "what your function chose)",
-    )
-    add(
-        "--matrix",
-        choices=MATRICES,
-        default="hessian",
-        help="of which the spectra or blocks are: the Hessian, the Gauss-Newton matrix, or the "
-        "exact or the empirical Fisher matrix (default: hessian)",
-    )
-    add(
-        "--precision",
-        choices=PRECISIONS[:2],
-        help="of float32 matrix products and convolutions on CUDA: ieee, which is true float32, or "
-        "tf32, which is faster (default: ieee)",
     )
     add(
         "--seed",

@@ -41,6 +41,7 @@ class Entry:
     lr: float
     grid: tuple[float, ...]
     extra: str = ""  # of the package that has to be installed for it
+    needs: str = ""  # besides a model
 
 
 def make(
@@ -257,7 +258,12 @@ OPTIMIZERS: dict[str, Entry] = {
     "shampoo": Entry(_shampoo, "Shampoo, power 1/4", "arXiv 1802.09568", 3.16e-3, _ADAPTIVE),
     "shampoo2": Entry(_shampoo2, "Shampoo, power 1/2", "arXiv 2406.17748", 3.16e-3, _ADAPTIVE),
     "blockwise_sgd": Entry(
-        _blockwise_sgd, "SGD, a measured rate a block", MINI, 1.0, half_decades(-2, 1)
+        _blockwise_sgd,
+        "SGD, a measured rate a block",
+        MINI,
+        1.0,
+        half_decades(-2, 1),
+        needs="curvature and partition",
     ),
     "adam_mini": Entry(
         _of_family(adam_family.adam_mini), "Adam-mini, Algorithm 3", MINI, 3.16e-3, _ADAPTIVE

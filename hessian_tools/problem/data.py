@@ -118,15 +118,25 @@ def masked_language_batches(
     windows = _windows(tokens, num_examples, context, 0, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     uniform = torch.rand(num_examples, 3, context, generator=generator)
-    priority, kind, other = uniform.unbind(1)  # each (N, t)
+    inputs, targets = masked(windows, vocabulary, uniform)
+    return _cut(inputs, targets, batch_size)
+
+
+def masked(windows: Tensor, vocabulary: Vocabulary, uniform: Tensor) -> LabelledBatch:
+    """Masked tokens (inputs, targets) of windows, each (b, t) int64.
+
+    See :func:`masked_language_batches`; all that is random is read off ``uniform``, (b, 3, t) in
+    [0, 1).
+    """
+    context = windows.shape[1]
+    priority, kind, other = uniform.unbind(1)  # each (b, t)
     rank = priority.argsort(1).argsort(1)
     predicted = rank < max(1, round(0.15 * context))
-    masked = predicted & (kind < 0.8)
+    hidden = predicted & (kind < 0.8)
     replaced = predicted & (kind >= 0.9)
-    inputs = torch.where(masked, vocabulary.mask, windows)
+    inputs = torch.where(hidden, vocabulary.mask, windows)
     inputs = torch.where(replaced, (other * vocabulary.size).long(), inputs)
-    targets = torch.where(predicted, windows, IGNORED)
-    return _cut(inputs, targets, batch_size)
+    return inputs, torch.where(predicted, windows, IGNORED)
 
 
 def image_source(path: str | Path | None = None) -> ImageSource:
@@ -188,11 +198,21 @@ def image_batches(
     images = []
     labels = []
     for number in _order(source.size, seed)[:num_examples].tolist():
-        pixels, label = source.read(number)
-        images.append(_resized(pixels, image_size, channels))
+        image, label = labelled_image(source, number, image_size, channels)
+        images.append(image)
         labels.append(label)
-    inputs = (torch.stack(images) - source.mean) / source.std
-    return _cut(inputs, torch.tensor(labels), batch_size)
+    return _cut(torch.stack(images), torch.tensor(labels), batch_size)
+
+
+def labelled_image(
+    source: ImageSource,
+    number: int,
+    image_size: int,
+    channels: int = 3,
+) -> tuple[Tensor, int]:
+    """One image, (c, s, s) float32 as :func:`image_batches` makes it, and its label."""
+    pixels, label = source.read(number)
+    return (_resized(pixels, image_size, channels) - source.mean) / source.std, label
 
 
 def _resized(pixels: Pixels, side: int, channels: int) -> Tensor:

@@ -168,20 +168,23 @@ class MLPMixer(nn.Module):
 class CausalAttention(nn.Module):
     """Causal self-attention with separate query, key and value, (b, t, d) -> (b, t, d).
 
-    ``num_heads`` must divide d.
+    ``num_heads`` must divide d. ``qk_norm``: a LayerNorm over every head's queries and keys, which
+    keeps the attention's logits from growing (Dehghani et al. 2023, arXiv 2302.05442).
     """
 
-    def __init__(self, d: int, num_heads: int) -> None:
+    def __init__(self, d: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.query = nn.Linear(d, d)
         self.key = nn.Linear(d, d)
         self.value = nn.Linear(d, d)
         self.proj = nn.Linear(d, d)
+        self.query_norm = nn.LayerNorm(d // num_heads) if qk_norm else nn.Identity()
+        self.key_norm = nn.LayerNorm(d // num_heads) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        query = self._heads(self.query(x))
-        key = self._heads(self.key(x))
+        query = self.query_norm(self._heads(self.query(x)))
+        key = self.key_norm(self._heads(self.key(x)))
         value = self._heads(self.value(x))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.proj(mixed.transpose(1, 2).flatten(2))
@@ -194,11 +197,11 @@ class CausalAttention(nn.Module):
 class GPTBlock(nn.Module):
     """Pre-LayerNorm Transformer block, (b, t, d) -> (b, t, d)."""
 
-    def __init__(self, d: int, num_heads: int) -> None:
+    def __init__(self, d: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(d)
         self.norm2 = nn.LayerNorm(d)
-        self.attention = CausalAttention(d, num_heads)
+        self.attention = CausalAttention(d, num_heads, qk_norm)
         self.fc = nn.Linear(d, 4 * d)
         self.proj = nn.Linear(4 * d, d)
 
@@ -212,7 +215,7 @@ class NanoGPT(nn.Module):
 
     Learned positions, GELU, no dropout. Initialisation of GPT-2 (Radford et al. 2019, section 2.3):
     weights N(0, 0.02^2), the matrices that end a residual branch divided by sqrt(2 layers),
-    biases 0.
+    biases 0. ``qk_norm``: see :class:`CausalAttention`.
     """
 
     def __init__(
@@ -223,11 +226,13 @@ class NanoGPT(nn.Module):
         d: int = 128,
         num_heads: int = 4,
         tied: bool = True,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, d)
         self.positions = nn.Embedding(context, d)
-        self.blocks = nn.Sequential(*[GPTBlock(d, num_heads) for _ in range(layers)])
+        blocks = [GPTBlock(d, num_heads, qk_norm) for _ in range(layers)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, vocabulary, bias=False)
         last = 0.02 / (2 * layers) ** 0.5

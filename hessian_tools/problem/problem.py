@@ -55,8 +55,9 @@ class Problem:
 
     Attributes: ``parameters`` {name: tensor}, ``num_parameters`` P, ``batches``, ``counts`` (n_b of
     each batch), ``weights`` (n_b / sum n_b), ``loss`` (the pooled mean, a float), ``device``,
-    ``dtype``, ``batch_stats`` and ``num_examples`` as given, and ``samples``, (n, batch) of one and
-    of two examples, on which to learn about the loss (the first batch, where it cannot be cut).
+    ``dtype``, ``batch_stats`` and ``num_examples`` as given, ``differentiates_inside`` (whether the
+    loss needs gradients enabled), and ``samples``, (n, batch) of one and of two examples, on which
+    to learn about the loss (the first batch, where it cannot be cut).
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -91,7 +92,7 @@ class Problem:
         self.batches = [to_device(batch, self.device) for batch in frozen(batches)]
         self._check_countable()
         with self.evaluating():
-            self._differentiates_inside = self._needs_gradients()
+            self.differentiates_inside = self._needs_gradients()
             self.counts = [self._checked_count(i) for i in range(len(self.batches))]
             losses = [self._checked_loss(i) for i in range(len(self.batches))]
             versions = {name: p._version for name, p in self.parameters.items()}
@@ -125,7 +126,7 @@ class Problem:
 
     def outputs_value(self, batch: Batch) -> Tensor:
         """The same, without a graph; call it inside :meth:`evaluating`."""
-        with torch.set_grad_enabled(self._differentiates_inside):
+        with torch.set_grad_enabled(self.differentiates_inside):
             return self.batch_outputs(batch).detach()
 
     def loss_of_outputs(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -155,7 +156,7 @@ class Problem:
         return float(self._value(batch))
 
     def _value(self, batch: Batch) -> Tensor:
-        with torch.set_grad_enabled(self._differentiates_inside):
+        with torch.set_grad_enabled(self.differentiates_inside):
             loss = self.batch_loss(batch)
         return loss.detach() if isinstance(loss, Tensor) else loss
 

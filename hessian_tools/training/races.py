@@ -38,10 +38,10 @@ _FOR_RUNS = 0.8  # of the seconds; the rest is for validation and for rates beyo
 @registered
 @dataclass(frozen=True, eq=False)
 class RaceRound:
-    """The rates of one optimizer that one round tried, with the first seed.
+    """The rates of one optimizer that one round tried: with the first seed, in the last with all.
 
     Attributes: ``num_steps`` of a run; ``rates`` (G,) ascending; ``losses`` (G,) final, smoothed,
-    infinite where ``diverged`` (G,).
+    mean over seeds, infinite where a run ``diverged`` (G,).
     """
 
     num_steps: int
@@ -217,8 +217,7 @@ class _Course:
         finalists = _leading(rounds[-1], FINALISTS)
         finals = {rate: self._with_all_seeds(optimizer, rate) for rate in finalists}
         best = min(finalists, key=lambda rate: _mean(finals[rate]))
-        firsts = [finals[rate][0] for rate in finalists]
-        rounds.append(_as_round(self.num_steps, finalists, firsts))
+        rounds.append(_as_round(self.num_steps, finalists, [finals[rate] for rate in finalists]))
         at_edge = best in (first.rates[0], first.rates[-1])
         return _Final(best, finals[best], tuple(rounds), at_edge)
 
@@ -239,7 +238,7 @@ class _Course:
         return tried
 
     def _round(self, optimizer: str, rates: list[float], num_steps: int) -> RaceRound:
-        runs = [self._run(optimizer, rate, self.seeds[0], num_steps) for rate in rates]
+        runs = [[self._run(optimizer, rate, self.seeds[0], num_steps)] for rate in rates]
         return _as_round(num_steps, rates, runs)
 
     def _with_all_seeds(self, optimizer: str, rate: float) -> tuple[Trajectory, ...]:
@@ -253,9 +252,15 @@ class _Course:
         return self.runs.run(setting, validate=num_steps == self.num_steps)
 
 
-def _as_round(num_steps: int, rates: Sequence[float], runs: Sequence[Trajectory]) -> RaceRound:
-    losses = np.array([run.final for run in runs])
-    return RaceRound(num_steps, np.array(rates), losses, np.array([run.diverged for run in runs]))
+def _as_round(
+    num_steps: int,
+    rates: Sequence[float],
+    runs: Sequence[Sequence[Trajectory]],
+) -> RaceRound:
+    """Of one or several runs a rate."""
+    losses = np.array([_mean(some) for some in runs])
+    diverged = np.array([any(run.diverged for run in some) for some in runs])
+    return RaceRound(num_steps, np.array(rates), losses, diverged)
 
 
 def _leading(tried: RaceRound, count: int) -> list[float]:

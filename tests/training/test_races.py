@@ -57,6 +57,7 @@ def test_rounds_halve_the_rates_and_double_the_steps(raced):
         assert [tried.num_steps for tried in entry.rounds] == [8, 16, 32, 64]
         counts = [len(tried.rates) for tried in entry.rounds]
         assert counts[0] >= 5 and counts[-1] == 2
+        assert entry.rounds[-1].losses.min() == pytest.approx(entry.loss)  # both over all seeds
         assert all(after <= before / 2 + 1 for before, after in pairwise(counts))
         for before, after in pairwise(entry.rounds):
             kept = np.isin(before.rates, after.rates)

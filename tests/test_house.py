@@ -29,6 +29,7 @@ LAZY = {
     "problem.specs": {"transformers"},
     "problem.data": {"tokenizers", "PIL"},
     "curvature.symmetric": {"scipy.sparse.linalg"},
+    "optimizers.named": {"pytorch_optimizer"},
     "app.spectra_command": {"hessian_tools.plots"},
     "app.partition_command": {"hessian_tools.plots"},
     "app.quadratic_command": {"hessian_tools.plots"},

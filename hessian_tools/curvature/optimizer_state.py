@@ -8,6 +8,7 @@ decay of the rate, are left to the rate eta. With t steps made, v the second mom
 - RMSprop: sqrt(v) + eps, centered sqrt(v - mean^2) + eps
 - Adagrad: sqrt(sum of g^2) + eps
 - Adam-mini: as Adam, with one v a block
+- Shampoo: L^q x R^q of a matrix, sqrt(v) + eps of what has no factors
 
 v may be reduced over blocks. It is expanded to its parameter: along axes of size 1 where it has as
 many axes as that, or by the ``cuts`` of its group (:func:`hessian_tools.param_groups`) where it
@@ -26,7 +27,11 @@ from torch import Tensor, optim
 
 from hessian_tools.blocks.block import Part
 from hessian_tools.blocks.param_groups import ParamGroup
-from hessian_tools.curvature.preconditioners import DiagonalPreconditioner
+from hessian_tools.curvature.preconditioners import (
+    DiagonalPreconditioner,
+    KroneckerPreconditioner,
+    Preconditioner,
+)
 from hessian_tools.problem.problem import Problem
 from hessian_tools.problem.weights import follow
 
@@ -51,13 +56,33 @@ class TellsDenominators(Protocol):
         ...
 
 
-def preconditioner_of(optimizer: optim.Optimizer, problem: Problem) -> DiagonalPreconditioner:
+@runtime_checkable
+class TellsFactors(Protocol):
+    """An optimizer that multiplies a matrix of momenta by L^-q and R^-q, and says L, R and q."""
+
+    param_groups: list[ParamGroup]
+
+    def kronecker_factors(self) -> Mapping[Tensor, tuple[Tensor, Tensor]]:
+        """(L, R) by parameter that has them, as KroneckerPreconditioner takes them."""
+        ...
+
+    def kronecker_power(self) -> float:
+        """q."""
+        ...
+
+    def denominators(self) -> Mapping[Tensor, Tensor]:
+        """By parameter that has no factors, one number for every entry."""
+        ...
+
+
+def preconditioner_of(optimizer: optim.Optimizer, problem: Problem) -> Preconditioner:
     """P from the state of ``optimizer`` after its last step, see the module's text.
 
     Args:
         optimizer: one of torch's Adam, AdamW, NAdam, RAdam, RMSprop and Adagrad, an optimizer that
             derives from them and keeps their state, Adam-mini, or any that has
-            ``denominators()``, as those of this package do.
+            ``denominators()``, as those of this package do, or ``kronecker_factors()`` beside
+            it, as Shampoo does.
         problem: of the model that it trains.
 
     Raises:
@@ -66,6 +91,9 @@ def preconditioner_of(optimizer: optim.Optimizer, problem: Problem) -> DiagonalP
             share; for a second moment that does not fit its parameter, or a P that is not positive.
     """
     follow(problem)
+    if isinstance(optimizer, TellsFactors):
+        _groups_by_parameter(optimizer, problem)
+        return _of_factors(optimizer, problem)
     if isinstance(optimizer, TellsDenominators):
         _groups_by_parameter(optimizer, problem)
         told = optimizer.denominators()
@@ -90,6 +118,16 @@ def preconditioner_of(optimizer: optim.Optimizer, problem: Problem) -> DiagonalP
         except ValueError as error:
             raise ValueError(f"the optimizer's state for {name}: {error}") from error
     return DiagonalPreconditioner(diagonal)
+
+
+def _of_factors(optimizer: TellsFactors, problem: Problem) -> KroneckerPreconditioner:
+    factors, others = optimizer.kronecker_factors(), optimizer.denominators()
+    named = problem.parameters.items()
+    return KroneckerPreconditioner(
+        {name: factors[p] for name, p in named if p in factors},
+        power=optimizer.kronecker_power(),
+        others={name: others[p] for name, p in named if p in others},
+    )
 
 
 def _of_adam(p: Tensor, state: State, group: ParamGroup) -> Tensor:

@@ -15,7 +15,7 @@ from hessian_tools.optimizers.adam_family import (
 )
 from hessian_tools.optimizers.blockwise_adam import BlockwiseAdam
 from hessian_tools.optimizers.blockwise_sgd import BlockwiseSGD
-from hessian_tools.optimizers.muon import MuonWithAdamW
+from hessian_tools.optimizers.muon import Together, muon_with_adamw
 from hessian_tools.optimizers.named import OPTIMIZERS, Entry, make
 from hessian_tools.optimizers.shampoo import Shampoo
 from hessian_tools.optimizers.state import StateBytes, state_bytes
@@ -27,15 +27,16 @@ __all__ = [
     "BlockwiseAdam",
     "BlockwiseSGD",
     "Entry",
-    "MuonWithAdamW",
     "Shampoo",
     "StateBytes",
+    "Together",
     "adalayer",
     "adalayer_star",
     "adam",
     "adam_mini",
     "frozen_adalayer",
     "make",
+    "muon_with_adamw",
     "sgd_adalayer",
     "state_bytes",
 ]

@@ -29,13 +29,14 @@ from torch import Tensor, nn
 
 from hessian_tools.blocks.param_groups import ParamGroup, param_groups
 from hessian_tools.blocks.partition import Partition
+from hessian_tools.optimizers.stepping import Dense
 
 Closure = Callable[[], Tensor | float]
 _ALIKE = ("lr", "betas", "eps", "weight_decay", "adapt", "frozen_after", "held_until")
 _NO_BLOCK = "(no block)"  # the group of what is in none
 
 
-class BlockwiseAdam(torch.optim.Optimizer):
+class BlockwiseAdam(Dense):
     """Adam over a partition.
 
     State of each tensor: ``step``, ``exp_avg``, and ``exp_avg_sq``, (B,), a number a block in the
@@ -134,12 +135,7 @@ class BlockwiseAdam(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
-            if p.grad.is_sparse or p.is_complex():
-                kind = "sparse" if p.grad.is_sparse else "complex"
-                raise RuntimeError(
-                    f"a gradient of shape {tuple(p.shape)} is {kind}; BlockwiseAdam takes real "
-                    "dense ones (nn.Embedding(sparse=False), torch.view_as_real)"
-                )
+            self.check_gradient(p)
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)

@@ -1,116 +1,139 @@
-"""Muon for matrices, AdamW for the rest, in one optimizer.
+"""Muon for the matrices inside a model, AdamW for the rest, as one optimizer.
 
-Muon orthogonalises the momentum of a matrix (Jordan et al. 2024). torch.optim.Muon takes matrices
-alone; as its authors do, embeddings, the output layer and tensors of fewer than two axes get AdamW.
-Kernels of convolutions, which torch's does not take, get AdamW as well.
+Muon moves a matrix by its momentum with all singular values brought near one (Jordan et al. 2024,
+"Muon: an optimizer for hidden layers in neural networks"). torch.optim.Muon is that, for matrices
+alone. As its authors do, embeddings, positions, the output layer (tied or not) and whatever has not
+two axes get AdamW; kernels of convolutions as well, which torch's Muon does not take. Which tensor
+is what is told by what modules do (:mod:`hessian_tools.blocks.kinds`), not by names.
+
+Muon's rate is adjusted as in "Muon is Scalable for LLM Training" (Liu et al., arXiv 2502.16982),
+so that its steps are as long as AdamW's: lr 0.2 sqrt(max(r, c)). One swept rate then serves both.
+
+Letters: r rows, c columns.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import StateDict
 
+from hessian_tools.blocks.param_groups import ParamGroup
 from hessian_tools.blocks.survey import Survey
+from hessian_tools.optimizers.stepping import Closure
 
-Closure = Callable[[], Tensor | float]
-_APART = ("embedding", "tied", "position", "output")  # kinds of matrices that Muon is not for
+_NOT_INSIDE = ("embedding", "tied", "position", "output", "class token")  # kinds
+MATCHED = "match_rms_adamw"
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon and torch.optim.AdamW, stepped together; each group says which it is by
-    ``optimizer``.
+class Together(torch.optim.Optimizer):
+    """Several optimizers of disjoint parameters, stepped together.
+
+    Their groups, each with its part's name under ``optimizer``, and their state are this one's, so
+    that schedulers, ``state_dict`` and whoever reads state see one optimizer.
 
     Args:
-        model: its matrices inside layers go to Muon.
-        lr: of Muon.
-        adam_lr: of AdamW.
-        momentum: of Muon.
-        betas: of AdamW.
-        weight_decay: of both, decoupled.
-
-    Raises:
-        ValueError: a model without a matrix for Muon.
+        parts: by name.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 0.02,
-        adam_lr: float = 3e-3,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.0,
-    ) -> None:
-        matrices, rest = _parted(model)
-        if not matrices:
-            raise ValueError(
-                "the model has no matrix that Muon is for (of two axes, neither embedding nor "
-                "output layer); take adamw"
-            )
-        muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self._parts: dict[str, torch.optim.Optimizer] = {"muon": muon}
-        if rest:
-            self._parts["adamw"] = torch.optim.AdamW(
-                rest, lr=adam_lr, betas=betas, weight_decay=weight_decay
-            )
-        groups = []
-        for name, part in self._parts.items():
-            for group in part.param_groups:
-                group["optimizer"] = name
-                groups.append(group)
+    def __init__(self, parts: Mapping[str, torch.optim.Optimizer]) -> None:
+        self._parts = dict(parts)
+        groups = [
+            group | {"optimizer": name}
+            for name, part in parts.items()
+            for group in part.param_groups
+        ]
         super().__init__(groups, {})
-        self._share()
 
     def step(  # type: ignore[override]  # torch's own has overloads
         self,
         closure: Closure | None = None,
     ) -> Tensor | float | None:
-        """One step of both; returns what ``closure`` does."""
-        loss = None if closure is None else closure()
+        """One step of all; returns what ``closure`` does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for part in self._parts.values():
             part.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """Those of both, by name."""
-        return {name: part.state_dict() for name, part in self._parts.items()}
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """As torch's; ``optimizer`` says whose it is, and all of that one's settings are needed."""
+        name = param_group.get("optimizer")
+        if name not in self._parts:
+            raise ValueError(f"optimizer is {name!r}; one of {', '.join(self._parts)} is needed")
+        super().add_param_group(param_group)
+        self._share()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From :meth:`state_dict`."""
-        for name, part in self._parts.items():
-            part.load_state_dict(state_dict[name])
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """As torch's."""
+        super().load_state_dict(state_dict)
         self._share()
 
     def _share(self) -> None:
-        """Groups and state are the parts' own, so that schedulers and readers see them."""
-        self.param_groups = [g for part in self._parts.values() for g in part.param_groups]
-        self.state.clear()
-        for part in self._parts.values():
-            part.state = _Seen(self.state, part.state)  # type: ignore[assignment]
+        """Hands the parts this optimizer's own groups and state, not copies."""
+        for name, part in self._parts.items():
+            part.state = self.state
+            part.param_groups = [g for g in self.param_groups if g["optimizer"] == name]
 
 
-class _Seen(dict[Tensor, Any]):
-    """State of a part, which the whole sees as well; made for a tensor when it is asked for."""
+def muon_with_adamw(
+    model: nn.Module,
+    lr: float = 3.16e-3,
+    *,
+    momentum: float = 0.95,
+    adam_lr: float | None = None,
+    adam_betas: tuple[float, float] = (0.9, 0.95),
+    adam_eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    nesterov: bool = True,
+    adjust_lr_fn: str = MATCHED,
+) -> Together:
+    """Muon, with AdamW for what Muon is not for.
 
-    def __init__(self, whole: dict[Tensor, Any], own: dict[Tensor, Any]) -> None:
-        super().__init__(own)
-        self._whole = whole
-        whole.update(own)
+    Args:
+        model: its trainable parameters.
+        lr: of Muon.
+        momentum, nesterov, adjust_lr_fn: of torch.optim.Muon.
+        adam_lr: of AdamW; default ``lr``.
+        adam_betas, adam_eps: of AdamW.
+        weight_decay: of both, decoupled.
 
-    def __missing__(self, key: Tensor) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        self[key] = self._whole[key] = made
-        return made
+    Raises:
+        ValueError: a model without a matrix for Muon; what torch's two refuse.
+    """
+    matrices, rest = _parted(model)
+    if not matrices:
+        raise ValueError(
+            "model has no trainable matrix for Muon (of two axes, neither embedding nor output "
+            "layer); take 'adamw'"
+        )
+    parts: dict[str, torch.optim.Optimizer] = {}
+    parts["muon"] = torch.optim.Muon(
+        matrices,
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        adjust_lr_fn=adjust_lr_fn,
+    )
+    if rest:
+        parts["adamw"] = torch.optim.AdamW(
+            rest,
+            lr=lr if adam_lr is None else adam_lr,
+            betas=adam_betas,
+            eps=adam_eps,
+            weight_decay=weight_decay,
+        )
+    return Together(parts)
 
 
-def _parted(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def _parted(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Muon's, and the others."""
     survey = Survey(model)
-    named = dict(model.named_parameters())
-    matrices = [
-        site.name
-        for site in survey.sites
-        if len(site.shape) == 2 and survey.kinds[site.name] not in _APART
-    ]
-    rest = [name for name, p in named.items() if p.requires_grad and name not in set(matrices)]
-    return [named[name] for name in matrices], [named[name] for name in rest]
+    kinds = {site.name: survey.kinds[site.name] for site in survey.sites if len(site.shape) == 2}
+    inside = {name for name, kind in kinds.items() if kind not in _NOT_INSIDE}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if name in inside]
+    return matrices, [p for name, p in trained if name not in inside]

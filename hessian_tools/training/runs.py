@@ -139,8 +139,8 @@ class Runs:
         stream = self.stream.with_seed(setting.seed)
         if setting.batch_size is not None and setting.batch_size != stream.batch_size:
             stream = stream.with_batch_size(setting.batch_size)
-        options = {} if setting.momentum is None else {"momentum": setting.momentum}
-        return model, make(setting.optimizer, model, setting.rate, **options), stream
+        optimizer = make(setting.optimizer, model, setting.rate, momentum=setting.momentum)
+        return model, optimizer, stream
 
 
 def hopeless(rival: Trajectory) -> GiveUp:

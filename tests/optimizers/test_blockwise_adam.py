@@ -263,6 +263,9 @@ def test_half_precision_keeps_moments_in_float32():
     assert state["exp_avg"].dtype == torch.bfloat16
     assert state["exp_avg_sq"].dtype == torch.float32
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    again = BlockwiseAdam(model, ht.partition(model, "neuron"))
+    again.load_state_dict(optimizer.state_dict())  # torch would round it to bfloat16
+    assert torch.equal(again.state[model[0].weight]["exp_avg_sq"], state["exp_avg_sq"])
 
 
 def test_state_takes_what_the_partition_says():

@@ -8,6 +8,7 @@ from hessian_tools.results import JsonObject
 from hessian_tools.tables import plus_minus, table
 from hessian_tools.training.races import Race, RaceEntry
 
+COSTLY = 2.0  # times the cheapest step, from which on equal steps are not about equal time
 _MEBI = 2**20
 
 
@@ -54,6 +55,7 @@ def notes(race: Race) -> list[str]:
         f"the order holds after {shown} steps of this model; a longer run, with other rates, may "
         "turn it round"
     )
+    found += [_costs(race, size) for size in race.batch_sizes]
     if len(race.batch_sizes) == 1:
         found.append(
             "it holds at this batch size; --batch-sizes 8 64 512 looks for where the order changes"
@@ -64,7 +66,20 @@ def notes(race: Race) -> list[str]:
         "only the rate is tuned: momentum, weight decay and the schedule are the same or at each "
         "optimizer's default"
     )
-    return found
+    return [note for note in found if note]
+
+
+def _costs(race: Race, size: int | None) -> str:
+    """What equal steps hide; "" where steps cost about the same."""
+    ranking = sorted(race.ranking(size), key=lambda entry: entry.seconds_a_step)
+    fast, slow = ranking[0], ranking[-1]
+    if slow.seconds_a_step < COSTLY * fast.seconds_a_step:
+        return ""
+    return (
+        f"losses are compared after equal steps, not equal time: in batches of {_batch(fast)} a "
+        f"step of {slow.optimizer} takes {1000 * slow.seconds_a_step:.3g} ms, one of "
+        f"{fast.optimizer} {1000 * fast.seconds_a_step:.3g} ms"
+    )
 
 
 def summary(race: Race) -> JsonObject:

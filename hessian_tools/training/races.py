@@ -147,7 +147,7 @@ def race(
     Args:
         make_model: ``make_model(seed)`` -> a fresh model.
         stream: the batches and the loss; the order of the batches follows the seed.
-        optimizers: names of ``hessian_tools.optimizers.OPTIMIZERS``.
+        optimizers: names of ``hessian_tools.optimizers.named.OPTIMIZERS``.
         budget: in seconds, of the whole race, shared evenly by the batch sizes: T follows from
             timing a step of every optimizer. In steps, it is T.
         batch_sizes: default: the stream's own.
@@ -160,8 +160,9 @@ def race(
         say: is told of every optimizer as it begins.
 
     Raises:
-        ValueError: no optimizer or seed, an unknown or repeated one, a batch size that cannot be
-            had, or a budget too short for a first round of 8 steps.
+        ValueError: no optimizer or seed, an unknown or repeated one, one that needs more than a
+            model, a batch size that cannot be had, or a budget too short for a first round of 8
+            steps.
     """
     given = budget_of(budget)
     _check_named(optimizers=optimizers, seeds=seeds)
@@ -171,6 +172,7 @@ def race(
         stream.with_batch_size(wanted)
     grids = {name: grid_of(name, rates) for name in optimizers}
     runs = Runs(make_model, stream, schedule, clip, z_loss, journal, checkpoint, progress)
+    runs.check(optimizers, seeds[0])
     steps = _planned(runs, given, grids, sizes, len(seeds))
     entries: list[RaceEntry] = []
     total = sum(sum(_plan(len(grid), len(seeds)).values()) for grid in grids.values())

@@ -100,6 +100,11 @@ class Runs:
         in_journal = self.journal is not None and setting.name in self.journal.finished
         return in_journal or setting.name in self._finished
 
+    def check(self, optimizers: Sequence[str], seed: int = 0) -> None:
+        """Makes every optimizer once, so that what it refuses is told before any run."""
+        for name in optimizers:
+            make(name, self.make_model(seed), OPTIMIZERS[name].lr)
+
     def seconds_a_step(self, optimizer: str, batch_size: int | None) -> float:
         """Measured on a fresh model, at the published rate."""
         setting = Setting(optimizer, OPTIMIZERS[optimizer].lr, 0, 1, batch_size)

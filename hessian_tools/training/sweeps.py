@@ -123,7 +123,7 @@ def sweep(
     Args:
         make_model: ``make_model(seed)`` -> a fresh model.
         stream: the batches and the loss; the order of the batches follows the seed.
-        optimizers: names of ``hessian_tools.optimizers.OPTIMIZERS``.
+        optimizers: names of ``hessian_tools.optimizers.named.OPTIMIZERS``.
         budget: of one run, in steps.
         rates: by optimizer; default: the published grids.
         momenta: passed to every optimizer as ``momentum``; None: its own.
@@ -145,6 +145,7 @@ def sweep(
             raise ValueError(f"{what} is empty; name one or more")
     grids = {name: grid_of(name, rates) for name in optimizers}
     runs = Runs(make_model, stream, schedule, clip, z_loss, journal, checkpoint, progress)
+    runs.check(optimizers, seeds[0])
     swept = []
     for name, grid in grids.items():
         for momentum in momenta:

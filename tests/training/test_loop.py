@@ -14,7 +14,7 @@ import torch
 from problems.trained import Bowl, bowl_stream, classifier, points
 
 import hessian_tools as ht
-from hessian_tools.optimizers import make
+from hessian_tools.optimizers.named import make
 from hessian_tools.problem import zoo
 from hessian_tools.training import Stream, constant, cosine, state_bytes, train, zoo_stream
 from hessian_tools.training.loop import FAR_ABOVE_STEPS
@@ -110,7 +110,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import numpy as np, torch
-from hessian_tools.optimizers import make
+from hessian_tools.optimizers.named import make
 from hessian_tools.problem import zoo
 from hessian_tools.training import Stream, train, zoo_stream
 

@@ -136,9 +136,10 @@ def test_the_table_and_the_words(raced):
     assert len(numbers["entries"]) == 6 and set(numbers["leaders"]) == {"2", "8", "32"}
 
 
-def entry(optimizer, batch_size, losses):
+def entry(optimizer, batch_size, losses, seconds=0.1):
     losses = np.array(losses)
-    return RaceEntry(optimizer, batch_size, 9, 0.1, losses, losses, 1.0, None, 8, 0.1, True, (), ())
+    known = (optimizer, batch_size, 9, 0.1, losses, losses, 1.0, None, 8, seconds)
+    return RaceEntry(*known, True, (), ())
 
 
 def test_a_crossover_is_named_and_what_diverged_is_said():
@@ -152,6 +153,15 @@ def test_a_crossover_is_named_and_what_diverged_is_said():
     assert "one seed" in said
     assert "diverged" in race_table(result)
     json.dumps(summary(result), allow_nan=False)
+
+
+def test_what_equal_steps_hide_is_said():
+    def said(seconds):
+        entries = (entry("sgd", 8, [1.0]), entry("shampoo", 8, [2.0], seconds))
+        return " ".join(notes(Race("data", "9 steps", (0,), entries, 1.0)))
+
+    assert "a step of shampoo takes 300 ms, one of sgd 100 ms" in said(0.3)
+    assert "equal time" not in said(0.15)
 
 
 def test_a_race_is_saved_and_loaded(raced, tmp_path):

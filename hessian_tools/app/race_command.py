@@ -32,7 +32,13 @@ from hessian_tools.training.race_report import race_table, race_text, summary
 from hessian_tools.training.races import Race, race
 from hessian_tools.training.runs import MakeModel
 from hessian_tools.training.schedule import SCHEDULES
-from hessian_tools.training.stream import BATCH_SIZE, Stream, problem_stream, zoo_stream
+from hessian_tools.training.stream import (
+    BATCH_SIZE,
+    TEXT_BATCH_SIZE,
+    Stream,
+    problem_stream,
+    zoo_stream,
+)
 from hessian_tools.training.z_loss import ZLoss
 
 # of all options, those that the numbers depend on besides network and data
@@ -97,7 +103,7 @@ def _add_race(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         **COUNT,
         help="each in a race of its own, to see where the order changes (default: "
-        f"{BATCH_SIZE} for networks of `hessian-tools models`, your own batches' size for yours)",
+        f"{BATCH_SIZE} images or {TEXT_BATCH_SIZE} sequences, your own batches' size for yours)",
     )
     add(
         "--seeds",

@@ -31,7 +31,8 @@ from hessian_tools.training.sources import (
     random_numbers,
 )
 
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # images
+TEXT_BATCH_SIZE = 8  # sequences, each of many tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,7 @@ class Stream:
 def zoo_stream(
     name: str,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     seed: int = 0,
     context: int | None = None,
     image_size: int | None = None,
@@ -147,7 +148,7 @@ def zoo_stream(
 
     Args:
         name: one of ``hessian_tools.problem.zoo.names()``.
-        batch_size: sequences or images in a batch.
+        batch_size: sequences or images in a batch; None: 8 or 32.
         seed: of the order.
         batch_stats: as for Problem; None: the model's own choice.
         context, image_size, data, tokenizer, device, dtype: as for ``zoo.load``, which checks them.
@@ -168,7 +169,9 @@ def zoo_stream(
         described = f"{source.size} windows of {data or 'the packaged plays'}"
     stats = spec.batch_stats if batch_stats is None else batch_stats
     place = torch.device(device)
-    return Stream(source, batch_size, cross_entropy, stats, seed, place, described)
+    is_text = spec.data is not DataKind.IMAGES
+    size = batch_size or (TEXT_BATCH_SIZE if is_text else BATCH_SIZE)
+    return Stream(source, size, cross_entropy, stats, seed, place, described)
 
 
 def _text(spec: ModelSpec, context: int, path: str | None, tokenizer: str) -> Text:

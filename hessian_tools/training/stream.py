@@ -170,7 +170,9 @@ def zoo_stream(
     stats = spec.batch_stats if batch_stats is None else batch_stats
     place = torch.device(device)
     is_text = spec.data is not DataKind.IMAGES
-    size = batch_size or (TEXT_BATCH_SIZE if is_text else BATCH_SIZE)
+    size = batch_size
+    if size is None:
+        size = TEXT_BATCH_SIZE if is_text else BATCH_SIZE
     return Stream(source, size, cross_entropy, stats, seed, place, described)
 
 

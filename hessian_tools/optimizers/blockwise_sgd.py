@@ -8,12 +8,14 @@ theta_b is the Ritz value of largest magnitude of the diagonal block A_bb, by La
 (:func:`hessian_tools.structure.conditioning.block_extremes`), with A the Hessian or the
 Gauss-Newton matrix of a Problem. ``lr`` is the one number that is swept: without momentum, and if
 the blocks did not interact, below 2 would be stable and 1 kills the stiffest direction at once.
+Networks want less, as a block that is flat at the start gets a rate that is too high a step later.
+A decoder of 3,760 parameters (60 steps on one batch, one seed, half-decades of lr) diverged from
+0.1 up and was best at 0.01; with ``refresh`` 5, from 0.316 up, and best at 0.0316.
 
-It is the blockwise gradient descent of Zhang et al., "Adam-mini" (arXiv 2406.16793),
-who show on quadratics that one good rate a block beats Adam. There each block has its optimal rate
-2 / (largest + smallest eigenvalue); here the smallest, which a network's block has near or below
-zero, is left out. It is not a Newton method: within a block all directions have one rate. Blocks
-that interact may diverge at a rate that suits each alone.
+It is the blockwise gradient descent of Zhang et al., "Adam-mini" (arXiv 2406.16793), who show on
+quadratics that one good rate a block beats Adam. There each block has its optimal rate 2 / (largest
++ smallest eigenvalue); here the smallest, which a network's block has near or below zero, is left
+out. It is not a Newton method: within a block all directions have one rate.
 
 The momentum is an average, as in Zhao et al. (arXiv 2407.07972); with ``heavy_ball`` it is
 m <- b m + g and w_b <- w_b - rate_b m_b, whose steps are 1 / (1 - b) times as long.
@@ -99,7 +101,7 @@ class BlockwiseSGD(Stepping):
         self,
         problem: Problem,
         partition: Partition,
-        lr: float = 1.0,
+        lr: float = 0.01,
         *,
         params: ParamsT | None = None,
         momentum: float = 0.9,

@@ -20,7 +20,9 @@ For a matrix W, (r, c), with gradient G at step t = 1, 2, ...:
 
 Roots come from eigh in float64, at the first step and every ``frequency`` steps after it. Between,
 a gradient may have parts where the roots saw none: up to damping^-q is what a side blows those up
-by. With frequency = 1, that of the papers, there are none.
+by. With frequency = 1, that of the papers, there are none. With more, raise the ridge: on a decoder
+of 3,760 parameters (60 steps on one batch, one seed) q = 1/2 at frequency 3 and 10 diverged with
+1e-6, at every lr tried from 1e-3 to 1e-2, and trained with 1e-3.
 
 A tensor of more than two axes is viewed as (first axis, all others). A side longer than ``largest``
 has the identity for its factor. Tensors where both are longer, and those of fewer than two axes,

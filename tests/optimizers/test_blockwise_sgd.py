@@ -111,7 +111,7 @@ def test_the_gauss_newton_matrix_on_request():
     model = net()
     problem = problem_of(model)
     partition = ht.partition(model, "tensor")
-    optimizer = BlockwiseSGD(problem, partition, matrix="gauss_newton", num_steps=30)
+    optimizer = BlockwiseSGD(problem, partition, 1.0, matrix="gauss_newton", num_steps=30)
     found = optimizer.measure()
     assert found.curvature == "Gauss-Newton matrix"
     dense = ht.dense_block(ht.GaussNewtonOperator(problem), partition)

@@ -291,7 +291,7 @@ def need_library(name):
 
 
 # rates published for larger models, or for none, are too high for this one
-RATES = {"sgd": 0.03, "sgd_nesterov": 0.03, "sgd_adalayer": 0.1, "blockwise_sgd": 1e-3}
+RATES = {"sgd": 0.03, "sgd_nesterov": 0.03, "sgd_adalayer": 0.1}
 
 
 def started(name):

@@ -27,18 +27,19 @@ class StateBytes:
 
 
 def state_bytes(optimizer: Optimizer) -> StateBytes:
-    """What ``optimizer`` holds after a step; memory that several tensors share counts once.
-
-    Raises:
-        ValueError: before the first step, when most optimizers hold nothing.
-    """
-    tensors = list(_tensors(list(optimizer.state.values())))
+    """What ``optimizer`` holds now, which most make in their first step."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not tensors:
-        raise ValueError("the optimizer holds no state yet; take a step first")
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     moments = 2 * sum(p.numel() * p.element_size() for p in parameters)
-    return StateBytes(sum(storages.values()), moments)
+    return StateBytes(held_bytes(optimizer), moments)
+
+
+def held_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors in the optimizer's state; memory that several share counts once."""
+    storages = {}
+    for tensor in _tensors(list(optimizer.state.values())):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def _tensors(held: object) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ sweeps, races, race_report.
 """
 
 from hessian_tools.training.budget import Budget
-from hessian_tools.training.loop import state_bytes, train
+from hessian_tools.training.loop import train
 from hessian_tools.training.races import Race, RaceEntry, race
 from hessian_tools.training.schedule import SCHEDULES, constant, cosine, linear, schedule_of
 from hessian_tools.training.stream import Stream, problem_stream, zoo_stream
@@ -28,7 +28,6 @@ __all__ = [
     "problem_stream",
     "race",
     "schedule_of",
-    "state_bytes",
     "sweep",
     "train",
     "zoo_stream",

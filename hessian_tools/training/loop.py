@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hessian_tools.optimizers.state import held_bytes
 from hessian_tools.problem.batches import Batch
 from hessian_tools.problem.evaluation import batch_norm_mode
 from hessian_tools.training.budget import Budget, budget_of
@@ -108,7 +109,7 @@ def train(
         end = _end_of(run, every, give_up or (lambda steps, losses: False), saving, bar)
     if kept:
         kept.remove()
-    return _trajectory(record, end, state_bytes(optimizer))
+    return _trajectory(record, end, held_bytes(optimizer))
 
 
 @dataclass(frozen=True)
@@ -222,15 +223,6 @@ def _end_of(
     return End.DONE
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state, each memory counted once."""
-    found: dict[int, int] = {}
-    for tensor in _tensors_in(optimizer.state):
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
-
-
 def timed_step(
     model: nn.Module,
     stream: Stream,
@@ -289,17 +281,6 @@ def _trajectory(record: Record, end: End, bytes_of_state: int) -> Trajectory:
         seconds=record.seconds,
         state_bytes=bytes_of_state,
     )
-
-
-def _tensors_in(state: object) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from _tensors_in(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors_in(value)
 
 
 @contextlib.contextmanager

@@ -271,8 +271,7 @@ def test_half_precision_keeps_moments_in_float32():
 def test_state_takes_what_the_partition_says():
     model = gpt(d=32)
     optimizer = BlockwiseAdam(model, ht.partition(model, "adam_mini"), lr=1e-3)
-    with pytest.raises(ValueError, match="take a step first"):
-        state_bytes(optimizer)
+    assert state_bytes(optimizer).held == 0
     trained(model, optimizer, 1, tokens_of(model))
     adam = BlockwiseAdam(model, ht.partition(model, "element"), lr=1e-3)
     trained(model, adam, 1, tokens_of(model))

@@ -15,8 +15,9 @@ from problems.trained import Bowl, bowl_stream, classifier, points
 
 import hessian_tools as ht
 from hessian_tools.optimizers.named import make
+from hessian_tools.optimizers.state import held_bytes
 from hessian_tools.problem import zoo
-from hessian_tools.training import Stream, constant, cosine, state_bytes, train, zoo_stream
+from hessian_tools.training import Stream, constant, cosine, train, zoo_stream
 from hessian_tools.training.loop import FAR_ABOVE_STEPS
 from hessian_tools.training.sources import Examples
 
@@ -215,10 +216,10 @@ def test_bytes_of_state():
     model = classifier()
     count = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.Adam(model.parameters())
-    assert state_bytes(optimizer) == 0
+    assert held_bytes(optimizer) == 0
     train(model, stream(), optimizer, budget=1)
     tensors = len(list(model.parameters()))
-    assert state_bytes(optimizer) == 8 * count + 4 * tensors
+    assert held_bytes(optimizer) == 8 * count + 4 * tensors
 
 
 def test_a_trajectory_is_saved_and_loaded(tmp_path):

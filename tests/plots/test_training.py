@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hessian_tools.plots import training as plots
-from hessian_tools.training.races import Race, RaceEntry, Round
+from hessian_tools.training.races import Race, RaceEntry, RaceRound
 from hessian_tools.training.trajectory import Trajectory
 
 
@@ -25,7 +25,7 @@ def entry(optimizer, size, losses, rounds):
 def rounds(*losses):
     rates = 10.0 ** np.arange(len(losses))
     values = np.array(losses)
-    return (Round(40, rates, values, ~np.isfinite(values)),)
+    return (RaceRound(40, rates, values, ~np.isfinite(values)),)
 
 
 @pytest.fixture

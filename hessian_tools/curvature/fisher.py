@@ -122,6 +122,10 @@ class MonteCarloFisherOperator(ThroughOutputsOperator):
         variance = squares / (self.num_samples - 1)
         return mean, (variance / self.num_samples).sqrt()
 
+    @property
+    def signature(self) -> str:
+        return f"{self.title}, {self.num_samples} draws, seed {self.seed}"
+
     def reference(self, problem: Problem, direction: Sequence[Tensor]) -> Reference:
         drawn = _with_noise(problem, self.seed, self.num_samples)
         return outputs_difference(drawn, direction, self.between_outputs.reference)

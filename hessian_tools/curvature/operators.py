@@ -91,6 +91,14 @@ class CurvatureOperator(SymmetricOperator):
         return f"{type(self).__name__}; {self.arithmetic}"
 
     @property
+    def signature(self) -> str:
+        """Tells this matrix from others of the same Problem, for what is kept on disk.
+
+        A matrix that depends on more than the Problem has to say so here.
+        """
+        return self.title
+
+    @property
     def krylov_bytes(self) -> int:
         """Bytes of memory that Lanczos vectors may take."""
         return budget_bytes("auto", self.device)

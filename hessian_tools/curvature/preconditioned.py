@@ -17,37 +17,19 @@ Letters: r rows (vectors) of a batch.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from hessian_tools.blocks.block import Block
 from hessian_tools.curvature.engine.engine import Collect, Spread
 from hessian_tools.curvature.engine.plan import Plan
+from hessian_tools.curvature.engine_operator import EngineOperator
 from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.curvature.preconditioners import DiagonalPreconditioner, Preconditioner
 from hessian_tools.curvature.referees import Reference
 from hessian_tools.curvature.verification import Verification, verify
 from hessian_tools.problem.problem import Problem
-
-
-class Planned(Protocol):
-    """An operator that plans and verifies its products, as HessianOperator does."""
-
-    announced: float
-
-    @property
-    def plan(self) -> Plan: ...
-
-    def announcement(self, products: int, blocks: int) -> str: ...
-
-    def verify(
-        self,
-        blocks: Sequence[Block] = (),
-        *,
-        seed: int = 0,
-        level: str = "full",
-    ) -> Verification: ...
 
 
 class PreconditionedOperator(CurvatureOperator):
@@ -166,6 +148,16 @@ class PreconditionedOperator(CurvatureOperator):
         return f"preconditioned; {self.operator.route}"
 
     @property
+    def signature(self) -> str:
+        """With what P^-1/2 makes of ones, to six digits: rounding may differ between machines."""
+        scaled = {
+            name: self._scaling.inverse_root(name, torch.ones_like(p, dtype=self.dtype)[None])
+            for name, p in self.problem.parameters.items()
+        }
+        told = [f"{name} {float(v.norm()):.6g} {float(v.sum()):.6g}" for name, v in scaled.items()]
+        return f"{self.title} of {self.operator.signature}: {', '.join(told)}"
+
+    @property
     def krylov_bytes(self) -> int:
         return self.operator.krylov_bytes
 
@@ -195,10 +187,11 @@ def _row(scaling: Preconditioner, name: str, tensor: Tensor) -> Tensor:
     return scaling.inverse_root(name, tensor[None])[0]
 
 
-def _planned(operator: CurvatureOperator) -> Planned:
-    if not hasattr(type(operator), "announcement"):
-        raise AttributeError(
-            f"{type(operator).__name__} makes no plan of its products; use "
-            "hessian_tools.curvature.verify to verify it"
-        )
-    return cast(Planned, operator)
+def _planned(operator: CurvatureOperator) -> "EngineOperator | PreconditionedOperator":
+    """A, which plans and verifies its products."""
+    if isinstance(operator, EngineOperator | PreconditionedOperator):
+        return operator
+    raise AttributeError(
+        f"{type(operator).__name__} makes no plan of its products; use "
+        "hessian_tools.curvature.verify to verify it"
+    )

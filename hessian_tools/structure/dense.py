@@ -283,8 +283,8 @@ def _fingerprint(operator: CurvatureOperator, cuts: Sequence[Cut]) -> str:
     """Of all that the matrix depends on, the data by its loss."""
     problem = operator.problem
     blocks = repr((problem.loss, [(cut.parts, cut.names) for cut in cuts]))
-    if operator.title != "Hessian":
-        blocks += operator.title
+    if operator.signature != "Hessian":  # whose files never said so
+        blocks += operator.signature
     digest = hashlib.blake2b(blocks.encode(), digest_size=16)
     for parameter in problem.parameters.values():
         digest.update(parameter.detach().cpu().contiguous().view(-1).double().numpy().tobytes())

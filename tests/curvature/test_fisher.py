@@ -63,6 +63,12 @@ def test_it_is_so_on_networks(name):
     assert relative_error(ht.FisherOperator(problem).matmat(v), expected) < 1e-12
 
 
+def test_probabilities_that_do_not_add_up_are_verified_as_well():
+    problem = small(ht.cross_entropy, [torch.rand(4, 3).double()])
+    verification = ht.GaussNewtonOperator(problem).verify()
+    assert verification.passed, str(verification)
+
+
 def rows_of(problem):
     """(outputs, score of each row) of each batch, rows one by one with their own loss."""
     for batch in problem.batches:

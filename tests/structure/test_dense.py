@@ -205,6 +205,37 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         ht.dense_block(problem, "tensor", path=path)
 
 
+def test_a_file_is_of_one_matrix(tmp_path):
+    problem = network("mlp")
+    names = list(problem.parameters)
+
+    def scaled(size):
+        return {name: torch.full_like(p, size) for name, p in problem.parameters.items()}
+
+    hessian, ggn = ht.HessianOperator(problem), ht.GaussNewtonOperator(problem)
+    draws = ht.curvature.MonteCarloFisherOperator
+    several = [
+        hessian,
+        ggn,
+        ht.EmpiricalFisherOperator(problem),
+        draws(problem, seed=1),
+        draws(problem, seed=2),
+        ht.PreconditionedOperator(hessian, scaled(2.0)),
+        ht.PreconditionedOperator(hessian, scaled(3.0)),
+        ht.PreconditionedOperator(ggn, scaled(3.0)),
+    ]
+    path = tmp_path / "h.npy"
+    for one in several:
+        found = ht.dense_block(one, names, path=path)
+        assert np.array_equal(ht.dense_block(one, names, path=path).matrix, found.matrix)
+        for other in several:
+            if other is not one:
+                with pytest.raises(ValueError):
+                    ht.dense_block(other, names, path=path)
+        path.unlink()
+        path.with_suffix(".json").unlink()
+
+
 def test_refusals(tmp_path, monkeypatch):
     problem = network("mlp")
     partition = ht.partition(problem.model, "tensor")

@@ -24,6 +24,7 @@ from hessian_tools.curvature.engine.recorded import Grad, derivatives_of_rows
 from hessian_tools.curvature.engine.through_outputs import RowMap
 from hessian_tools.curvature.outputs.distributions import (
     AnyProblem,
+    Gaussian,
     distribution,
     likelihood,
     rank_one,
@@ -54,7 +55,9 @@ class LossHessian:
         """M u by a closed form; where none is known by differences of the loss's gradient."""
         if likelihood(problem.in_two_steps, batch):
             known = distribution(problem, outputs, batch)
-            return known.fisher_product(outputs, u[None])[0]
+            # probabilities that are given need not add up to 1, as the closed form assumes
+            if isinstance(known, Gaussian) or not known.targets.is_floating_point():
+                return known.fisher_product(outputs, u[None])[0]
         z, v = outputs.double(), u.double()  # in which differences of so small a step can be had
         step = _step(z, v)
         _, ahead = _slope(problem, z + step * v, batch)

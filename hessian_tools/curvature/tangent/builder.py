@@ -15,6 +15,7 @@ Letters: k probes. A tangent of a value of shape s is a tensor (k, *s).
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
@@ -26,9 +27,23 @@ from hessian_tools.curvature.tangent.program import Call, Step, Tangent, Tangent
 
 Rule = Callable[["Builder", Node], None]
 Map = Callable[..., Tensor]  # (tangent, *constants) -> tangent
-Half = Callable[..., Tensor]  # (out or None, tangent, *constants) -> out plus a term
+Addition = Callable[..., Tensor]  # (out or None, tangent, *constants) -> out plus a term
 _ATEN = torch.ops.aten
 _MOST_TERMS = 4  # of a combination; a longer one is added up at once
+
+
+@dataclass(frozen=True)
+class Half:
+    """What an operand's tangent adds to the tangent of a product.
+
+    ``add(out, tangent, *constants)`` is ``out`` plus that, and may be written into ``out``. The
+    first half present gets None for ``out``. ``constants`` are those that this half reads: what
+    only the half of an operand that does not move would read, is not computed.
+    """
+
+    operand: Node | None
+    add: Addition
+    constants: Sequence[Node] = ()
 
 
 class Builder:
@@ -117,25 +132,19 @@ class Builder:
         tangent, factor = self._scaled(argument)
         self._add(node, [tangent], constants, applied, factor, view)
 
-    def product(
-        self,
-        node: Node,
-        halves: Sequence[tuple[Node | None, Half]],
-        constants: Sequence[Node],
-    ) -> None:
-        """The product rule: the tangent is the sum of a half for each operand that moves.
-
-        ``half(out, tangent of the operand, *constants)`` adds to ``out``, which it may write into;
-        for the first half ``out`` is None.
-        """
-        moving = self.moving(operand for operand, _ in halves)
-        present = [half for operand, half in halves if self.moves(operand)]
+    def product(self, node: Node, halves: Sequence[Half]) -> None:
+        """The product rule: the tangent is the sum of a half for each operand that moves."""
+        present = [half for half in halves if self.moves(half.operand)]
+        moving = self.moving(half.operand for half in present)
+        constants = [node for half in present for node in half.constants]
 
         def call(k: int, tangents: Tangents, values: Values) -> Tensor:
             out = None
+            rest = iter(values)
             for half, tangent in zip(present, tangents, strict=True):
+                own = [next(rest) for _ in half.constants]
                 if tangent is not None:
-                    out = half(out, tangent, *values)
+                    out = half.add(out, tangent, *own)
             assert out is not None  # a step runs only where some tangent is not zero
             return out
 

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from hessian_tools.curvature.tangent.builder import Builder
 from hessian_tools.curvature.tangent.forms import Coefficient, Form
-from hessian_tools.curvature.tangent.graph import Node, Untraceable, arguments, name_of, shape_of
+from hessian_tools.curvature.tangent.graph import (
+    Node,
+    Untraceable,
+    arguments,
+    name_of,
+    shape_of,
+    value_of,
+)
 
 
 def elementwise(builder: Builder, node: Node) -> None:
@@ -59,9 +66,22 @@ def _derivative(
     by_a_number = name == "div" and not isinstance(args[1], Node)
     if by_a_number and not node.kwargs:  # a keyword asks for rounding
         return Coefficient(1.0 / float(args[1]))
+    if name.endswith("_backward") and index == 0:
+        # linear in the gradient it is given, so any values do: those at hand need no backward pass
+        given, *others = args
+        at_hand = next((other for other in others if _is_like(other, given)), given)
+        args = (at_hand, *others)
     call = (node.target, index, args, dict(node.kwargs))
     values = builder.constant(_derivative_values, call, node)
     return Coefficient(1.0, values)
+
+
+def _is_like(argument: object, node: Node) -> bool:
+    """Whether it is a value of the node's shape and dtype."""
+    if not isinstance(argument, Node):
+        return False
+    same_shape = shape_of(argument) == shape_of(node)
+    return same_shape and value_of(argument).dtype == value_of(node).dtype
 
 
 def _derivative_values(

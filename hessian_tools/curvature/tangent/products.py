@@ -1,8 +1,7 @@
 """Rules: matrix products and convolutions, by the product rule.
 
-A product has a function for the half that each of its operands contributes: ``half(out, moved,
-*constants)`` is ``out`` plus that half, written into ``out`` unless this is None. So both halves of
-d(A B) = A dB + dA B are accumulated into one result, and either can be left out.
+A product has a :class:`~hessian_tools.curvature.tangent.builder.Half` for each of its operands. So
+both halves of d(A B) = A dB + dA B are accumulated into one result, and either can be left out.
 
 Letters: k probes; ``moved`` is an operand's tangent, (k, *shape).
 """
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hessian_tools.curvature.tangent.builder import Builder, Half
+from hessian_tools.curvature.tangent.builder import Addition, Builder, Half
 from hessian_tools.curvature.tangent.graph import Node, arguments, shape_of, value_of
 
 _ATEN = torch.ops.aten
@@ -24,15 +23,17 @@ _ATEN = torch.ops.aten
 def matrix_product(builder: Builder, node: Node) -> None:
     """d(A B) = A dB + dA B."""
     left, right = arguments(node)
-    halves = [(right, _matrix_times_moved), (left, _moved_times_matrix)]
-    builder.product(node, halves, constants=[left, right])
+    halves = [
+        Half(right, _matrix_times_moved, [left]),
+        Half(left, _moved_times_matrix, [right]),
+    ]
+    builder.product(node, halves)
 
 
 def _matrix_times_moved(
     out: Tensor | None,
     moved: Tensor,
     a: Tensor,
-    b: Tensor,
 ) -> Tensor:
     """A dB, always the first half."""
     shared = a.expand(len(moved), *a.shape)  # the same for all probes, not copied
@@ -42,7 +43,6 @@ def _matrix_times_moved(
 def _moved_times_matrix(
     out: Tensor | None,
     moved: Tensor,
-    a: Tensor,
     b: Tensor,
 ) -> Tensor:
     """dA B, added by addmm and baddbmm: their forms in place are not counted as operations."""
@@ -64,18 +64,21 @@ def _moved_times_matrix(
 def batched_product(builder: Builder, node: Node) -> None:
     """d(A B) = A dB + dA B for a batch of matrices."""
     left, right = arguments(node)
-    halves = [(right, _batch_times_moved), (left, _moved_times_batch)]
-    builder.product(node, halves, constants=[left, right])
+    halves = [
+        Half(right, _batch_times_moved, [left]),
+        Half(left, _moved_times_batch, [right]),
+    ]
+    builder.product(node, halves)
 
 
 def _batch_times_moved(
     out: Tensor | None,
     moved: Tensor,
     a: Tensor,
-    b: Tensor,
 ) -> Tensor:
     """A dB, always the first half; one product a probe, for which A need not be copied."""
-    out = _empty_products(moved, a, b)
+    k, batch, _, q = moved.shape
+    out = moved.new_empty(k, batch, a.shape[1], q)
     for total, one in zip(out, moved, strict=True):
         torch.bmm(a, one, out=total)
     return out
@@ -84,23 +87,18 @@ def _batch_times_moved(
 def _moved_times_batch(
     out: Tensor | None,
     moved: Tensor,
-    a: Tensor,
     b: Tensor,
 ) -> Tensor:
     """dA B; one product a probe, for which B need not be copied."""
     if out is None:
-        out = _empty_products(moved, a, b)
+        k, batch, n, _ = moved.shape
+        out = moved.new_empty(k, batch, n, b.shape[2])
         for total, one in zip(out, moved, strict=True):
             torch.bmm(one, b, out=total)
         return out
     for total, one in zip(out, moved, strict=True):
         torch.baddbmm(total, one, b, out=total)
     return out
-
-
-def _empty_products(moved: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    batch, n, _ = a.shape
-    return a.new_empty(len(moved), batch, n, b.shape[2])
 
 
 # ----------------------------------------------------------------------------------- convolutions
@@ -117,32 +115,29 @@ def convolution(builder: Builder, node: Node) -> None:
     def by_input(
         out: Tensor | None,
         moved: Tensor,
-        image: Tensor,
         kernel: Tensor,
     ) -> Tensor:
         # always the first half; the probes are further images
         images = moved.flatten(0, 1)
         return convolved(images, kernel).unflatten(0, (len(moved), -1))
 
-    def by_bias(
-        out: Tensor | None,
-        moved: Tensor,
-        image: Tensor,
-        kernel: Tensor,
-    ) -> Tensor:
+    def by_weight(moved: Tensor, image: Tensor) -> Tensor:
+        return convolved(image, moved)
+
+    def by_bias(out: Tensor | None, moved: Tensor) -> Tensor:
         k = len(moved)
-        positions = [1] * (image.ndim - 2)
+        positions = [1] * (len(shape) - 2)
         channels = moved.view(k, 1, -1, *positions)
         if out is None:  # the same at all positions of all images, so without memory for each
             return channels.expand(k, *shape)
         return out.add_(channels)
 
     halves = [
-        (x, by_input),
-        (weight, _each_probe(convolved, 1)),
-        (bias, by_bias),
+        Half(x, by_input, [weight]),
+        Half(weight, _each_probe(by_weight), [x]),
+        Half(bias, by_bias),
     ]
-    builder.product(node, halves, constants=[x, weight])
+    builder.product(node, halves)
 
 
 def convolution_gradient(builder: Builder, node: Node) -> None:
@@ -159,26 +154,29 @@ def _gradient_to_input(
 ) -> None:
     """A product of the result's gradient g and the weight; of the input only the shape is read."""
     gradient, x, weight, _, *geometry, _ = arguments(source)
+    number, *shape = shape_of(x)
     backward = _backward(0, geometry)
 
     def by_gradient(
         out: Tensor | None,
         moved: Tensor,
-        *constants: Tensor,
+        kernel: Tensor,
     ) -> Tensor:
         # always the first half; the probes are further images
-        _, image, kernel = constants
         k = len(moved)
-        number, *shape = image.shape
-        images = image.new_empty(1).expand(k * number, *shape)
+        images = kernel.new_empty(1).expand(k * number, *shape)
         gradients = moved.flatten(0, 1)
         return backward(gradients, images, kernel).unflatten(0, (k, -1))
 
+    def by_weight(moved: Tensor, g: Tensor) -> Tensor:
+        images = g.new_empty(1).expand(number, *shape)
+        return backward(g, images, moved)
+
     halves = [
-        (gradient, by_gradient),
-        (weight, _each_probe(backward, 2)),
+        Half(gradient, by_gradient, [weight]),
+        Half(weight, _each_probe(by_weight), [gradient]),
     ]
-    builder.product(node, halves, constants=[gradient, x, weight])
+    builder.product(node, halves)
 
 
 def _gradient_to_weight(
@@ -188,12 +186,22 @@ def _gradient_to_weight(
 ) -> None:
     """A product of the result's gradient g and the input; of the weight only the shape is read."""
     gradient, x, weight, _, *geometry, _ = arguments(source)
+    shape = shape_of(weight)
     backward = _backward(1, geometry)
+
+    def by_gradient(moved: Tensor, image: Tensor) -> Tensor:
+        kernel = image.new_empty(1).expand(shape)
+        return backward(moved, image, kernel)
+
+    def by_input(moved: Tensor, g: Tensor) -> Tensor:
+        kernel = g.new_empty(1).expand(shape)
+        return backward(g, moved, kernel)
+
     halves = [
-        (gradient, _each_probe(backward, 0)),
-        (x, _each_probe(backward, 1)),
+        Half(gradient, _each_probe(by_gradient), [x]),
+        Half(x, _each_probe(by_input), [gradient]),
     ]
-    builder.product(node, halves, constants=[gradient, x, weight])
+    builder.product(node, halves)
 
 
 def _gradient_to_bias(
@@ -221,21 +229,19 @@ def _backward(
     return backward
 
 
-def _each_probe(product: Callable[..., Tensor], place: int) -> Half:
-    """The half of one operand of ``product(*constants)``: its tangent in that place of them."""
+def _each_probe(product: Callable[..., Tensor]) -> Addition:
+    """A half whose term of one probe is ``product(tangent, *constants)``."""
 
-    def half(
+    def add(
         out: Tensor | None,
         moved: Tensor,
         *constants: Tensor,
     ) -> Tensor:
-        before = constants[:place]
-        after = constants[place + 1 :]
-        pieces = (product(*before, one, *after) for one in moved)
+        pieces = (product(one, *constants) for one in moved)
         if out is None:
             return torch.stack(list(pieces))
         for total, piece in zip(out, pieces, strict=True):
             total.add_(piece)
         return out
 
-    return half
+    return add

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from evidence.convolutions import (
+from evidence.networks.convolutions import (
     ConvNeXt,
     ConvolutionalAutoencoder,
     LeNet,
@@ -16,9 +16,10 @@ from evidence.convolutions import (
     ResNet,
     UNet,
 )
-from evidence.library_networks import NO_DROPOUT, library
+from evidence.networks.library import NO_DROPOUT, library
+from evidence.networks.plain import Autoencoder, NormalisedMLP
+from evidence.networks.transformers import Design, VisionTransformer
 from evidence.pair import Pair, Traits, family
-from evidence.plain_networks import Autoencoder, NormalisedMLP
 from evidence.sources import (
     denoising,
     fashion,
@@ -27,7 +28,6 @@ from evidence.sources import (
     reconstruction,
     segmentation,
 )
-from evidence.transformers_plain import Design, VisionTransformer
 from hessian_tools.problem.networks import MLP, MLPMixer, SmallVGG
 
 PLAIN = Traits(is_transformer=False, is_text=False)

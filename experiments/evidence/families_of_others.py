@@ -4,8 +4,8 @@ import functools
 
 from torch import nn
 
-from evidence.convolutions import PlainCNN
-from evidence.other_networks import (
+from evidence.networks.convolutions import PlainCNN
+from evidence.networks.graphs_and_views import (
     GraphAttention,
     GraphConvolution,
     GraphIsomorphism,

@@ -8,10 +8,9 @@ from functools import partial
 
 from torch import nn
 
-from evidence.library_networks import encoder, gpt2, library, llama
-from evidence.pair import Pair, Traits, family
-from evidence.plain_networks import BagOfTokens, BagOfWindow, Bigram, TokenMLP
-from evidence.sequences import (
+from evidence.networks.library import encoder, gpt2, library, llama
+from evidence.networks.plain import BagOfTokens, BagOfWindow, Bigram, TokenMLP
+from evidence.networks.sequences import (
     gated_convolutions,
     gated_scan,
     plain_convolutions,
@@ -19,8 +18,9 @@ from evidence.sequences import (
     state_space,
     temporal_convolutions,
 )
+from evidence.networks.transformers import Design, EncoderDecoder, Transformer
+from evidence.pair import Pair, Traits, family
 from evidence.sources import masked_text, restored_text, text, text_by_play
-from evidence.transformers_plain import Design, EncoderDecoder, Transformer
 from hessian_tools.problem.networks import NanoGPT
 
 PLAIN = Traits(is_transformer=False, is_text=True)

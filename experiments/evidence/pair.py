@@ -1,4 +1,4 @@
-"""A (network, data) pair of the suite, the families that pairs belong to, and which are held out."""
+"""A (network, data) pair of the suite, its family, and which families are held out."""
 
 import functools
 import hashlib
@@ -15,6 +15,7 @@ from hessian_tools.training import Stream
 Build = Callable[[], nn.Module]  # draws its weights from torch's random numbers
 Data = Callable[[], Stream]
 BATCH_SIZE = 32  # examples: images, windows of text, graphs, pairs of views
+BLOCKS = "weights"  # the partition whose blocks are compared
 HELD_OUT = 1 / 3  # of the families
 
 
@@ -71,6 +72,11 @@ class Pair:
         """Trained ones, tied ones once."""
         model = self.make_model(0)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    @functools.cached_property
+    def num_blocks(self) -> int:
+        """Trained tensors of two or more dimensions: the blocks that readings compare."""
+        return len(ht.partition(self.make_model(0), BLOCKS))
 
 
 def family(name: str, traits: Traits, members: dict[str, tuple[Build, Data]]) -> list[Pair]:

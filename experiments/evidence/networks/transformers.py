@@ -152,24 +152,38 @@ class VisionTransformer(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """torch's own Transformer: (hidden (b, t), shifted (b, t)) -> logits (b, t, V)."""
+    """torch's own encoder and decoder: (hidden (b, t), shifted (b, t)) -> logits (b, t, V).
 
-    def __init__(self, vocabulary: int, positions: int, d: int = 32, norm_first: bool = True):
+    One layer each. ``norm_first``: pre-norm.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        positions: int,
+        d: int = 32,
+        norm_first: bool = True,
+    ) -> None:
         super().__init__()
+        shape = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first}
+        encoder_layer = nn.TransformerEncoderLayer(d, 4, 4 * d, **shape)
+        decoder_layer = nn.TransformerDecoderLayer(d, 4, 4 * d, **shape)
         self.tokens = nn.Embedding(vocabulary, d)
         self.positions = nn.Embedding(positions, d)
-        shape = {"nhead": 4, "dim_feedforward": 4 * d, "dropout": 0.0, "batch_first": True}
-        self.transformer = nn.Transformer(
-            d, num_encoder_layers=1, num_decoder_layers=1, norm_first=norm_first, **shape
+        self.encoder = nn.TransformerEncoder(
+            encoder_layer, 1, nn.LayerNorm(d), enable_nested_tensor=False
         )
+        self.decoder = nn.TransformerDecoder(decoder_layer, 1, nn.LayerNorm(d))
         self.head = nn.Linear(d, vocabulary)
+        start(self, None)
 
     def forward(self, hidden: Tensor, shifted: Tensor) -> Tensor:
-        places = self.positions(torch.arange(hidden.shape[1], device=hidden.device))
-        mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1])
-        source = self.tokens(hidden) + places
-        target = self.tokens(shifted) + places
-        return self.head(self.transformer(source, target, tgt_mask=mask, tgt_is_causal=True))
+        length = hidden.shape[1]
+        places = self.positions(torch.arange(length, device=hidden.device))
+        later = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
+        read = self.encoder(self.tokens(hidden) + places)
+        written = self.decoder(self.tokens(shifted) + places, read, tgt_mask=later)
+        return self.head(written)
 
 
 def start(network: nn.Module, std: float | None) -> None:

@@ -98,16 +98,17 @@ class TwoViews(nn.Module):
         return F.normalize(made, dim=2)
 
 
-def embeddings(model: nn.Module, batch: Batch) -> Tensor:
-    """(b, 2, d) of a batch of two views."""
-    return model(*batch)
+def logits_of_views(model: nn.Module, batch: Batch) -> Tensor:
+    """(b, b) similarities of every first view with every second, over the temperature."""
+    made = model(*batch)
+    return made[:, 0] @ made[:, 1].mT / TEMPERATURE
 
 
-def agreement(outputs: Tensor, batch: Batch) -> Tensor:
+def agreement(logits: Tensor, batch: Batch) -> Tensor:
     """InfoNCE both ways: each view is to be told from those of the batch's other examples."""
-    logits = outputs[:, 0] @ outputs[:, 1].mT / TEMPERATURE
     targets = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.mT, targets)) / 2
 
 
-info_nce = Loss(embeddings, agreement)
+# convex in its outputs, so that the Gauss-Newton matrix is positive semidefinite
+info_nce = Loss(logits_of_views, agreement)

@@ -24,7 +24,8 @@ SMOKE_PAIRS = ("mlp/tanh-deep", "graph/convolutions")
 
 
 def measured_at(name: str, smoke: bool) -> JsonObject:
-    return measured(EVERY[name], num_batches=1, simulated=2) if smoke else measured(EVERY[name])
+    few = {"num_batches": 1, "num_steps": 10, "simulated": 2}
+    return measured(EVERY[name], **(few if smoke else {}))
 
 
 def known(path: Path) -> dict[str, JsonObject]:

@@ -22,6 +22,7 @@ gaps = importlib.import_module("evidence.gaps")
 lines = importlib.import_module("evidence.lines")
 readings = importlib.import_module("evidence.readings")
 tuning = importlib.import_module("evidence.tuning")
+FEW = {"num_batches": 1, "num_steps": 5, "simulated": 2}
 
 
 @pytest.mark.parametrize("name", evidence.EVERY)
@@ -213,7 +214,7 @@ def test_spreads_leave_out_what_is_nothing():
 
 
 def test_every_predictor_of_a_pair_with_blocks():
-    found = readings.measured(evidence.SUITE["mlp/tanh-deep"], num_batches=1, simulated=2)
+    found = readings.measured(evidence.SUITE["mlp/tanh-deep"], **FEW)
     assert tuple(found["predictors"]) == readings.PREDICTORS
     assert all(value is not None for value in found["predictors"].values())
     assert found["predictors"]["block_progress"] >= 0  # one rate is a choice of block rates
@@ -221,7 +222,7 @@ def test_every_predictor_of_a_pair_with_blocks():
 
 
 def test_one_block_has_no_differences():
-    found = readings.measured(evidence.SUITE["softmax-zipf/images"], num_batches=1, simulated=2)
+    found = readings.measured(evidence.SUITE["softmax-zipf/images"], **FEW)
     apart = dict(found["predictors"])
     assert apart.pop("adam_progress") != 0
     assert apart.pop("block_progress") >= 0  # the bias has a rate of its own

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from evidence.families_of_images import PAIRS as OF_IMAGES
 from evidence.families_of_text import PAIRS as OF_TEXT
 from evidence.pair import Build, Data, Pair, by_name
+from evidence.sources import SuiteStream
 from hessian_tools.problem.batches import Batch
 from hessian_tools.problem.losses import Loss, OutputLoss
 from hessian_tools.training import Stream
@@ -37,7 +38,7 @@ def scaled_loss(data: Data, factor: float) -> Data:
             return factor * base.loss(outputs, batch)
 
         scaled_loss_fn = Loss(base.outputs, loss)
-        return Stream(stream.source, stream.batch_size, scaled_loss_fn, stream.batch_stats)
+        return SuiteStream(stream.source, stream.batch_size, scaled_loss_fn, stream.batch_stats)
 
     return scaled
 

@@ -35,14 +35,19 @@ PREDICTORS = (
 NOTHING = 1e-8  # of the largest gradient norm: blocks below have no gradient yet
 
 
-def measured(pair: Pair, num_batches: int = NUM_BATCHES, simulated: int = SIMULATED) -> JsonObject:
+def measured(
+    pair: Pair,
+    num_batches: int = NUM_BATCHES,
+    num_steps: int = STEPS,
+    simulated: int = SIMULATED,
+) -> JsonObject:
     """Everything about one pair, JSON-able: ``predictors``, ``baselines``, and what is behind."""
     problem = pair.problem(num_batches)
     spectra = ht.blockwise_slq(
         ht.HessianOperator(problem),
         ht.partition(problem.model, BLOCKS),
         num_probes=PROBES,
-        num_steps=STEPS,
+        num_steps=num_steps,
         progress=False,
     )
     tops = {name: float(np.abs(found.nodes).max()) for name, found in spectra.items()}

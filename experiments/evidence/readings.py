@@ -1,7 +1,9 @@
 """The ten predictors, fixed in advance, of a pair as it starts; and the baselines.
 
-Blocks are the trained tensors of two or more dimensions; predicted progress has a rate a tensor. A
-pair with one block has no differences between blocks: those readings are 0.
+Blocks are the trained tensors of two or more dimensions. A pair with one block has no differences
+between blocks: those readings are 0. Predicted progress has a rate a block and one for all that is
+in no block. A rate for every vector would ruin it: where the loss does not depend on one (a key's
+bias under softmax), its gradient and curvature are rounding.
 
 Letters: B blocks, n_b entries of a block, g_b its gradient.
 """
@@ -43,9 +45,10 @@ def measured(
 ) -> JsonObject:
     """Everything about one pair, JSON-able: ``predictors``, ``baselines``, and what is behind."""
     problem = pair.problem(num_batches)
+    blocks = ht.partition(problem.model, BLOCKS)
     spectra = ht.blockwise_slq(
         ht.HessianOperator(problem),
-        ht.partition(problem.model, BLOCKS),
+        blocks,
         num_probes=PROBES,
         num_steps=num_steps,
         progress=False,
@@ -54,7 +57,7 @@ def measured(
     gradients = gradient_norms(problem)
     readings, intervals = compared(spectra)
     progress = ht.predicted_progress(
-        ht.GaussNewtonOperator(problem), steps=simulated, krylov=KRYLOV, progress=False
+        ht.GaussNewtonOperator(problem), blocks, steps=simulated, krylov=KRYLOV, progress=False
     )
     methods = {"block rates": progress.block_rates, "adam": progress.adam}
     found = {

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "interruption errors tables lock results problem blocks curvature.tangent curvature.segments "
     "curvature.engine curvature.outputs curvature spectra heterogeneity structure descent "
-    "quadratic optimizers training plots app __init__ __main__"
+    "quadratic optimizers training plots app.models app __init__ __main__"
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the
 # command line
@@ -30,6 +30,7 @@ LAZY = {
     "problem.data": {"tokenizers", "PIL"},
     "curvature.symmetric": {"scipy.sparse.linalg"},
     "optimizers.named": {"pytorch_optimizer"},
+    "app.models.saved_model": {"transformers"},
     "app.spectra_command": {"hessian_tools.plots"},
     "app.partition_command": {"hessian_tools.plots"},
     "app.quadratic_command": {"hessian_tools.plots"},

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hessian_tools.app.user_model import fingerprint, problem_from
+from hessian_tools.app.models.saved_problem import problem_from_folder
+from hessian_tools.app.models.user_model import fingerprint, problem_from
 from hessian_tools.app.verified import AUTO, CHOICES, NEVER
 from hessian_tools.curvature.engine.precision import PRECISIONS
 from hessian_tools.curvature.engine_operator import EngineOperator
@@ -72,7 +73,11 @@ def matrix_setting(arguments: argparse.Namespace) -> JsonObject:
 
 def load_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, JsonObject]:
     """The Problem of ``--model REFERENCE``, and what identifies it."""
-    make = _users_problem if is_users(reference) else _zoo_problem
+    make = _zoo_problem
+    if is_users(reference):
+        make = _users_problem
+    elif is_folder(reference):
+        make = _saved_problem
     problem, settings = make(arguments, reference)
     identity = {
         "batch_stats": problem.batch_stats,
@@ -84,6 +89,44 @@ def load_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem
 def is_users(reference: str) -> bool:
     """Whether ``--model REFERENCE`` names a file of the user's, and no model of the zoo."""
     return ":" in reference or reference.endswith(".py")
+
+
+def is_folder(reference: str) -> bool:
+    """Whether ``--model REFERENCE`` names a folder, and no model of the zoo."""
+    is_path = "/" in reference or "\\" in reference or Path(reference).is_dir()
+    return is_path and reference not in zoo.names() and not is_users(reference)
+
+
+def folder_options(arguments: argparse.Namespace, reference: str) -> dict[str, Any]:
+    """The options that a saved folder shares between its Problem and its stream.
+
+    Raises:
+        ValueError: an option that it has no use for.
+    """
+    for knob in ("image_size", "tokenizer"):
+        if getattr(arguments, knob) is not None:
+            flag = f"--{knob.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} does not apply to {reference}, which brings its own tokenizer or image "
+                "processor; leave it out"
+            )
+    return {
+        "data": arguments.data,
+        "context": arguments.context,
+        "batch_stats": BATCH_STATS[arguments.batch_stats],
+        "device": arguments.device,
+        "dtype": DTYPES.get(arguments.dtype),
+    }
+
+
+def _saved_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, JsonObject]:
+    return problem_from_folder(
+        reference,
+        num_examples=arguments.num_examples,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        **folder_options(arguments, reference),
+    )
 
 
 def _users_problem(arguments: argparse.Namespace, reference: str) -> tuple[Problem, JsonObject]:
@@ -147,9 +190,9 @@ def add_model_options(add: Callable[..., object], nargs: str | None = None) -> N
         "--model",
         required=True,
         nargs=nargs,
-        metavar="NAME|FILE.py:FUNCTION",
-        help="names of `hessian-tools models`, or your function returning ht.Problem(...) or "
-        "(model, loss_fn, batches)",
+        metavar="NAME|FILE.py:FUNCTION|FOLDER",
+        help="names of `hessian-tools models`, your function returning ht.Problem(...) or "
+        "(model, loss_fn, batches), or a folder that transformers has saved (safetensors or GGUF)",
     )
     add("--context", **COUNT, help="tokens a sequence (text models) (default: the model's own)")
     add("--image-size", **COUNT, help="pixels a side (image models) (default: the model's own)")

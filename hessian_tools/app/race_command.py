@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hessian_tools.app.models.saved_problem import stream_from_folder
 from hessian_tools.app.options import (
     BATCH_STATS,
     COUNT,
@@ -18,6 +19,8 @@ from hessian_tools.app.options import (
     FORMAT,
     add_machine_options,
     add_model_options,
+    folder_options,
+    is_folder,
     is_users,
     load_problem,
     positive,
@@ -178,9 +181,11 @@ def _budget(text: str) -> Budget:
 
 
 def _stream(arguments: argparse.Namespace, problem: Problem) -> Stream:
-    """The whole corpus for a model of the zoo; a Problem's own batches for the user's."""
+    """All the data of a model of the zoo or of a folder; a Problem's own batches for a file's."""
     if is_users(arguments.model):
         return problem_stream(problem)
+    if is_folder(arguments.model):
+        return stream_from_folder(arguments.model, **folder_options(arguments, arguments.model))
     return zoo_stream(
         arguments.model,
         context=arguments.context,

@@ -72,8 +72,18 @@ def text_tokens(tokenizer: str = "bpe", path: str | Path | None = None) -> Tenso
         raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {tokenizer!r}")
     if path is None:
         return _packaged_tokens(tokenizer).clone()
+    return _encode(text_of(path), tokenizer)
+
+
+def text_of(path: str | Path | None = None) -> str:
+    """The UTF-8 text in the file at ``path``, or the packaged plays.
+
+    Raises ValueError for a path that is no readable text.
+    """
+    if path is None:
+        return gzip.decompress(_asset("plays.txt.gz")).decode()
     try:
-        return _encode(Path(path).read_bytes().decode("utf-8"), tokenizer)
+        return Path(path).read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"data must be a UTF-8 text file for a language model, got '{path}': {error}"
@@ -279,7 +289,7 @@ def _asset(name: str) -> bytes:
 
 @functools.cache
 def _packaged_tokens(tokenizer: str) -> Tensor:
-    return _encode(gzip.decompress(_asset("plays.txt.gz")).decode(), tokenizer)
+    return _encode(text_of(), tokenizer)
 
 
 def _encode(text: str, tokenizer: str) -> Tensor:

@@ -7,7 +7,7 @@ Letters: b examples of a batch, t tokens of a sequence, s image side.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -182,7 +182,29 @@ class Images:
         return image
 
 
-class Examples:
+class OnDemand:
+    """Examples that are made when they are asked for; a tenth is held out.
+
+    Args:
+        count: of all examples.
+        made: the batch of examples by number, counted from 0.
+    """
+
+    def __init__(self, count: int, made: Callable[[Sequence[int]], Batch]) -> None:
+        self._made = made
+        self._numbers, self._held_out = _parted(count)
+        self.size = len(self._numbers)
+
+    def batch(self, places: Sequence[Place]) -> Batch:
+        return self._made([self._numbers[place.number] for place in places])
+
+    def held_out(self, batch_size: int) -> list[Batch]:
+        numbers = self._held_out[:MOST_HELD_OUT]
+        starts = range(0, len(numbers), batch_size)
+        return [self._made(numbers[first : first + batch_size]) for first in starts]
+
+
+class Examples(OnDemand):
     """The examples of a Problem's batches in one pool, from which batches of any size are made.
 
     Args:
@@ -191,19 +213,9 @@ class Examples:
 
     def __init__(self, pooled: Batch) -> None:
         self._pooled = pooled
-        self._length = batch_length(pooled) or 0
-        self._numbers, self._held_out = _parted(self._length)
-        self.size = len(self._numbers)
+        super().__init__(batch_length(pooled) or 0, self._of_pool)
 
-    def batch(self, places: Sequence[Place]) -> Batch:
-        return self._batch([self._numbers[place.number] for place in places])
-
-    def held_out(self, batch_size: int) -> list[Batch]:
-        numbers = self._held_out[:MOST_HELD_OUT]
-        starts = range(0, len(numbers), batch_size)
-        return [self._batch(numbers[first : first + batch_size]) for first in starts]
-
-    def _batch(self, numbers: Sequence[int]) -> Batch:
+    def _of_pool(self, numbers: Sequence[int]) -> Batch:
         index = torch.tensor(numbers)
         return map_tensors(lambda t: t[index.to(t.device)] if t.ndim else t, self._pooled)
 

@@ -23,7 +23,8 @@ from problems.compared import same
 
 import hessian_tools as ht
 from hessian_tools import results
-from hessian_tools.app import cli, spectra_command, user_model
+from hessian_tools.app import cli, spectra_command
+from hessian_tools.app.models import user_model
 from hessian_tools.curvature.operators import StackedBlocks
 from hessian_tools.plots import spectra as plotting
 from hessian_tools.problem import zoo

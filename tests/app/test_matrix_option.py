@@ -10,7 +10,7 @@ from problems import dense_gauss_newton
 from problems.command_line import run
 
 import hessian_tools as ht
-from hessian_tools.app import user_model
+from hessian_tools.app.models import user_model
 
 OWN = """
 import torch

@@ -1,0 +1,121 @@
+"""The claims of "Deconstructing" and SOAP on small decoders: rates, momenta, layers, blocks.
+
+Sources: Zhao et al., Deconstructing What Makes a Good Optimizer for Language Models (arXiv
+2407.07972); Vyas et al., SOAP (arXiv 2409.11321); Zhang et al., Adam-mini (arXiv 2406.16793).
+
+Protocol, fixed before any result:
+
+- Decoders (experiments/decoders/networks.py) of 1.1 M and 5.8 M parameters, 2,048 tokens of BPE,
+  windows of 128 tokens of the complete Shakespeare and the Brown corpus (experiments/corpora.py),
+  of which the last tenth is held out. Variants: "standard", with QK-norm and a z-loss of 1e-4, and
+  "plain" without both. Losses are without the z-loss.
+- Batches of 128 windows. 1,000 steps for 1 M (16.4 M tokens, 14 a parameter, 4 passes over the
+  text), 500 for 6 M (8.2 M tokens, 1.4 a parameter: far fewer than the paper's 20). Clip 1, 10 %
+  warm-up, cosine to a tenth, no weight decay. One seed: same weights and batches for all.
+- Rates on half decades from the published grid's middle, extended while the best lies at an end;
+  hopeless runs are given up. The loss is the mean of the last tenth of the steps, beside it that of
+  what is held out. *Width*: decades of rates within 5 % of the best loss.
+- (a) SGD, AdamW, Adafactor, Lion, Signum, Muon, SOAP, Shampoo^2. (b) momenta 0 to 0.99 for SGD,
+  AdamW, Signum and Adam with b2 = b1, 1 M, 400 steps. (c) Adalayer, Adalayer*, SGD + Adalayer on
+  the last layer and norms (its own rate 3.16e-3), on the last layer only, frozen Adalayer* (200
+  steps at rest in place of 1,000), and how AdamW's effective rates spread. (e) Adam-mini on
+  Algorithm 3's blocks, on the checker's (experiments/decoder_suggestions.py), on one a tensor; all
+  with betas (0.9, 0.95).
+- A difference of losses counts when it is above 1 %; between seeds the loss of AdamW at its best
+  rate is measured with three more seeds, whose standard deviation is told beside it.
+
+`python experiments/decoder_sweeps.py --text shakespeare.txt brown.txt [--claims abce] [--sizes ..]
+[--device cuda] [--workers N] [--minutes M] [--smoke]` trains what is not in OUT/parts yet, and
+after M minutes begins no further sweep. `python experiments/decoder_claims.py` makes the tables.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from decoders.networks import SIZES, tokens_of
+from decoders.tasks import Place, Task, effective_rates, repeated, swept, tasks, with_rests
+from script import Run, Script
+from tqdm import tqdm
+
+from hessian_tools.problem.data import text_tokens
+
+OUT = Path("results/decoder_sweeps")
+BATCH_SIZE = 128
+SMOKE_BATCH_SIZE = 2
+SMOKE_BYTES = 20_000
+CACHE = "tokens.npy"
+
+
+def work(task: Task, place: Place) -> str:
+    """A task in a process of its own."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is one
+    tokens = tokens_of([], place.out / CACHE)
+    found = swept(with_rests(task), tokens, place)
+    if (task.claim, task.variant, task.optimizer) == ("a", "standard", "adamw"):
+        effective_rates(task.size, found.best_rate, tokens, place)
+        repeated(task, found.best_rate, tokens, place)
+    return f"{task.name}: {found.loss:.4f} at {found.best_rate:.2g}, width {found.width:.2f}"
+
+
+def in_processes(
+    todo: Sequence[Task],
+    place: Place,
+    workers: int,
+    minutes: float,
+) -> None:
+    """All tasks, so many at a time; none is begun after so many minutes."""
+    deadline = time.monotonic() + 60 * minutes
+    waiting = list(todo)
+    running: set[Future[str]] = set()
+    bar = tqdm(total=len(todo), disable=None)
+    context = get_context("spawn")  # CUDA does not survive a fork
+    with bar, ProcessPoolExecutor(workers, context) as pool:
+        while waiting or running:
+            while waiting and len(running) < workers and time.monotonic() < deadline:
+                running.add(pool.submit(work, waiting.pop(0), place))
+            if not running:
+                break
+            done = next(as_completed(running))
+            running.remove(done)
+            bar.update()
+            print(done.result(), flush=True)
+    if waiting:
+        print(f"{len(waiting)} sweeps were not begun; the same command goes on")
+
+
+def arguments() -> Run:
+    script = Script(__doc__, OUT, smoke="8 steps of one rate on the packaged plays: a minute")
+    script.add_argument("--text", nargs="+", type=Path, help="files of experiments/corpora.py")
+    script.add_argument("--claims", default="abce")
+    script.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    script.add_argument("--device", default="cpu")
+    script.add_argument("--workers", type=int, default=1)
+    script.add_argument("--minutes", type=float, default=float("inf"))
+    return script.run()
+
+
+def main() -> None:
+    run = arguments()
+    options = run.options
+    run.out.mkdir(parents=True, exist_ok=True)
+    cache = run.out / CACHE
+    if run.smoke and not cache.exists():
+        plays = run.out / "plays.txt"
+        plays.write_bytes(bytes(text_tokens("byte")[:SMOKE_BYTES].tolist()))
+        options.text = [plays]
+    if not options.text and not cache.exists():
+        raise SystemExit("--text is needed: the files that experiments/corpora.py makes")
+    tokens_of(options.text or [], cache)
+    batch_size = SMOKE_BATCH_SIZE if run.smoke else BATCH_SIZE
+    place = Place(run.out, batch_size, options.device, run.smoke)
+    todo = tasks(options.claims, options.sizes)
+    in_processes(todo, place, options.workers, options.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -57,8 +57,10 @@ class BlockwiseAdam(Dense):
         held_until: T.
 
     Raises:
-        ValueError: a number out of range; a model without partition; a partition whose blocks join
-            parts of several tensors, or leave out a part of a tensor that they cut.
+        ValueError: a number out of range; a model without partition; a group without ``cuts``, or
+            with a part of the tensors that make up its block (as ZeroRedundancyOptimizer shares
+            them out among processes); a partition whose blocks join parts of several tensors, or
+            leave out a part of a tensor that they cut.
         RuntimeError: sparse or complex gradients.
     """
 
@@ -85,11 +87,20 @@ class BlockwiseAdam(Dense):
             "held_until": held_until,
         }
         super().__init__(_groups(params, partition), defaults)
-        for group in self.param_groups:
-            group.setdefault("cuts", [])
-            _check(group)
-            for p in group["params"]:
-                _check_cuts(p, group)
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """As torch's, of a group that says its blocks; see the errors of the class."""
+        _check_says_blocks(param_group)
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        try:
+            _check(added)
+            _check_is_whole(added)
+            for p in added["params"]:
+                _check_cuts(p, added)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # torch's own has overloads
@@ -388,6 +399,30 @@ def _check(group: ParamGroup) -> None:
     after = group["frozen_after"]
     if after is not None and (int(after) != after or after < 1):
         raise ValueError(f"frozen_after is {after!r}; a number of steps from 1, or None, is needed")
+
+
+def _check_says_blocks(group: ParamGroup) -> None:
+    """Raises ValueError for a group as torch's optimizers take it, without blocks."""
+    if "cuts" not in group:
+        raise ValueError(
+            "a group of parameters does not say what its blocks are; pass BlockwiseAdam(model, "
+            "partition), or groups of ht.param_groups(model, partition). A group of your own is "
+            "one block of all its tensors with 'cuts': [], and Adam's with 'block': '(no block)' "
+            "as well"
+        )
+
+
+def _check_is_whole(group: ParamGroup) -> None:
+    """Raises ValueError where other processes have some of the tensors that make up the block."""
+    names = group.get("names", [])
+    held = len(group["params"])
+    is_one_block = not group["cuts"] and group.get("block") != _NO_BLOCK
+    if is_one_block and len(names) > 1 and held < len(names):
+        raise ValueError(
+            f"the block {group.get('block')!r} has {len(names)} tensors, and this process {held} "
+            "of them, so it cannot average over the block; share out tensors among processes "
+            "(ZeroRedundancyOptimizer) only where no block joins several, as in 'adam_mini'"
+        )
 
 
 def _check_cuts(p: Tensor, group: ParamGroup) -> None:

@@ -60,7 +60,8 @@ class BlockwiseAdam(Dense):
         ValueError: a number out of range; a model without partition; a group without ``cuts``, or
             with a part of the tensors that make up its block (as ZeroRedundancyOptimizer shares
             them out among processes); a partition whose blocks join parts of several tensors, or
-            leave out a part of a tensor that they cut.
+            leave out a part of a tensor that they cut; a tensor that FSDP has sharded where its
+            blocks are cut.
         RuntimeError: sparse or complex gradients.
     """
 
@@ -437,9 +438,33 @@ def _check_cuts(p: Tensor, group: ParamGroup) -> None:
         raise ValueError(
             f"{group.get('block')} is a run of blocks along several axes; pass the whole cut"
         )
+    if cuts and hasattr(p, "to_local"):
+        _check_shards(p, group)
     covered = sum(_region(p.detach(), cut).numel() for cut in cuts)
     if cuts and covered != p.numel():
         raise ValueError(
             f"the cuts of {group.get('block')} hold {covered:,} of {p.numel():,} entries; an "
             "optimizer has to move all of them"
         )
+
+
+def _check_shards(p: Tensor, group: ParamGroup) -> None:
+    """Raises ValueError for a DTensor whose cuts are copies: torch gathers it to cut its shards."""
+    try:
+        regions = [_region(p.detach(), cut) for cut in group["cuts"]]
+    except RuntimeError:  # shards of uneven length
+        regions = []
+    # to_local and placements are a DTensor's
+    here = _shards(p)
+    if not regions or any(_shards(region) != here for region in regions):
+        raise ValueError(
+            f"the parameter of {group.get('block')} is sharded across processes where its blocks "
+            "are cut, so they are no views of it; take a partition that leaves it whole, or "
+            "DistributedDataParallel in place of FSDP"
+        )
+
+
+def _shards(tensor: Any) -> tuple[int, list[bool]]:  # a DTensor, which not every torch has
+    """The memory here, and along which axes of the device mesh a DTensor is sharded."""
+    memory = tensor.to_local().untyped_storage().data_ptr()
+    return memory, [placement.is_shard() for placement in tensor.placements]

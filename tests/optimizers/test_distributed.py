@@ -1,7 +1,5 @@
 """Two processes with half of every batch each come to the weights of one process with all of it."""
 
-import warnings
-
 import pytest
 import torch
 from problems import relative_error
@@ -9,10 +7,7 @@ from problems import relative_error
 if not torch.distributed.is_available():
     pytest.skip("this torch is built without torch.distributed", allow_module_level=True)
 
-with warnings.catch_warnings():
-    # torch.distributed.optim compiles its parts as it is imported, in a way that torch has retired
-    warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
-    from problems import ranks
+from problems import ranks
 
 NUM_RANKS = 2
 
@@ -29,7 +24,7 @@ def of_ranks(tmp_path_factory):
 @pytest.mark.parametrize("preset", ranks.PRESETS)
 def test_two_processes_train_as_one(of_ranks, way, preset):
     model, tokens = ranks.model_and_tokens()
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    before = ranks.weights(model)
     expected = ranks.trained(model, ranks.optimizer_of(model, preset), tokens)
     assert relative_error(before, expected) > 1e-3  # or nothing was trained
     for weights, _ in of_ranks:
@@ -39,8 +34,10 @@ def test_two_processes_train_as_one(of_ranks, way, preset):
 
 
 def test_what_cannot_work_is_refused_in_every_process(of_ranks):
-    for _, (inner, wrapped, torn) in of_ranks:
+    for _, (inner, wrapped, torn, *sharded) in of_ranks:
         assert "'tokens.weight'" in inner and "has it as 'module.tokens.weight'" in inner
         assert "has it as 'tokens.weight'" in wrapped
         assert "with their wrapper (DistributedDataParallel, torch.compile)" in wrapped
         assert "share out tensors among processes" in torn
+        assert len(sharded) == 2
+        assert all("is sharded across processes where its blocks are cut" in it for it in sharded)

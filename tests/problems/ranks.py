@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hessian_tools as ht
+from hessian_tools.blocks.param_groups import ParamGroup
 from hessian_tools.optimizers import BlockwiseAdam
 from problems import gpt
 
@@ -36,7 +39,14 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) 
         loss = ht.cross_entropy(model, (batch[:, :-1], batch[:, 1:]))
         loss.backward()
         optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return weights(model)
+
+
+def weights(model: nn.Module) -> Tensor:
+    """Flat; of tensors that are sharded, all shards."""
+    parameters = [p.detach() for p in model.parameters()]
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+    return torch.cat([p.flatten() for p in whole])
 
 
 def by_inner(model: nn.Module, preset: str) -> Tensor:
@@ -51,11 +61,19 @@ def by_wrapped(model: nn.Module, preset: str) -> Tensor:
     return trained(wrapped, optimizer_of(wrapped, preset), _half())
 
 
+def sharing(groups: list[ParamGroup]) -> torch.optim.Optimizer:
+    """Each process has a BlockwiseAdam for a part of the tensors of ``groups``."""
+    # here, as the import takes seconds and warns: only the processes of the test need it
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(groups, BlockwiseAdam, **OPTIONS)
+
+
 def by_shared_state(model: nn.Module, preset: str) -> Tensor:
-    """Each process keeps the state of a part of the tensors, saved and loaded on the way."""
+    """ZeroRedundancyOptimizer, its state saved and loaded on the way."""
     groups = ht.param_groups(model, ht.partition(model, preset))
     wrapped = DistributedDataParallel(model)
-    optimizer = ZeroRedundancyOptimizer(groups, BlockwiseAdam, **OPTIONS)
+    optimizer = sharing(groups)
     half = _half()
     trained(wrapped, optimizer, half[:2])
     state: list[object] = [None]
@@ -63,21 +81,43 @@ def by_shared_state(model: nn.Module, preset: str) -> Tensor:
     if dist.get_rank() == 0:
         state = [copy.deepcopy(optimizer.state_dict())]
     dist.broadcast_object_list(state)
-    optimizer = ZeroRedundancyOptimizer(groups, BlockwiseAdam, **OPTIONS)
+    optimizer = sharing(groups)
     optimizer.load_state_dict(state[0])
     held = sum(len(group["params"]) for group in optimizer.optim.param_groups)
     assert 0 < held < len(list(model.parameters()))
     return trained(wrapped, optimizer, half[2:])
 
 
+def by_sharded(model: nn.Module, preset: str) -> Tensor:
+    """FSDP: each process has a part of every tensor and of its state."""
+    partition = ht.partition(model, preset)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return trained(model, BlockwiseAdam(model, partition, **OPTIONS), _half())
+
+
+def fused(attention: bool) -> list[ParamGroup]:
+    """Groups of sharded tensors that are cut along the axis of the shards."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if attention:  # query, key and value in three thirds, where each of two processes has a half
+        model = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        partition = ht.partition(model, "head")
+        return ht.param_groups(fully_shard(model, mesh=mesh), partition)
+    layer = fully_shard(nn.Linear(3, 8, bias=False), mesh=mesh)
+    by_row = {"view": (8, 3), "index": ((0, 4), (0, 3)), "axes": (0,), "num_blocks": 4}
+    whole = {"view": (8, 3), "index": ((4, 8), (0, 3)), "axes": (), "num_blocks": 1}
+    return [{"params": [layer.weight], "block": "weight", "cuts": [by_row, whole]}]
+
+
 def refusals(model: nn.Module) -> list[str]:
-    """What is said of a partition and a model of which one is wrapped, and of a torn block."""
+    """What is said of a model or a partition alone in a wrapper, and of blocks that are torn."""
     wrapped = DistributedDataParallel(model)
     layers = ht.param_groups(model, ht.partition(model, "layer"))
     tried = (
         lambda: BlockwiseAdam(wrapped, ht.partition(model, "adam_mini")),
         lambda: BlockwiseAdam(model, ht.partition(wrapped, "adam_mini")),
-        lambda: ZeroRedundancyOptimizer(layers, BlockwiseAdam, **OPTIONS),
+        lambda: sharing(layers),
+        lambda: BlockwiseAdam(fused(attention=True)),
+        lambda: BlockwiseAdam(fused(attention=False)),
     )
     said = []
     for attempt in tried:
@@ -88,7 +128,7 @@ def refusals(model: nn.Module) -> list[str]:
     return said
 
 
-WAYS = {way.__name__: way for way in (by_inner, by_wrapped, by_shared_state)}
+WAYS = {way.__name__: way for way in (by_inner, by_wrapped, by_shared_state, by_sharded)}
 
 
 def work(rank: int, world_size: int, folder: str) -> None:

@@ -58,7 +58,7 @@ def main() -> None:
     script = Script(__doc__, OUT, smoke="one window and three probes: half a minute")
     script.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     run = script.run()
-    for size in run.options.sizes:
+    for size in run.options.sizes[:1] if run.smoke else run.options.sizes:
         suggest(run, size)
 
 

@@ -21,17 +21,22 @@ Protocol, fixed before any result:
   steps at rest in place of 1,000), and how AdamW's effective rates spread. (e) Adam-mini on
   Algorithm 3's blocks, on the checker's (experiments/decoder_suggestions.py), on one a tensor; all
   with betas (0.9, 0.95).
+- ``--short`` is what two cores do in an hour: batches of 8 windows, 120 steps (0.12 M tokens, 0.1 a
+  parameter), of the first 150,000 tokens. It is written to results/decoder_sweeps_short, and shows
+  the first moments of training only.
 - A difference of losses counts when it is above 1 %; between seeds the loss of AdamW at its best
   rate is measured with three more seeds, whose standard deviation is told beside it.
 
 `python experiments/decoder_sweeps.py --text shakespeare.txt brown.txt [--claims abce] [--sizes ..]
-[--device cuda] [--workers N] [--minutes M] [--smoke]` trains what is not in OUT/parts yet, and
-after M minutes begins no further sweep. `python experiments/decoder_claims.py` makes the tables.
+[--device cuda] [--workers N] [--minutes M] [--short] [--smoke]` trains what is not in OUT/parts
+yet, and after M minutes begins no further sweep. `python experiments/decoder_claims.py` packs the
+runs into OUT/lines.jsonl.gz and makes the tables.
 """
 
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -44,9 +49,11 @@ from tqdm import tqdm
 from hessian_tools.problem.data import text_tokens
 
 OUT = Path("results/decoder_sweeps")
+SHORT_OUT = Path("results/decoder_sweeps_short")
 BATCH_SIZE = 128
-SMOKE_BATCH_SIZE = 2
-SMOKE_BYTES = 20_000
+SHORT = {"batch_size": 8, "steps": 120, "tokens": 150_000}
+SMOKE = {"batch_size": 2, "steps": 8}
+SMOKE_BYTES, SMOKE_TASKS = 20_000, 2
 CACHE = "tokens.npy"
 
 
@@ -89,10 +96,11 @@ def in_processes(
 
 
 def arguments() -> Run:
-    script = Script(__doc__, OUT, smoke="8 steps of one rate on the packaged plays: a minute")
+    script = Script(__doc__, OUT, smoke="8 steps of two optimizers on the packaged plays: a minute")
     script.add_argument("--text", nargs="+", type=Path, help="files of experiments/corpora.py")
     script.add_argument("--claims", default="abce")
     script.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    script.add_argument("--short", action="store_true", help="small batches, few steps")
     script.add_argument("--device", default="cpu")
     script.add_argument("--workers", type=int, default=1)
     script.add_argument("--minutes", type=float, default=float("inf"))
@@ -102,18 +110,22 @@ def arguments() -> Run:
 def main() -> None:
     run = arguments()
     options = run.options
-    run.out.mkdir(parents=True, exist_ok=True)
-    cache = run.out / CACHE
+    out = SHORT_OUT if options.short and not options.out else run.out
+    out.mkdir(parents=True, exist_ok=True)
+    cache = out / CACHE
     if run.smoke and not cache.exists():
-        plays = run.out / "plays.txt"
+        plays = out / "plays.txt"
         plays.write_bytes(bytes(text_tokens("byte")[:SMOKE_BYTES].tolist()))
         options.text = [plays]
     if not options.text and not cache.exists():
         raise SystemExit("--text is needed: the files that experiments/corpora.py makes")
-    tokens_of(options.text or [], cache)
-    batch_size = SMOKE_BATCH_SIZE if run.smoke else BATCH_SIZE
-    place = Place(run.out, batch_size, options.device, run.smoke)
+    small = SMOKE if run.smoke else SHORT if options.short else {}
+    tokens_of(options.text or [], cache, small.get("tokens"))
+    batch_size = small.get("batch_size", BATCH_SIZE)
+    place = Place(out, batch_size, options.device, small.get("steps"))
     todo = tasks(options.claims, options.sizes)
+    if run.smoke:
+        todo = [replace(task, rates=task.rates[1:2]) for task in todo[:SMOKE_TASKS]]
     in_processes(todo, place, options.workers, options.minutes)
 
 

@@ -83,8 +83,12 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def tokens_of(texts: Sequence[Path], cache: Path) -> Tensor:
-    """(n,) int64 of all texts in a row; kept in the file ``cache``.
+def tokens_of(
+    texts: Sequence[Path],
+    cache: Path,
+    first: int | None = None,
+) -> Tensor:
+    """(n,) int64 of all texts, or the ``first`` of them; kept in the file ``cache``.
 
     Half a page of one text follows half a page of the next, so that what is held out, the last
     tenth, is of all of them.
@@ -92,7 +96,7 @@ def tokens_of(texts: Sequence[Path], cache: Path) -> Tensor:
     if not cache.exists():
         coded = [tokenizer().encode(path.read_text("utf-8")).ids for path in texts]
         cache.parent.mkdir(parents=True, exist_ok=True)
-        np.save(cache, np.array(interleaved(coded), np.int16))
+        np.save(cache, np.array(interleaved(coded)[:first], np.int16))
     return torch.from_numpy(np.load(cache).astype(np.int64))
 
 

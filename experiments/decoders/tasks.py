@@ -24,9 +24,8 @@ from hessian_tools.training.runs import Runs, Setting
 
 Floats = NDArray[np.float64]
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)  # of quantiles
-MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
+MOMENTA = (0.9, 0.0, 0.98, 0.5, 0.99, 0.95, 0.8)  # in the order in which they are run
 RATES_OF_ADAM = 3.16e-3
-SMOKE_STEPS = 8
 SEEDS = (1, 2, 3)  # besides 0
 
 
@@ -52,12 +51,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Place:
-    """Where and on what tasks run."""
+    """Where tasks run, on what, and how long; ``steps`` None: as the sizes have it."""
 
     out: Path
     batch_size: int
     device: str
-    smoke: bool
+    steps: int | None
 
 
 def around(rate: float, below: int, above: int) -> tuple[float, ...]:
@@ -96,16 +95,18 @@ MINIS = ("adam_mini_algorithm_3", "adam_mini_suggested", "adam_mini_by_tensor")
 
 def tasks(claims: str, sizes: list[str]) -> list[Task]:
     """Those of the claims, the ones that matter most first."""
-    found: list[Task] = []
-    for size in sizes:
-        if "a" in claims:
-            found += [Task("a", size, "standard", name, grid) for name, grid in GRIDS.items()]
-        if "c" in claims:
-            found += [Task("c", size, "standard", name, grid) for name, grid in LAYERWISE.items()]
-        if "e" in claims:
-            found += [Task("e", size, "standard", name, ADAM[1:5]) for name in MINIS]
-        if "a" in claims:
-            found += [Task("a", size, "plain", name, grid) for name, grid in GRIDS.items()]
+    by_claim = {
+        "a": [(GRIDS, "standard"), (GRIDS, "plain")],
+        "c": [(LAYERWISE, "standard")],
+        "e": [(dict.fromkeys(MINIS, ADAM[1:5]), "standard")],
+    }
+    found = [
+        Task(claim, size, variant, optimizer, rates)
+        for size in sizes
+        for claim in claims
+        for grids, variant in by_claim.get(claim, [])
+        for optimizer, rates in grids.items()
+    ]
     if "b" in claims:
         found += [
             Task("b", sizes[0], "standard", name, grid, momentum)
@@ -113,12 +114,12 @@ def tasks(claims: str, sizes: list[str]) -> list[Task]:
             for name, grid in MOMENTUM_GRIDS.items()
             if not (momentum == 0.0 and name == "adam_equal_betas")  # its v would be g^2 alone
         ]
-    return found
+    return sorted(found, key=lambda task: (sizes.index(task.size), task.variant == "plain"))
 
 
-def steps_of(task: Task, smoke: bool) -> int:
-    if smoke:
-        return SMOKE_STEPS
+def steps_of(task: Task, place: Place) -> int:
+    if place.steps is not None:
+        return place.steps
     size = SIZES[task.size]
     return size.momentum_steps if task.claim == "b" else size.steps
 
@@ -130,14 +131,14 @@ def swept(task: Task, tokens: Tensor, place: Place) -> RateSweep:
         found: RateSweep = ht.load(path)
         return found
     path.parent.mkdir(parents=True, exist_ok=True)
-    steps = steps_of(task, place.smoke)
+    steps = steps_of(task, place)
     resting = min(task.resting, steps)
     (found,) = sweep(
         functools.partial(fresh, task, place.device),
         stream(tokens, place.batch_size, place.device),
         [task.optimizer],
         budget=steps + resting,
-        rates={task.optimizer: task.rates[:1] if place.smoke else task.rates},
+        rates={task.optimizer: task.rates},
         momenta=[task.momentum],
         stop_hopeless=not resting,  # while it rests, a run has no progress to show
         schedule=functools.partial(rested, resting),
@@ -155,7 +156,7 @@ def repeated(
     place: Place,
 ) -> Floats:
     """(S,) final losses at one rate with other seeds."""
-    steps = steps_of(task, place.smoke)
+    steps = steps_of(task, place)
     journal = Journal(place.out / "parts" / f"seeds-{task.name}.jsonl")
     runs = Runs(
         functools.partial(fresh, task, place.device),
@@ -196,7 +197,7 @@ def effective_rates(
         return kept
     model = decoder(size, "standard", 0).to(place.device)
     optimizer = make("adamw", model, rate)
-    steps = steps_of(Task("c", size, "standard", "adamw", ()), place.smoke)
+    steps = steps_of(Task("c", size, "standard", "adamw", ()), place)
     looked_at = {max(1, int(share * steps)) for share in (0.02, 0.1, 0.25, 0.5, 0.75, 1.0)}
     rows: list[dict[str, Floats]] = []
     taken: list[int] = []

@@ -5,7 +5,7 @@ Protocol: the "standard" decoders of experiments/decoders at initialisation (see
 defaults. Measured before any training, and not again.
 
 `python experiments/decoder_suggestions.py [--smoke] [--sizes 1M 6M]` writes
-results/decoder_sweeps/suggestion_SIZE.json, the partition, and evidence_SIZE.txt, the checker's
+results/decoder_suggestions/suggestion_SIZE.json, the partition, and evidence_SIZE.txt, the checker's
 table. What was judged is kept, and the same command goes on.
 """
 
@@ -18,8 +18,9 @@ from script import Run, Script
 import hessian_tools as ht
 from hessian_tools.problem.data import language_batches, text_tokens
 from hessian_tools.results import Journal
+from hessian_tools.structure.report import PartitionReport
 
-OUT = Path("results/decoder_sweeps")
+OUT = Path("results/decoder_suggestions")
 WINDOWS = 8
 SMOKE_WINDOWS = 1
 PROBES, SMOKE_PROBES = 8, 3
@@ -38,7 +39,7 @@ def problem(size: str, num_windows: int) -> ht.Problem:
     return ht.Problem(decoder(size, "standard", 0), ht.cross_entropy, batches)
 
 
-def suggest(run: Run, size: str) -> None:
+def suggest(run: Run, size: str) -> PartitionReport:
     """Judges every tensor, and writes the partition and the table."""
     run.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(run.out / f"judged_{size}.jsonl")
@@ -52,14 +53,16 @@ def suggest(run: Run, size: str) -> None:
     report.suggestion.to_json(run.out / f"suggestion_{size}.json")
     (run.out / f"evidence_{size}.txt").write_text(f"{report}\n")
     print(f"{size}\n{report}")
+    return report
 
 
 def main() -> None:
     script = Script(__doc__, OUT, smoke="one window and three probes: half a minute")
     script.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     run = script.run()
-    for size in run.options.sizes[:1] if run.smoke else run.options.sizes:
-        suggest(run, size)
+    sizes = run.options.sizes[:1] if run.smoke else run.options.sizes
+    reports = {size: suggest(run, size) for size in sizes}
+    run.save(reports, {"windows": SMOKE_WINDOWS if run.smoke else WINDOWS})
 
 
 if __name__ == "__main__":

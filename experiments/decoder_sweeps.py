@@ -29,10 +29,12 @@ Protocol, fixed before any result:
 
 `python experiments/decoder_sweeps.py --text shakespeare.txt brown.txt [--claims abce] [--sizes ..]
 [--device cuda] [--workers N] [--minutes M] [--short] [--smoke]` trains what is not in OUT/parts
-yet, and after M minutes begins no further sweep. `python experiments/decoder_claims.py` packs the
-runs into OUT/lines.jsonl.gz and makes the tables.
+yet, after M minutes begins no further sweep, packs the runs into OUT/lines.jsonl.gz, a line each,
+and writes result.json and table.txt; `--report` does the latter alone, of the lines.
 """
 
+import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -41,8 +43,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from decoders.claims import effective_rates, packed, text
 from decoders.networks import SIZES, tokens_of
-from decoders.tasks import Place, Task, effective_rates, repeated, swept, tasks, with_rests
+from decoders.tasks import Place, Task, measured_rates, repeated, swept, tasks, with_rests
 from script import Run, Script
 from tqdm import tqdm
 
@@ -64,9 +67,20 @@ def work(task: Task, place: Place) -> str:
     tokens = tokens_of([], place.out / CACHE)
     found = swept(with_rests(task), tokens, place)
     if (task.claim, task.variant, task.optimizer) == ("a", "standard", "adamw"):
-        effective_rates(task.size, found.best_rate, tokens, place)
+        measured_rates(task.size, found.best_rate, tokens, place)
         repeated(task, found.best_rate, tokens, place)
     return f"{task.name}: {found.loss:.4f} at {found.best_rate:.2g}, width {found.width:.2f}"
+
+
+def die_with(parent: int) -> None:
+    """Ends this process when ``parent`` is killed, or it would write on beside the next run."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_processes(
@@ -81,7 +95,8 @@ def in_processes(
     running: set[Future[str]] = set()
     bar = tqdm(total=len(todo), disable=None)
     context = get_context("spawn")  # CUDA does not survive a fork
-    with bar, ProcessPoolExecutor(workers, context) as pool:
+    pool = ProcessPoolExecutor(workers, context, initializer=die_with, initargs=(os.getpid(),))
+    with bar, pool:
         while waiting or running:
             while waiting and len(running) < workers and time.monotonic() < deadline:
                 running.add(pool.submit(work, waiting.pop(0), place))
@@ -100,6 +115,7 @@ def arguments() -> Run:
     script.add_argument("--text", nargs="+", type=Path, help="files of experiments/corpora.py")
     script.add_argument("--claims", default="abce")
     script.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    script.add_argument("--report", action="store_true", help="train nothing")
     script.add_argument("--short", action="store_true", help="small batches, few steps")
     script.add_argument("--device", default="cpu")
     script.add_argument("--workers", type=int, default=1)
@@ -107,14 +123,11 @@ def arguments() -> Run:
     return script.run()
 
 
-def main() -> None:
-    run = arguments()
+def trained(run: Run) -> None:
     options = run.options
-    out = SHORT_OUT if options.short and not options.out else run.out
-    out.mkdir(parents=True, exist_ok=True)
-    cache = out / CACHE
+    cache = run.out / CACHE
     if run.smoke and not cache.exists():
-        plays = out / "plays.txt"
+        plays = run.out / "plays.txt"
         plays.write_bytes(bytes(text_tokens("byte")[:SMOKE_BYTES].tolist()))
         options.text = [plays]
     if not options.text and not cache.exists():
@@ -122,11 +135,28 @@ def main() -> None:
     small = SMOKE if run.smoke else SHORT if options.short else {}
     tokens_of(options.text or [], cache, small.get("tokens"))
     batch_size = small.get("batch_size", BATCH_SIZE)
-    place = Place(out, batch_size, options.device, small.get("steps"))
+    place = Place(run.out, batch_size, options.device, small.get("steps"))
     todo = tasks(options.claims, options.sizes)
     if run.smoke:
         todo = [replace(task, rates=task.rates[1:2]) for task in todo[:SMOKE_TASKS]]
     in_processes(todo, place, options.workers, options.minutes)
+
+
+def main() -> None:
+    run = arguments()
+    if run.options.short and not run.options.out:
+        run = replace(run, out=SHORT_OUT)
+    run.out.mkdir(parents=True, exist_ok=True)
+    if not run.options.report:
+        trained(run)
+    lines = packed(run.out)
+    effective = effective_rates(run.out)
+    without_curves = [
+        {name: value for name, value in line.items() if not name.startswith("curve")}
+        for line in lines
+    ]
+    run.save({"lines": without_curves, "effective": effective}, {"short": run.options.short})
+    run.print_table(text(lines, effective))
 
 
 if __name__ == "__main__":

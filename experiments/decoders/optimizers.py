@@ -16,7 +16,7 @@ from hessian_tools.optimizers.adam_family import adam_mini, frozen_adalayer, sgd
 from hessian_tools.optimizers.named import MINI, OPTIMIZERS, ZHAO, Entry, Request, half_decades
 
 RESTING = 200  # steps in which the frozen Adalayer gathers; of 1,000 in the paper
-SUGGESTIONS = Path(__file__).resolve().parents[2] / "results" / "decoder_sweeps"
+SUGGESTIONS = Path(__file__).resolve().parents[2] / "results" / "decoder_suggestions"
 BETAS = (0.9, 0.95)
 Make = Callable[..., torch.optim.Optimizer]
 

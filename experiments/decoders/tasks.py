@@ -180,7 +180,7 @@ def rested(resting: int, step: int, num_steps: int) -> float:
 # -------------------------------------------------------------------------------- effective rates
 
 
-def effective_rates(
+def measured_rates(
     size: str,
     rate: float,
     tokens: Tensor,

@@ -1,17 +1,13 @@
-"""Packs the runs of experiments/decoder_sweeps.py, and makes their tables.
+"""What the decoders' runs come to: a line a run, and tables made of these lines alone.
 
-`python experiments/decoder_claims.py [--out FOLDER]` adds the runs in FOLDER/parts, where there are
-any, to FOLDER/lines.jsonl.gz, a line a run, and writes FOLDER/table.txt from these lines alone. A
-sweep is *cut short* where its best rate is the last one tried on either side: then a better one may
-lie beyond, and its width is at least what is told. What was measured of AdamW's effective rates
-goes to FOLDER/effective-SIZE.json.
+A sweep is *cut short* where its best rate is the last one tried on either side: then a better one
+may lie beyond, and its width is at least what is told.
 """
 
 import gzip
 import json
 import math
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from script import Script
 
+import hessian_tools as ht
 from hessian_tools.results import Journal
 from hessian_tools.tables import table
 from hessian_tools.training import Trajectory
 from hessian_tools.training.sweeps import width
 
-OUT = Path("results/decoder_sweeps")
 LINES = "lines.jsonl.gz"
 CURVE = 40  # points of a run's smoothed losses that are kept
 WORD = re.compile(r"(?P<claim>[abces]|seeds-a)-(?P<size>[0-9]+M)-(?P<variant>[a-z]+)-")
@@ -47,6 +42,15 @@ HEADER = (
     "diverged",
     "ms a step",
     "state",
+)
+EFFECTIVE_HEADER = (
+    "size",
+    "step",
+    "between logits",
+    "in the embedding",
+    "in other tensors, median",
+    "largest",
+    "between tensors",
 )
 Line = dict[str, Any]  # JSON-able
 Key = tuple[str, str, str, str, float | None]
@@ -126,7 +130,7 @@ def identity(line: Line) -> str:
 
 
 def packed(folder: Path) -> list[Line]:
-    """All lines, those of parts added."""
+    """All lines of a folder's lines.jsonl.gz, to which those of its parts are added."""
     path = folder / LINES
     old = gzip.decompress(path.read_bytes()).splitlines() if path.exists() else []
     known = {identity(line): line for line in map(json.loads, old)}
@@ -136,9 +140,19 @@ def packed(folder: Path) -> list[Line]:
     lines = [known[name] for name in sorted(known)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
-    for effective in parts.glob("effective-*"):
-        shutil.copy(effective, folder)
     return lines
+
+
+def effective_rates(folder: Path) -> dict[str, Any]:
+    """By size, of parts; else of an earlier result."""
+    found = {
+        path.stem.removeprefix("effective-"): ht.load(path.with_suffix(""))
+        for path in sorted((folder / "parts").glob("effective-*.json"))
+    }
+    earlier = folder / "result"
+    if not found and earlier.with_suffix(".json").exists():
+        found = ht.load(earlier)["effective"]
+    return found
 
 
 def sweeps(lines: Iterable[Line]) -> list[Sweep]:
@@ -197,26 +211,43 @@ def seeds_text(lines: Iterable[Line]) -> str:
     return "\n".join(told)
 
 
-def text(lines: list[Line]) -> str:
+def effective_text(effective: dict[str, Any]) -> str:
+    """How far AdamW's effective rates spread, inside tensors and between them."""
+    rows = []
+    for size, found in effective.items():
+        for place, step in enumerate(found["steps"].tolist()):
+            quantiles = {name: np.log10(of[place]) for name, of in found["rates"].items()}
+            rows.append([size, f"{step:,}", *spreads(quantiles)])
+    return table(EFFECTIVE_HEADER, rows)
+
+
+def spreads(quantiles: dict[str, np.ndarray]) -> list[str]:
+    """Decades from the 5 % to the 95 % quantile, and between tensors' medians."""
+    inside = {name: of[-1] - of[0] for name, of in quantiles.items()}
+    # of all others the last layer and the embedding have rows that hardly any token touches
+    others = [name for name in inside if name.startswith("blocks")]
+    # a bias of keys changes no attention: its gradient is rounding
+    medians = [quantiles[name][2] for name in others if not name.endswith("key_norm.bias")]
+    numbers = (
+        inside["by logit"],
+        inside["tokens.weight"],
+        float(np.median([inside[name] for name in others])),
+        max(inside[name] for name in others),
+        max(medians) - min(medians),
+    )
+    return [f"{number:.2f}" for number in numbers]
+
+
+def text(lines: list[Line], effective: dict[str, Any]) -> str:
     """A table a claim."""
     found = sweeps(lines)
-    adam = [sweep for sweep in found if sweep.key[3] in ("adamw", "adam_mini_algorithm_3")]
     bytes_of_adam = {
-        sweep.key[1]: sweep.best["state_bytes"] for sweep in adam if sweep.key[3] == "adamw"
+        sweep.key[1]: sweep.best["state_bytes"] for sweep in found if sweep.key[3] == "adamw"
     }
     parts = []
     for claim in sorted({sweep.key[0] for sweep in found}):
         rows = [row(sweep, bytes_of_adam) for sweep in found if sweep.key[0] == claim]
         parts.append(f"claim {claim}\n{table(HEADER, rows, left=3)}")
+    if effective:
+        parts.append(f"AdamW's effective rates, decades\n{effective_text(effective)}")
     return "\n\n".join([*parts, seeds_text(lines)]).strip()
-
-
-def main() -> None:
-    run = Script(__doc__, OUT, smoke="the same, of what a small run has left").run()
-    if not run.out.exists():
-        raise SystemExit(f"{run.out} is not there; experiments/decoder_sweeps.py makes it")
-    run.print_table(text(packed(run.out)))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ Protocol: the "standard" decoders of experiments/decoders at initialisation (see
 defaults. Measured before any training, and not again.
 
 `python experiments/decoder_suggestions.py [--smoke] [--sizes 1M 6M]` writes
-results/decoder_suggestions/suggestion_SIZE.json, the partition, and evidence_SIZE.txt, the checker's
+results/decoder_suggestions: suggestion_SIZE.json, the partition, evidence_SIZE.txt, the checker's
 table. What was judged is kept, and the same command goes on.
 """
 

@@ -45,7 +45,7 @@ class Task:
     def name(self) -> str:
         words = [self.claim, self.size, self.variant, self.optimizer]
         if self.momentum is not None:
-            words.append(f"{self.momentum:g}")
+            words.append(f"{100 * self.momentum:.0f}")  # without a dot, as it becomes a file
         return "-".join(words)
 
 

@@ -22,9 +22,9 @@ patch 4) and, as the network that the paper calls homogeneous, a CNN (3 convolut
 Training: SGD with momentum 0.9 and Adam (0.9, 0.95), 300 steps (dial: batch 64, others: 32),
 cosine schedule, no clipping. Each at each position over half-decades of the rate, extended while
 the best is at an edge, tuned by the final training loss of seeds 0 and 1; then seeds 0 to 3 at the
-best rate, where a run that diverges counts with its loss at the start. The grids begin at 10^-2 to 1 over max c^2 (SGD) and 10^-3.5 to 10^-1.5 over max c (Adam),
-where a step moves the function as far as without factors. Gap: (L_sgd - L_adam) / (L_0 - L_adam)
-of training losses, L_0 at the start.
+best rate, where a run that diverges counts with its loss at the start. The grids begin at 10^-2 to
+1 over max c^2 (SGD) and 10^-3.5 to 10^-1.5 over max c (Adam), where a step moves the function as
+far as without factors. Gap: (L_sgd - L_adam) / (L_0 - L_adam) of training losses, L_0 at the start.
 
 Readings at the start, seed 0, 256 training images in 4 batches, float64: all readings of
 `ht.js_heterogeneity` of the Hessian's weight blocks (4 probes x 40 steps), and the best decrease
@@ -359,6 +359,11 @@ class Outcome:
         """Adam's accuracy less SGD's."""
         return over_seeds_and_images(self.right("adam") - self.right("sgd"))
 
+    def summary(self) -> dict[str, object]:
+        """Gap and accuracies with limits over seeds, and what might predict the gap."""
+        accuracies = {name: over_seeds(self.right(name).mean(axis=1)) for name in OPTIMIZERS}
+        return {"gap": self.gap, "accuracy": accuracies, "predictors": self.predictors()}
+
     def predictors(self) -> dict[str, float]:
         """Every reading by its heading."""
         js = self.found.readings
@@ -465,23 +470,33 @@ def dial(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
     return {name: o for name, o in outcomes.items() if name not in ("mixer", "cnn")}
 
 
-def correlation_table(outcomes: dict[str, Outcome]) -> str:
-    """Spearman with the gap, over all positions and within each pattern."""
+def columns(outcomes: dict[str, Outcome]) -> tuple[dict[str, Floats], Floats]:
+    """Of the positions of the dial: what might predict the gap, by its heading, and the gap."""
     names = list(dial(outcomes))
     gaps = np.array([outcomes[name].gap.mean for name in names])
     spreads = [0.0 if name == START else float(name.split()[1]) for name in names]
-    columns = {"the dial itself": np.array(spreads)}
+    found = {"the dial itself": np.array(spreads)}
     for what in outcomes[START].predictors():
-        columns[what] = np.array([outcomes[name].predictors()[what] for name in names])
-    inside = {
-        pattern: [i for i, name in enumerate(names) if name == START or pattern in name]
-        for pattern in PATTERNS
-    }
+        found[what] = np.array([outcomes[name].predictors()[what] for name in names])
+    return found, gaps
+
+
+def correlations(outcomes: dict[str, Outcome]) -> dict[str, Interval]:
+    """Spearman's with the gap over all positions of the dial."""
+    found, gaps = columns(outcomes)
+    return {what: bootstrapped(values, gaps) for what, values in found.items()}
+
+
+def correlation_table(outcomes: dict[str, Outcome], whole: dict[str, Interval]) -> str:
+    """Spearman with the gap, over all positions and within each pattern."""
+    found, gaps = columns(outcomes)
+    names = list(dial(outcomes))
     rows = []
-    for what, values in columns.items():
-        whole = bootstrapped(values, gaps)
-        cells = [f"{whole.mean:.2f} ({whole.low:.2f} to {whole.high:.2f})"]
-        for some in inside.values():
+    for what, values in found.items():
+        mean, low, high = whole[what]
+        cells = [f"{mean:.2f} ({low:.2f} to {high:.2f})"]
+        for pattern in PATTERNS:
+            some = [i for i, name in enumerate(names) if name == START or pattern in name]
             cells.append(f"{rank_correlation(values[some], gaps[some]):.2f}")
         rows.append([what, *cells])
     return report.table(("Spearman with the gap", "all positions", *PATTERNS), rows)
@@ -526,14 +541,18 @@ def main() -> None:
         outcomes[position.name] = Outcome(measured(run, position, size))
         gap = outcomes[position.name].gap
         print(f"{position.name}: gap {gap}", flush=True)
-    found = {name: outcome.found._asdict() for name, outcome in outcomes.items()}
+    whole = correlations(outcomes)
+    found = {
+        "positions": {name: o.found._asdict() | o.summary() for name, o in outcomes.items()},
+        "correlations": whole,
+    }
     run.save(found, size._asdict() | {"patterns": PATTERNS, "sizes": SIZES})
     tables = (
         example_2_table(outcomes, size),
         example_3_table(outcomes),
         training_table(outcomes),
         readings_table(outcomes),
-        correlation_table(outcomes),
+        correlation_table(outcomes, whole),
     )
     note = "± is half a 95 % interval, of ratios two errors; *: at the edge of the rates tried"
     run.print_table("\n\n".join([*tables, note]))

@@ -90,7 +90,7 @@ GRIDS["adam"] = tuple(rate / 10**0.5 for rate in GRIDS["adam"])
 POWERS = {"sgd": 2, "adam": 1}
 START = "c = 1"
 POINT = 0.01  # of accuracy: what counts as a fall
-DRAWS = 2000
+BATCHES = 4  # of the readings
 Floats = np.ndarray
 
 
@@ -103,10 +103,12 @@ class Size(NamedTuple):
     images: int
     probes: int
     lanczos_steps: int
+    batch: int  # images in each of the batches of the readings
+    draws: int  # of the bootstrap
 
 
-FULL = Size(300, (0, 1, 2, 3), DECADES, 4000, 4, 40)
-SMOKE = Size(4, (0, 1), (6,), 400, 2, 3)
+FULL = Size(300, (0, 1, 2, 3), DECADES, 4000, 4, 40, 64, 2000)
+SMOKE = Size(2, (0, 1), (6,), 40, 2, 3, 4, 20)
 
 
 # ----------------------------------------------------------------------------------- the networks
@@ -241,9 +243,8 @@ def right(model: nn.Module, stream: Stream) -> Floats:
 
 def problem_of(position: Position, size: Size) -> ht.Problem:
     model = position.model(0).double().eval()
-    stream = position.stream.with_batch_size(64)
-    count = min(4, size.images // 100)
-    batches = [(images.double(), labels) for images, labels in map(stream.batch, range(count))]
+    stream = position.stream.with_batch_size(size.batch)
+    batches = [(images.double(), labels) for images, labels in map(stream.batch, range(BATCHES))]
     return ht.Problem(model, ht.cross_entropy, batches)
 
 
@@ -403,10 +404,10 @@ def rank_correlation(values: Floats, gaps: Floats) -> float:
     return float(np.corrcoef(rankdata(values), rankdata(gaps))[0, 1])
 
 
-def bootstrapped(values: Floats, gaps: Floats) -> Interval:
+def bootstrapped(values: Floats, gaps: Floats, count: int) -> Interval:
     """The rank correlation, with percentiles of bootstrap draws of positions."""
     generator = np.random.default_rng(0)
-    draws = generator.integers(len(gaps), size=(DRAWS, len(gaps)))
+    draws = generator.integers(len(gaps), size=(count, len(gaps)))
     drawn = [rank_correlation(values[some], gaps[some]) for some in draws]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return Interval(rank_correlation(values, gaps), float(low), float(high))
@@ -481,10 +482,10 @@ def columns(outcomes: dict[str, Outcome]) -> tuple[dict[str, Floats], Floats]:
     return found, gaps
 
 
-def correlations(outcomes: dict[str, Outcome]) -> dict[str, Interval]:
+def correlations(outcomes: dict[str, Outcome], draws: int) -> dict[str, Interval]:
     """Spearman's with the gap over all positions of the dial."""
     found, gaps = columns(outcomes)
-    return {what: bootstrapped(values, gaps) for what, values in found.items()}
+    return {what: bootstrapped(values, gaps, draws) for what, values in found.items()}
 
 
 def correlation_table(outcomes: dict[str, Outcome], whole: dict[str, Interval]) -> str:
@@ -533,7 +534,7 @@ def example_3_table(outcomes: dict[str, Outcome]) -> str:
 
 
 def main() -> None:
-    run = Script(__doc__, OUT, smoke="two spreads, few steps: seconds").run()
+    run = Script(__doc__, OUT, smoke="one spread, two steps: under half a minute").run()
     size = SMOKE if run.smoke else FULL
     run.out.mkdir(parents=True, exist_ok=True)
     outcomes = {}
@@ -541,7 +542,7 @@ def main() -> None:
         outcomes[position.name] = Outcome(measured(run, position, size))
         gap = outcomes[position.name].gap
         print(f"{position.name}: gap {gap}", flush=True)
-    whole = correlations(outcomes)
+    whole = correlations(outcomes, size.draws)
     found = {
         "positions": {name: o.found._asdict() | o.summary() for name, o in outcomes.items()},
         "correlations": whole,

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatterSciNotation
 
 import hessian_tools as ht
 
@@ -30,7 +31,7 @@ COLOURS = {
     "alternating": "#9b59b6",
 }
 OTHERS = {"mixer": ("MLP-Mixer", "*"), "cnn": ("CNN", "^")}
-OPTIMIZERS = {"sgd": ("SGD with momentum", "#b03a2e"), "adam": ("Adam", "#22577a")}
+OPTIMIZERS = {"sgd": ("SGD with momentum", "#c0392b"), "adam": ("Adam", "#222222")}
 # reading -> label, and whether its axis is logarithmic
 READINGS = {
     "scale": ("spread of block scales [decades]", False),
@@ -38,7 +39,7 @@ READINGS = {
     "unnormalised": ("JS0, as in the literature", True),
     "block rates / one rate": ("predicted progress of block rates over one rate", True),
 }
-DARK = "#444444"
+DARK = "#666666"
 
 
 def of_pattern(positions: dict[str, Any], pattern: str) -> dict[int, Any]:
@@ -76,6 +77,8 @@ def against(panel: Axes, positions: dict[str, Any], reading: str) -> None:
     label, is_logarithmic = READINGS[reading]
     if is_logarithmic:
         panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.1, 0.4)))
+        panel.tick_params(which="minor", labelsize=7)
     panel.set_xlabel(label, fontsize=8)
 
 

@@ -99,7 +99,7 @@ def test_rank_correlations(experiment):
     ascending = np.arange(6.0)
     assert experiment.rank_correlation(ascending, ascending**3) == pytest.approx(1)
     assert math.isnan(experiment.rank_correlation(np.ones(6), ascending))
-    found = experiment.bootstrapped(ascending, np.array([0.0, 2, 1, 3, 5, 4]))
+    found = experiment.bootstrapped(ascending, np.array([0.0, 2, 1, 3, 5, 4]), 200)
     assert found.low < found.mean < found.high <= 1
 
 

@@ -11,9 +11,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatterSciNotation
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import hessian_tools as ht
 
@@ -32,12 +33,12 @@ COLOURS = {
 }
 OTHERS = {"mixer": ("MLP-Mixer", "*"), "cnn": ("CNN", "^")}
 OPTIMIZERS = {"sgd": ("SGD with momentum", "#c0392b"), "adam": ("Adam", "#222222")}
-# reading -> label, and whether its axis is logarithmic
+# reading -> label, scale of its axis, and whether that spans a decade or two
 READINGS = {
-    "scale": ("spread of block scales [decades]", False),
-    "curvature": ("curvature distance [decades]", False),
-    "unnormalised": ("JS0, as in the literature", True),
-    "block rates / one rate": ("predicted progress of block rates over one rate", True),
+    "scale": ("spread of block scales [decades]", "linear", False),
+    "curvature": ("curvature distance [decades]", "linear", False),
+    "unnormalised": ("JS0, as in the literature", "log", False),
+    "block rates / one rate": ("predicted progress of block rates over one rate", "log", True),
 }
 DARK = "#666666"
 
@@ -51,16 +52,28 @@ def of_pattern(positions: dict[str, Any], pattern: str) -> dict[int, Any]:
     return found
 
 
-def accuracies(panel: Axes, found: dict[int, Any]) -> None:
-    decades = list(found)
+def validation_errors(panel: Axes, found: dict[int, Any]) -> None:
+    """Every seed as a dot, the line through their means."""
     for optimizer, (_, colour) in OPTIMIZERS.items():
-        intervals = [found[d]["accuracy"][optimizer] for d in decades]
-        means, lows, highs = (
-            [100 * value for value in values] for values in zip(*intervals, strict=True)
-        )
-        panel.fill_between(decades, lows, highs, color=colour, alpha=0.15, lw=0)
-        panel.plot(decades, means, color=colour, marker="o", markersize=3.5, linewidth=1.3)
+        wrong = {
+            decades: 100 * (1 - position["runs"][optimizer]["right"].mean(axis=1))
+            for decades, position in found.items()
+        }
+        for decades, by_seed in wrong.items():
+            places = [decades] * len(by_seed)
+            panel.plot(places, by_seed, ".", color=colour, markersize=4, alpha=0.5)
+        means = [by_seed.mean() for by_seed in wrong.values()]
+        panel.plot(list(wrong), means, color=colour, linewidth=1.4)
+    panel.set_yscale("log")
+    few_ticks(panel.yaxis)
     panel.set_xlabel("decades between largest and smallest c²", fontsize=8)
+
+
+def few_ticks(axis: Axis) -> None:
+    """A logarithmic axis over a decade or two, with plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def against(panel: Axes, positions: dict[str, Any], reading: str) -> None:
@@ -74,11 +87,11 @@ def against(panel: Axes, positions: dict[str, Any], reading: str) -> None:
         value, gap = positions[name]["predictors"][reading], positions[name]["gap"][0]
         if math.isfinite(value):
             panel.plot(value, gap, color=DARK, marker=marker, markersize=9, linestyle="none")
-    label, is_logarithmic = READINGS[reading]
-    if is_logarithmic:
-        panel.set_xscale("log")
-        panel.xaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.1, 0.4)))
-        panel.tick_params(which="minor", labelsize=7)
+    label, scale, has_few_ticks = READINGS[reading]
+    panel.set_xscale(scale)
+    if has_few_ticks:
+        few_ticks(panel.xaxis)
+    panel.set_yscale("symlog", linthresh=0.01, linscale=0.5)
     panel.set_xlabel(label, fontsize=8)
 
 
@@ -109,7 +122,7 @@ def main(
     figure = Figure((15, 7.4), layout="constrained")
     panels = figure.subplots(2, 4, sharey="row")
     for panel, (pattern, label) in zip(panels[0], PATTERNS.items(), strict=True):
-        accuracies(panel, of_pattern(positions, pattern))
+        validation_errors(panel, of_pattern(positions, pattern))
         panel.set_title(label, fontsize=10)
     for panel, reading in zip(panels[1], READINGS, strict=True):
         against(panel, positions, reading)
@@ -118,8 +131,10 @@ def main(
         panel.axhline(0, color="#bbbbbb", linewidth=0.7, zorder=0)
     for panel in panels.flat:
         panel.tick_params(labelsize=8, labelleft=True)
-    panels[0, 0].set_ylabel("validation accuracy [%]\n(band: 95 % over seeds)", fontsize=8.5)
-    panels[1, 0].set_ylabel("gap: (L_sgd - L_adam) / (L_0 - L_adam)", fontsize=8.5)
+    panels[0, 0].set_ylabel("validation error [%]\n(dots: seeds)", fontsize=8.5)
+    panels[1, 0].set_ylabel(
+        "gap: (L_sgd - L_adam) / (L_0 - L_adam)\n(linear below 0.01)", fontsize=8.5
+    )
     legend(figure)
     title = "An MLP whose layers are scaled apart, the same function at the start"
     figure.suptitle(title, fontsize=12)

@@ -31,7 +31,8 @@ is asked for its direction of the same gradients on it, and none of them trains.
 
 Rank: every method drops what is outside the range: rotated rows and columns whose mean square (or
 eigenvalue) is below 1e-10 of the largest, which makes the inverse roots pseudo-inverses. Each
-method judges by its own numbers. Medians over matrices (and steps), mean over seeds ± 2 standard errors.
+method judges by its own numbers. Medians over matrices (and steps), mean over seeds ± 2 standard
+errors.
 
 `python experiments/shampoo_eigenbasis.py [--smoke]` writes results/shampoo_eigenbasis: table.txt,
 all numbers. Finished seeds are kept (seeds.jsonl), and the same command goes on.

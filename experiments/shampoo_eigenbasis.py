@@ -34,6 +34,9 @@ eigenvalue) is below 1e-10 of the largest, which makes the inverse roots pseudo-
 method judges by its own numbers. Medians over matrices (and steps), mean over seeds ± 2 standard
 errors.
 
+Added after the results: the differences of 1 as shares of their bound, machine precision over the
+matrix's smallest eigenvalue kept; and the table of cosines by the age of a basis.
+
 `python experiments/shampoo_eigenbasis.py [--smoke]` writes results/shampoo_eigenbasis: table.txt,
 all numbers. Finished seeds are kept (seeds.jsonl), and the same command goes on.
 """
@@ -60,6 +63,7 @@ CONTEXT, LAYERS, WIDTH, HEADS, BATCH = 32, 2, 32, 4, 8
 RATE = 3e-3
 BETAS = (0.95, 0.99)
 FREQUENCIES = (1, 10, 50)
+AGES = (0, 1, 5, 10, 20, 49)  # steps since a refresh that the table shows
 ASKED = 4  # gradients whose directions are compared at fixed weights
 CUT = 1e-10  # of the largest eigenvalue: below it is outside the range
 FIXED = ("difference", "plain cosine", "full cosine", "rank L", "rank R", "smallest kept")
@@ -383,7 +387,9 @@ def fixed_rows(found: dict) -> list[list[str]]:
     rows = []
     for name, values in cases.items():
         apart, plain, full, _, _, smallest = np.moveaxis(values, -1, 0)
+        share = (apart * smallest).max() / np.finfo(float).eps
         cells = [f"{np.median(apart):.1e}", f"{apart.max():.1e}", f"{smallest.min():.1e}"]
+        cells.append(f"{share:.2f}")
         for cosines in (plain, full):
             centre = np.median(cosines, axis=1)
             told = over_seeds(list(centre)) if len(centre) > 1 else f"{centre[0]:.3f}"
@@ -408,6 +414,21 @@ def stale_rows(found: dict) -> list[list[str]]:
     return rows
 
 
+def age_rows(found: dict) -> list[list[str]]:
+    """Cosines with the slowest bases, 0, 1, ... steps after a refresh."""
+    rows = []
+    slowest = max(FREQUENCIES)
+    steps = len(found["seeds"][0]["losses"])
+    for beta in map(str, BETAS):
+        seeds = [of["along"][f"{beta} {slowest}"] for of in found["seeds"]]
+        ages = [step % slowest for step in range(steps - len(seeds[0]), steps)]
+        for age in (age for age in AGES if age in ages):
+            of_age = [np.median(of[ages.index(age)], axis=0) for of in seeds]
+            cells = [over_seeds([of[column] for of in of_age]) for column in (1, 3)]
+            rows.append([beta, str(age), *cells])
+    return rows
+
+
 def near_rows(found: dict) -> list[list[str]]:
     rows = []
     for beta in map(str, BETAS):
@@ -418,16 +439,18 @@ def near_rows(found: dict) -> list[list[str]]:
 
 
 def told(found: dict) -> str:
-    header = ("fixed weights", "difference", "largest", "smallest kept")
+    header = ("fixed weights", "difference", "largest", "smallest kept", "of bound")
     header += ("cos, no rotation", "lowest", "cos, full", "lowest")
     first = table(header, fixed_rows(found))
     header = ("b2", "refresh", "basis: difference", "cosine")
     header += ("kept: difference", "cosine", "cos, full", "worst matrix, kept")
     second = table(header, stale_rows(found), left=2)
+    header = ("b2", "age", f"every {max(FREQUENCIES)}, basis: cosine", "kept: cosine")
+    by_age = table(header, age_rows(found), left=2)
     third = table(("b2", "averages against E", "halves of E"), near_rows(found))
     losses = [over_seeds([of["losses"][at] for of in found["seeds"]]) for at in (0, -1)]
     note = f"± is two standard errors over seeds; loss {losses[0]} to {losses[1]} nats"
-    return "\n\n".join((first, second, third, note))
+    return "\n\n".join((first, second, by_age, third, note))
 
 
 def save_all(run: Run, size: Size) -> None:

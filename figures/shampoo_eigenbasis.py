@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 import hessian_tools as ht
 
@@ -18,7 +19,12 @@ COLOURS = {"1": "#009e73", "10": "#1f5fa8", "50": "#d55e00", "plain": "#888888"}
 STYLES = {"0.95": "-", "0.99": "--"}
 PLACES = {"initial": "#1f5fa8", "trained": "#d55e00"}
 DIFFERENCE = 0  # column of what was measured at fixed weights
-KEPT_COSINE, FULL_COSINE = 3, 4  # and on the trajectory
+BASIS_COSINE, KEPT_COSINE, FULL_COSINE = 1, 3, 4  # and on the trajectory
+PRACTICE = {
+    "Stale basis, moments of the averages:\nAdafactor against Shampoo": BASIS_COSINE,
+    "Stale basis, moments kept over refreshes:\nAdafactor against Shampoo": KEPT_COSINE,
+    "SOAP's full second moment\nagainst its rank-one form": FULL_COSINE,
+}
 Floats = np.ndarray
 
 
@@ -51,7 +57,7 @@ def equality(axes: Axes, found: dict) -> None:
 
 
 def in_practice(axes: Axes, found: dict, column: int) -> None:
-    """Lines over steps: the median over matrices, mean over seeds; the band is their range."""
+    """Lines over steps: the median over matrices, mean over seeds; the band is the seeds' range."""
     for key in found["seeds"][0]["along"]:
         beta, method = key.split()
         values = over_seeds(found, "along", key)
@@ -67,13 +73,12 @@ def in_practice(axes: Axes, found: dict, column: int) -> None:
     axes.set_ylabel("cosine of the two directions", fontsize=8.5)
 
 
-def legend(axes: Axes) -> None:
-    for method, colour in COLOURS.items():
-        label = "no rotation" if method == "plain" else f"bases refreshed every {method}"
-        axes.plot([], [], color=colour, label=label)
-    for beta, style in STYLES.items():
-        axes.plot([], [], style, color="black", label=f"b2 = {beta}")
-    axes.legend(fontsize=7.5, frameon=False, loc="best")
+def handles() -> list[Line2D]:
+    methods = {"no rotation" if m == "plain" else f"bases refreshed every {m}": m for m in COLOURS}
+    made = [Line2D([], [], color=COLOURS[m], label=label) for label, m in methods.items()]
+    betas = STYLES.items()
+    made += [Line2D([], [], ls=style, color="black", label=f"b2 = {b}") for b, style in betas]
+    return made
 
 
 def main(
@@ -81,19 +86,16 @@ def main(
     target: str = __file__.replace(".py", ".png"),
 ) -> None:
     found = ht.load(source)
-    figure = Figure((14, 4.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    equality(left, found)
-    in_practice(middle, found, KEPT_COSINE)
-    legend(middle)
-    text = "In practice: Adafactor in a kept basis\nagainst Shampoo of the same averages"
-    middle.set_title(text, fontsize=9.5)
-    in_practice(right, found, FULL_COSINE)
-    text = "SOAP's full second moment\nagainst its rank-one form, in the same basis"
-    right.set_title(text, fontsize=9.5)
-    for axes in (left, middle, right):
+    figure = Figure((15, 5), layout="constrained")
+    first, *others = figure.subplots(1, 4, width_ratios=[1.25, 1, 1, 1])
+    equality(first, found)
+    for axes, (text, column) in zip(others, PRACTICE.items(), strict=True):
+        in_practice(axes, found, column)
+        axes.set_title(text, fontsize=9.5)
+    for axes in (first, *others):
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(handles=handles(), loc="outside lower right", ncols=6, fontsize=8, frameon=False)
     title = "Shampoo with power 1/2 and Adafactor in its eigenbasis, on gradients of a small GPT"
     figure.suptitle(title, fontsize=11)
     figure.savefig(target, dpi=120, metadata={"Title": title})

@@ -35,10 +35,12 @@ method judges by its own numbers. Medians over matrices (and steps), mean over s
 errors.
 
 Added after the results: the differences of 1 as shares of their bound, machine precision over the
-matrix's smallest eigenvalue kept; and the table of cosines by the age of a basis.
+matrix's smallest eigenvalue kept; the table of cosines by the age of a basis; and a second run with
+`--cut 1e-4 --out results/shampoo_eigenbasis/cut_1e-4`, which tells whether the smallest directions
+decide.
 
-`python experiments/shampoo_eigenbasis.py [--smoke]` writes results/shampoo_eigenbasis: table.txt,
-all numbers. Finished seeds are kept (seeds.jsonl), and the same command goes on.
+`python experiments/shampoo_eigenbasis.py [--smoke] [--cut SHARE]` writes
+results/shampoo_eigenbasis: table.txt, all numbers. Finished seeds are kept (seeds.jsonl), and the same command goes on.
 """
 
 from collections.abc import Iterator
@@ -66,6 +68,7 @@ FREQUENCIES = (1, 10, 50)
 AGES = (0, 1, 5, 10, 20, 49)  # steps since a refresh that the table shows
 ASKED = 4  # gradients whose directions are compared at fixed weights
 CUT = 1e-10  # of the largest eigenvalue: below it is outside the range
+RANGE = {"cut": CUT}  # of this run, set once by the command
 FIXED = ("difference", "plain cosine", "full cosine", "rank L", "rank R", "smallest kept")
 STALE = ("basis difference", "basis cosine", "kept difference", "kept cosine", "full cosine")
 EXPECTATION = ("averages", "halves")
@@ -92,7 +95,7 @@ SMOKE = Size(seeds=2, steps=6, watched=3, batches=4)
 
 def inside(values: Tensor) -> Tensor:
     """(n,) which of these eigenvalues or mean squares belong to the range."""
-    return values > CUT * values.max()
+    return values > RANGE["cut"] * values.max()
 
 
 def inverse_root(factor: Tensor) -> Tensor:
@@ -374,8 +377,11 @@ def of_gpt_nano(size: Size) -> Floats:
 
 
 def over_seeds(values: list[float]) -> str:
+    mean = float(np.mean(values))
     error = np.std(values, ddof=1) / np.sqrt(len(values))
-    return plus_minus(float(np.mean(values)), float(2 * error))
+    if mean < 1e-6:
+        return f"{mean:.0e} ± {2 * error:.0e}"
+    return plus_minus(mean, float(2 * error))
 
 
 def fixed_rows(found: dict) -> list[list[str]]:
@@ -455,7 +461,8 @@ def told(found: dict) -> str:
 
 def save_all(run: Run, size: Size) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(run.out / "seeds.jsonl", run="smoke" if run.smoke else "full")
+    kind = "smoke" if run.smoke else "full"
+    journal = Journal(run.out / "seeds.jsonl", run=f"{kind}, cut {RANGE['cut']:g}")
     for seed in range(size.seeds):
         if str(seed) not in journal.finished:
             journal.append(str(seed), measured(seed, size))
@@ -467,13 +474,19 @@ def save_all(run: Run, size: Size) -> None:
         "gpt-nano": finished["gpt-nano"],
         "matrices": list(matrices(small_gpt(0))),
     }
-    run.save(found, {**vars(size), "cut": CUT, "rate": RATE})
+    run.save(found, {**vars(size), "cut": RANGE["cut"], "rate": RATE})
     run.print_table(told(found))
 
 
 def main() -> None:
     smoke = "two seeds, six steps, four batches: some seconds"
-    run = Script(__doc__, OUT, smoke=smoke).run()
+    script = Script(__doc__, OUT, smoke=smoke)
+    told_cut = f"share of the largest eigenvalue below which all is dropped (default {CUT:g})"
+    script.add_argument("--cut", type=float, default=CUT, help=told_cut)
+    run = script.run()
+    if not 0 < run.options.cut < 1:
+        script.error(f"--cut is {run.options.cut}; a share between 0 and 1 is needed")
+    RANGE["cut"] = run.options.cut
     save_all(run, SMOKE if run.smoke else FULL)
 
 

@@ -40,7 +40,8 @@ matrix's smallest eigenvalue kept; the table of cosines by the age of a basis; a
 decide.
 
 `python experiments/shampoo_eigenbasis.py [--smoke] [--cut SHARE]` writes
-results/shampoo_eigenbasis: table.txt, all numbers. Finished seeds are kept (seeds.jsonl), and the same command goes on.
+results/shampoo_eigenbasis: table.txt, all numbers. Finished seeds are kept (seeds.jsonl), and the
+same command goes on.
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,84 @@
+"""The ten predictors of every pair of the suite as it starts, before any training.
+
+The protocol, fixed before any run: docs/evidence/protocol.md; definitions: evidence/readings.py. 4
+batches of 32 examples; spectra by 2 probes of 40 steps.
+
+`python experiments/evidence_readings.py [--workers 2]` writes readings.jsonl, a line a pair, and
+table.txt to results/evidence_readings. Pairs that have a line are not measured again, so the same
+command goes on after a kill. Those that failed are tried again.
+"""
+
+import json
+from pathlib import Path
+
+from evidence import EVERY
+from evidence.command import add_options, done, selected
+from evidence.readings import PREDICTORS, measured
+from script import Run, Script
+
+from hessian_tools.app import report
+from hessian_tools.results import JsonObject
+
+OUT = Path("results/evidence_readings")
+SMOKE_PAIRS = ("mlp/tanh-deep", "graph/convolutions")
+
+
+def measured_at(name: str, smoke: bool) -> JsonObject:
+    few = {"num_batches": 1, "num_steps": 10, "simulated": 2}
+    return measured(EVERY[name], **(few if smoke else {}))
+
+
+def known(path: Path) -> dict[str, JsonObject]:
+    """The lines by pair; a line torn by a kill is dropped."""
+    found = {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        found[line["name"]] = line
+    return found
+
+
+def write(path: Path, lines: dict[str, JsonObject]) -> None:
+    ordered = [lines[name] for name in EVERY if name in lines]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(line) + "\n" for line in ordered))
+    scratch.replace(path)
+
+
+def table(lines: dict[str, JsonObject]) -> str:
+    rows = []
+    for name, line in lines.items():
+        values = [line.get("predictors", {}).get(predictor) for predictor in PREDICTORS]
+        rows.append([name, *("-" if value is None else f"{value:.3g}" for value in values)])
+    failures = [f"{name}: {line['error']}" for name, line in lines.items() if "error" in line]
+    return "\n".join([report.table(("pair", *PREDICTORS), rows), *failures])
+
+
+def measure(run: Run, names: list[str]) -> dict[str, JsonObject]:
+    path = run.out / "readings.jsonl"
+    lines = known(path)
+    left = [name for name in names if "predictors" not in lines.get(name, {})]
+    jobs: list[tuple[object, ...]] = [(name, run.smoke) for name in left]
+    for (name, _), line, error in done(measured_at, jobs, run.options.workers):
+        lines[str(name)] = line if line is not None else {"name": name, "error": error}
+        write(path, lines)
+        print(f"{name}: {error or 'measured'}", flush=True)
+    return lines
+
+
+def main() -> None:
+    script = Script(__doc__, OUT, smoke="two pairs, one batch: half a minute")
+    add_options(script)
+    run = script.run()
+    run.out.mkdir(parents=True, exist_ok=True)
+    pairs = selected(script, run.options)
+    names = list(SMOKE_PAIRS) if run.smoke else [pair.name for pair in pairs]
+    lines = measure(run, names)
+    run.save({name: line.get("predictors") for name, line in lines.items()}, {})
+    run.print_table(table(lines))
+
+
+if __name__ == "__main__":
+    main()

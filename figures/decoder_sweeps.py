@@ -4,6 +4,7 @@
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,6 +41,7 @@ LABELS = {
     "adalayer_star": "adalayer*",
     "adam_equal_betas": "adam, b2 = b1",
 }
+LEAST_RATES = 3
 CEILING = 7.0  # a loss near that of guessing, above which nothing is drawn
 
 
@@ -73,14 +75,14 @@ def against_rate(axes: Axes, lines: list[Line], claim: str, title: str) -> None:
 def momenta(axes: Axes, lines: list[Line]) -> None:
     """The best loss over rates, by momentum."""
     for name in ("sgd", "adamw", "signum", "adam_equal_betas"):
-        found: dict[float, float] = {}
+        by_momentum: dict[float, list[float]] = defaultdict(list)
         for line in chosen(lines, claim="b", optimizer=name):
-            if line["loss"] is not None:
-                momentum = line["momentum"]
-                found[momentum] = min(line["loss"], found.get(momentum, np.inf))
-        if found:
-            places = 1 - np.array(sorted(found))
-            losses = [found[momentum] for momentum in sorted(found)]
+            by_momentum[line["momentum"]].append(np.inf if line["loss"] is None else line["loss"])
+        # a sweep that was cut off after a rate or two says little of the best
+        swept = {m: min(of) for m, of in by_momentum.items() if len(of) >= LEAST_RATES}
+        if swept:
+            places = 1 - np.array(sorted(swept))
+            losses = [swept[momentum] for momentum in sorted(swept)]
             axes.plot(places, losses, ".-", color=COLOURS[name], label=LABELS.get(name, name))
     axes.set_xscale("log")
     axes.invert_xaxis()

@@ -171,7 +171,8 @@ def launches(call: Callable[[], object], device: torch.device) -> dict[str, Any]
     if device.type != "cuda":
         return found
     wait(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as profiler:
         call()
         wait(device)
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]

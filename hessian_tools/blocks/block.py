@@ -124,8 +124,12 @@ class Part:
         if len(self.axes) == 1:
             return (*batch, slice(*self.window))
         # A run of pieces in a grid of several axes is no box: it is picked one by one, by a copy.
-        numbers = torch.arange(*self.window, device=device)
-        return (*batch, *torch.unravel_index(numbers, self._grid))
+        rest = torch.arange(*self.window, device=device)
+        places: list[Tensor] = []
+        for size in reversed(self._grid):  # torch.unravel_index would wait for the device
+            places.insert(0, rest % size)
+            rest = rest // size
+        return (*batch, *places)
 
 
 @registered

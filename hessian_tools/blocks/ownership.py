@@ -13,6 +13,8 @@ from hessian_tools.blocks.block import Cut, Part
 
 # Parts of one tensor that are compared in pairs; for more, comparing entries is faster.
 MOST_PAIRED = 64
+# of DistributedDataParallel (and others) and of torch.compile
+WRAPPERS = ("module.", "_orig_mod.")
 
 
 class Shaped(Protocol):
@@ -44,7 +46,7 @@ def check_trained(cuts: Iterable[Cut], trained: Mapping[str, Shaped], source: st
         for part in cut.parts:
             parameter = trained.get(part.parameter)
             if parameter is None:
-                has = "does not train such a tensor"
+                has = _instead(part.parameter, trained)
             elif tuple(parameter.shape) != part.shape:
                 has = f"has it in shape {tuple(parameter.shape)}"
             else:
@@ -53,6 +55,24 @@ def check_trained(cuts: Iterable[Cut], trained: Mapping[str, Shaped], source: st
                 f"{source} holds {cut.name!r}, which lies in no trainable parameter of this model: "
                 f"it cuts {part.parameter!r} of shape {part.shape}, and the model {has}"
             )
+
+
+def _instead(name: str, trained: Iterable[str]) -> str:
+    """What a model has in place of a tensor called ``name``: nothing, or one in a wrapper."""
+    for present in trained:
+        if _unwrapped(present) == _unwrapped(name):
+            return (
+                f"has it as {present!r}; take both, partition and model, with their wrapper "
+                "(DistributedDataParallel, torch.compile) or both without it"
+            )
+    return "does not train such a tensor"
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name without what wrappers of the whole model put in front."""
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
 
 
 def check_names(cuts: Iterable[Cut], source: str) -> None:

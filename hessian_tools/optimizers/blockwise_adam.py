@@ -57,8 +57,11 @@ class BlockwiseAdam(Dense):
         held_until: T.
 
     Raises:
-        ValueError: a number out of range; a model without partition; a partition whose blocks join
-            parts of several tensors, or leave out a part of a tensor that they cut.
+        ValueError: a number out of range; a model without partition; a group without ``cuts``, or
+            with a part of the tensors that make up its block (as ZeroRedundancyOptimizer shares
+            them out among processes); a partition whose blocks join parts of several tensors, or
+            leave out a part of a tensor that they cut; a tensor that FSDP has sharded where its
+            blocks are cut.
         RuntimeError: sparse or complex gradients.
     """
 
@@ -85,11 +88,20 @@ class BlockwiseAdam(Dense):
             "held_until": held_until,
         }
         super().__init__(_groups(params, partition), defaults)
-        for group in self.param_groups:
-            group.setdefault("cuts", [])
-            _check(group)
-            for p in group["params"]:
-                _check_cuts(p, group)
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """As torch's, of a group that says its blocks; see the errors of the class."""
+        _check_says_blocks(param_group)
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        try:
+            _check(added)
+            _check_is_whole(added)
+            for p in added["params"]:
+                _check_cuts(p, added)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # torch's own has overloads
@@ -390,6 +402,30 @@ def _check(group: ParamGroup) -> None:
         raise ValueError(f"frozen_after is {after!r}; a number of steps from 1, or None, is needed")
 
 
+def _check_says_blocks(group: ParamGroup) -> None:
+    """Raises ValueError for a group as torch's optimizers take it, without blocks."""
+    if "cuts" not in group:
+        raise ValueError(
+            "a group of parameters does not say what its blocks are; pass BlockwiseAdam(model, "
+            "partition), or groups of ht.param_groups(model, partition). A group of your own is "
+            "one block of all its tensors with 'cuts': [], and Adam's with 'block': '(no block)' "
+            "as well"
+        )
+
+
+def _check_is_whole(group: ParamGroup) -> None:
+    """Raises ValueError where other processes have some of the tensors that make up the block."""
+    names = group.get("names", [])
+    held = len(group["params"])
+    is_one_block = not group["cuts"] and group.get("block") != _NO_BLOCK
+    if is_one_block and len(names) > 1 and held < len(names):
+        raise ValueError(
+            f"the block {group.get('block')!r} has {len(names)} tensors, and this process {held} "
+            "of them, so it cannot average over the block; share out tensors among processes "
+            "(ZeroRedundancyOptimizer) only where no block joins several, as in 'adam_mini'"
+        )
+
+
 def _check_cuts(p: Tensor, group: ParamGroup) -> None:
     """Raises ValueError for cuts that the tensor cannot be updated by."""
     cuts = group["cuts"]
@@ -402,9 +438,33 @@ def _check_cuts(p: Tensor, group: ParamGroup) -> None:
         raise ValueError(
             f"{group.get('block')} is a run of blocks along several axes; pass the whole cut"
         )
+    if cuts and hasattr(p, "to_local"):
+        _check_shards(p, group)
     covered = sum(_region(p.detach(), cut).numel() for cut in cuts)
     if cuts and covered != p.numel():
         raise ValueError(
             f"the cuts of {group.get('block')} hold {covered:,} of {p.numel():,} entries; an "
             "optimizer has to move all of them"
         )
+
+
+def _check_shards(p: Tensor, group: ParamGroup) -> None:
+    """Raises ValueError for a DTensor whose cuts are copies: torch gathers it to cut its shards."""
+    try:
+        regions = [_region(p.detach(), cut) for cut in group["cuts"]]
+    except RuntimeError:  # shards of uneven length
+        regions = []
+    # to_local and placements are a DTensor's
+    here = _shards(p)
+    if not regions or any(_shards(region) != here for region in regions):
+        raise ValueError(
+            f"the parameter of {group.get('block')} is sharded across processes where its blocks "
+            "are cut, so they are no views of it; take a partition that leaves it whole, or "
+            "DistributedDataParallel in place of FSDP"
+        )
+
+
+def _shards(tensor: Any) -> tuple[int, list[bool]]:  # a DTensor, which not every torch has
+    """The memory here, and along which axes of the device mesh a DTensor is sharded."""
+    memory = tensor.to_local().untyped_storage().data_ptr()
+    return memory, [placement.is_shard() for placement in tensor.placements]

@@ -6,6 +6,7 @@ of the data is held out, always the same, whatever the seed of a stream.
 Letters: b examples of a batch, t tokens of a sequence, s image side.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -117,9 +118,7 @@ class Text:
 
     def _window(self, place: Place) -> Tensor:
         """(t + 1,) tokens."""
-        generator = random_numbers("offset", place.seed, place.epoch)
-        offset = int(torch.randint(self._context, (), generator=generator))
-        first = offset + place.number * self._context
+        first = _offset(self._context, place.seed, place.epoch) + place.number * self._context
         return self._training[first : first + self._context + 1]
 
     def _uniform(self, *words: object) -> Tensor:
@@ -132,6 +131,13 @@ class Text:
         if self._vocabulary is None:
             return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         return masked(windows[:, :-1], self._vocabulary, torch.stack(list(uniform)))
+
+
+@functools.lru_cache(maxsize=64)
+def _offset(context: int, seed: int, epoch: int) -> int:
+    """Of the windows of an epoch; kept, as every window of it asks."""
+    generator = random_numbers("offset", seed, epoch)
+    return int(torch.randint(context, (), generator=generator))
 
 
 class Images:

@@ -194,3 +194,13 @@ def test_patterns_match_every_tensor_once():
     mixed = partition(llama(), {"*.0.*.up_proj.weight": "whole", "*.up_proj.weight": "row"})
     alone = r"^model\.layers\.0\.mlp\.up_proj\.weight$"
     assert patterns(mixed) == {alone: "whole", alone.replace("0", "1"): "row"}
+
+
+def test_a_wrapper_of_the_model_is_named_in_the_error():
+    model = nn.Linear(3, 2)
+    wrapped = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match=r"has it as '_orig_mod\.weight'; take both"):
+        param_groups(wrapped, partition(model, "tensor"))
+    with pytest.raises(ValueError, match="has it as 'weight'; take both"):
+        param_groups(model, partition(wrapped, "tensor"))
+    assert len(param_groups(wrapped, partition(wrapped, "tensor"))) == 2

@@ -241,6 +241,117 @@ def test_schedulers_closures_and_scalers():
     assert not torch.equal(next(model.parameters()), before)
 
 
+def test_scaled_losses_make_the_same_steps_and_overflow_makes_none():
+    model, other = net().float(), net().float()
+    optimizers = [BlockwiseAdam(m, ht.partition(m, "adam_mini"), lr=1e-2) for m in (model, other)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # a power of two rounds nothing
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    for _ in range(4):
+        for m, optimizer in zip((model, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(m(x), y)
+            if m is other:
+                loss.backward()
+                nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+                optimizer.step()
+                continue
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+    before = copy.deepcopy((model.state_dict(), optimizers[0].state_dict()))
+    scaler.scale(nn.functional.cross_entropy(model(x), y) * torch.inf).backward()
+    scaler.step(optimizers[0])
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(p, before[0][name]) for name, p in model.state_dict().items())
+    for number, state in optimizers[0].state_dict()["state"].items():
+        assert all(torch.equal(state[key], before[1]["state"][number][key]) for key in state)
+
+
+SCHEDULERS = {
+    "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9),
+    # moves betas as well
+    "one-cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-2, total_steps=9
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_move_it_as_they_move_adamw(name):
+    trajectories = []
+    for is_ours in (True, False):
+        model = net()
+        options = {"lr": 1e-2, "weight_decay": 0.1}
+        if is_ours:
+            optimizer = BlockwiseAdam(model, ht.partition(model, "element"), **options)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), **options)
+        scheduler = SCHEDULERS[name](optimizer)
+        for _ in range(8):
+            weights = trained(model, optimizer, 1)
+            scheduler.step()
+        trajectories.append(weights)
+    assert relative_error(*trajectories) < 1e-12
+
+
+def test_a_rate_may_be_a_tensor():
+    one, other = net(), net()
+    rate = torch.tensor(1e-2, dtype=torch.float64)
+    found = trained(one, BlockwiseAdam(one, ht.partition(one, "adam_mini"), lr=rate), 4)
+    expected = trained(other, BlockwiseAdam(other, ht.partition(other, "adam_mini"), lr=1e-2), 4)
+    assert torch.equal(found, expected)
+
+
+def test_closures_are_called_once_with_gradients_on():
+    model, other = net(), net()
+    optimizer = BlockwiseAdam(model, ht.partition(model, "neuron"), lr=1e-2)
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = next(losses_of(model))
+        loss.backward()
+        calls.append(loss.item())
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure).item() == calls[0] and len(calls) == 1
+    trained(other, BlockwiseAdam(other, ht.partition(other, "neuron"), lr=1e-2), 1)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_a_copy_goes_on_by_itself():
+    model = net()
+    optimizer = BlockwiseAdam(model, ht.partition(model, "neuron"), lr=1e-2)
+    trained(model, optimizer, 2)
+    other, copied = copy.deepcopy((model, optimizer))
+    one = trained(model, optimizer, 2, losses_of(model, 7))
+    assert torch.equal(one, trained(other, copied, 2, losses_of(other, 7)))
+
+
+def test_groups_that_come_later_say_their_blocks():
+    model, head = net(), nn.Linear(3, 2).double()
+    optimizer = BlockwiseAdam(model, ht.partition(model, "neuron"), lr=1e-2)
+    with pytest.raises(ValueError, match="does not say what its blocks are"):
+        optimizer.add_param_group({"params": list(head.parameters())})
+    (weight, bias) = ht.param_groups(head, ht.partition(head, "neuron"))
+    with pytest.raises(ValueError, match=r"lr is -1\.0"):
+        optimizer.add_param_group({**bias, "lr": -1.0})
+    optimizer.add_param_group(weight)
+    optimizer.add_param_group({**bias, "lr": 0.0})
+    before = copy.deepcopy(head)
+    head(model(torch.randn(8, 4).double())).square().sum().backward()
+    optimizer.step()
+    assert optimizer.state[head.weight]["exp_avg_sq"].shape == (2,)
+    assert not torch.equal(head.weight, before.weight)
+    assert torch.equal(head.bias, before.bias)
+
+
 def test_parameters_without_gradient_stay_and_others_go_on():
     model = net()
     optimizer = BlockwiseAdam(model, ht.partition(model, "tensor"), lr=1e-2)
@@ -329,6 +440,8 @@ def test_other_misuses_are_told():
     model = net()
     with pytest.raises(ValueError, match="comes with the partition"):
         BlockwiseAdam(model)
+    with pytest.raises(ValueError, match="does not say what its blocks are"):
+        BlockwiseAdam(model.parameters())
     with pytest.raises(ValueError, match="is that of a model"):
         BlockwiseAdam(ht.param_groups(model, ht.partition(model, "tensor")), ht.partition(model))
     embedding = nn.Embedding(5, 3, sparse=True)

@@ -144,7 +144,8 @@ def test_everything_is_float64():
 @pytest.mark.parametrize("name", METHODS)
 def test_cuda_gives_the_same_runs(name):
     q = five()
-    some = {"step": [0.01, 0.03], "num_starts": 5, "num_steps": 200, **SETTINGS[name], **QUIET}
+    # close to the minimum, Adam's second moments vanish and its steps amplify rounding
+    some = {"step": [0.01, 0.03], "num_starts": 5, "num_steps": 100, **SETTINGS[name], **QUIET}
     here = quadratic.run(q, name, **some)
     there = quadratic.run(q.to("cuda"), name, **some)
     assert there.losses == pytest.approx(here.losses, rel=1e-6, abs=1e-12)

@@ -45,7 +45,8 @@ from pathlib import Path
 import torch
 from decoders.claims import effective_rates, packed, text
 from decoders.networks import SIZES, tokens_of
-from decoders.tasks import Place, Task, measured_rates, repeated, swept, tasks, with_rests
+from decoders.optimizers import suggestion_of
+from decoders.tasks import Place, Task, measured_rates, repeated, swept, tasks
 from script import Run, Script
 from tqdm import tqdm
 
@@ -65,7 +66,7 @@ def work(task: Task, place: Place) -> str:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # TF32 where there is one
     tokens = tokens_of([], place.out / CACHE)
-    found = swept(with_rests(task), tokens, place)
+    found = swept(task, tokens, place)
     if (task.claim, task.variant, task.optimizer) == ("a", "standard", "adamw"):
         measured_rates(task.size, found.best_rate, tokens, place)
         repeated(task, found.best_rate, tokens, place)
@@ -132,6 +133,13 @@ def trained(run: Run) -> None:
         options.text = [plays]
     if not options.text and not cache.exists():
         raise SystemExit("--text is needed: the files that experiments/corpora.py makes")
+    missing = [size for size in options.sizes if not suggestion_of(size).exists()]
+    if "e" in options.claims and missing and not run.smoke:
+        raise SystemExit(
+            f"claim e needs the checker's blocks for {', '.join(missing)}; run "
+            f"experiments/decoder_suggestions.py --sizes {' '.join(missing)} first, or leave e out "
+            "of --claims"
+        )
     small = SMOKE if run.smoke else SHORT if options.short else {}
     tokens_of(options.text or [], cache, small.get("tokens"))
     batch_size = small.get("batch_size", BATCH_SIZE)

@@ -196,6 +196,34 @@ def row(sweep: Sweep, bytes_of_adam: dict[str, int]) -> list[str]:
     ]
 
 
+def losses_text(found: Iterable[Sweep]) -> str:
+    """Every loss by rate, on a line a sweep."""
+    lines = []
+    for sweep in found:
+        claim, size, variant, optimizer, momentum = sweep.key
+        name = optimizer if momentum is None else f"{optimizer} {momentum:g}"
+        pairs = zip(sweep.rates, sweep.losses, strict=True)
+        shown = ", ".join(f"{rate:.2g}: {loss:.3f}" for rate, loss in pairs)
+        lines.append(f"{claim} {size} {variant} {name}: {shown}")
+    return "losses by rate\n" + "\n".join(lines)
+
+
+def closed_text(found: Iterable[Sweep]) -> str:
+    """Of the gap between SGD and AdamW at their best, how much each sweep of claim c closes."""
+    best = {sweep.key[1:4]: number(sweep.best["loss"]) for sweep in found if sweep.key[0] in "ac"}
+    lines = []
+    for (size, variant, optimizer), loss in best.items():
+        sgd = best.get((size, variant, "sgd"))
+        adam = best.get((size, variant, "adamw"))
+        if sgd and adam and "adalayer" in optimizer:
+            share = (sgd - loss) / (sgd - adam)
+            lines.append(
+                f"{size} {variant} {optimizer}: {100 * share:.0f} % of the gap from SGD to AdamW, "
+                f"{100 * (loss / adam - 1):.1f} % above AdamW"
+            )
+    return "\n".join(lines)
+
+
 def seeds_text(lines: Iterable[Line]) -> str:
     """How far seeds differ."""
     by_size: dict[str, list[float]] = defaultdict(list)
@@ -250,4 +278,5 @@ def text(lines: list[Line], effective: dict[str, Any]) -> str:
         parts.append(f"claim {claim}\n{table(HEADER, rows, left=3)}")
     if effective:
         parts.append(f"AdamW's effective rates, decades\n{effective_text(effective)}")
-    return "\n\n".join([*parts, seeds_text(lines)]).strip()
+    parts += [closed_text(found), losses_text(found), seeds_text(lines)]
+    return "\n\n".join(part for part in parts if part)

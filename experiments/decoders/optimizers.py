@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import hessian_tools as ht
+from decoders.networks import SIZES
 from hessian_tools.optimizers.adam_family import adam_mini, frozen_adalayer, sgd_adalayer
 from hessian_tools.optimizers.named import MINI, OPTIMIZERS, ZHAO, Entry, Request, half_decades
 
@@ -19,6 +20,11 @@ RESTING = 200  # steps in which the frozen Adalayer gathers; of 1,000 in the pap
 SUGGESTIONS = Path(__file__).resolve().parents[2] / "results" / "decoder_suggestions"
 BETAS = (0.9, 0.95)
 Make = Callable[..., torch.optim.Optimizer]
+
+
+def suggestion_of(size: str) -> Path:
+    """What experiments/decoder_suggestions.py has left."""
+    return SUGGESTIONS / f"suggestion_{size}.json"
 
 
 def equal_betas(
@@ -39,9 +45,8 @@ def equal_betas(
 
 def by_suggestion(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
     """Adam-mini on the blocks that the checker suggested for a decoder of this size."""
-    sizes = {3: "1M", 6: "6M"}
-    path = SUGGESTIONS / f"suggestion_{sizes[len(model.blocks)]}.json"
-    return adam_mini(model, lr, ht.Partition.from_json(path, model), **options)
+    size = next(size for size, shape in SIZES.items() if shape.layers == len(model.blocks))
+    return adam_mini(model, lr, ht.Partition.from_json(suggestion_of(size), model), **options)
 
 
 def by_tensor(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:

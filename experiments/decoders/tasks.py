@@ -19,13 +19,13 @@ from decoders.networks import SIZES, VARIANTS, decoder, stream
 from decoders.optimizers import RESTING
 from hessian_tools.optimizers.named import make
 from hessian_tools.results import Journal
-from hessian_tools.training import RateSweep, Stream, cosine, sweep, train
+from hessian_tools.training import RateSweep, cosine, sweep, train
 from hessian_tools.training.runs import Runs, Setting
 
 Floats = NDArray[np.float64]
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)  # of quantiles
 MOMENTA = (0.9, 0.0, 0.98, 0.5, 0.99, 0.95, 0.8)  # in the order in which they are run
-RATES_OF_ADAM = 3.16e-3
+RATE_OF_ADAM = 3.16e-3
 SEEDS = (1, 2, 3)  # besides 0
 
 
@@ -39,7 +39,6 @@ class Task:
     optimizer: str
     rates: tuple[float, ...]
     momentum: float | None = None
-    resting: int = 0  # steps before the schedule begins
 
     @property
     def name(self) -> str:
@@ -47,6 +46,11 @@ class Task:
         if self.momentum is not None:
             words.append(f"{100 * self.momentum:.0f}")  # without a dot, as it becomes a file
         return "-".join(words)
+
+    @property
+    def resting(self) -> int:
+        """Steps before the schedule begins."""
+        return RESTING if self.optimizer == "frozen_adalayer_short" else 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def around(rate: float, below: int, above: int) -> tuple[float, ...]:
     return tuple(rate * 10 ** (half / 2) for half in range(-below, above + 1))
 
 
-ADAM = around(RATES_OF_ADAM, 2, 3)
+ADAM = around(RATE_OF_ADAM, 2, 3)
 SIGN = around(3.16e-4, 2, 2)
 SGD = around(1.0, 2, 2)
 GRIDS = {
@@ -75,13 +79,13 @@ GRIDS = {
     "signum": SIGN,
     "muon": ADAM,
     "soap": ADAM,
-    "shampoo2": around(RATES_OF_ADAM, 4, 1),
+    "shampoo2": around(RATE_OF_ADAM, 4, 1),
 }
 MOMENTUM_GRIDS = {
     "sgd": around(1.0, 1, 2),
-    "adamw": around(RATES_OF_ADAM, 1, 1),
+    "adamw": around(RATE_OF_ADAM, 1, 1),
     "signum": around(3.16e-4, 1, 1),
-    "adam_equal_betas": around(RATES_OF_ADAM, 1, 1),
+    "adam_equal_betas": around(RATE_OF_ADAM, 1, 1),
 }
 LAYERWISE = {
     "adalayer": ADAM,
@@ -208,8 +212,9 @@ def measured_rates(
             rows.append(rates_by_tensor(model, optimizer))
         return False
 
-    data: Stream = stream(tokens, place.batch_size, place.device)
-    train(model, data, optimizer, budget=steps, z_loss=1e-4, validate_every=0, give_up=look)
+    data = stream(tokens, place.batch_size, place.device)
+    z_loss = VARIANTS["standard"].z_loss
+    train(model, data, optimizer, budget=steps, z_loss=z_loss, validate_every=0, give_up=look)
     found = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     result = {"steps": np.array(taken), "rates": found}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,10 +239,3 @@ def rates_by_tensor(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 def quantiles(values: Tensor) -> Floats:
     found: Floats = np.quantile(values.double().cpu().numpy(), LEVELS)
     return found
-
-
-def with_rests(task: Task) -> Task:
-    """The frozen Adalayer rests before its schedule begins."""
-    if task.optimizer != "frozen_adalayer_short":
-        return task
-    return Task(**(vars(task) | {"resting": RESTING}))

@@ -18,6 +18,7 @@ from hessian_tools.app.models.saved_model import (
     LOCAL,
     MASKED,
     SavedModel,
+    first_line,
     library,
     quiet,
 )
@@ -191,8 +192,7 @@ def _part(saved: SavedModel, kind: str, file: str, what: str) -> Any:
         with quiet():
             return getattr(library(), kind).from_pretrained(saved.folder, **LOCAL, **gguf)
     except Exception as error:  # each has errors of its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"its {what} cannot be read ({first}); save it into the same folder with "
+            f"its {what} cannot be read ({first_line(error)}); save it into the same folder with "
             f"{what.split()[-1]}.save_pretrained, which writes {file}"
         ) from error

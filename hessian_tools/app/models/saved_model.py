@@ -64,19 +64,10 @@ class SavedModel:
 
 
 def library() -> ModuleType:
-    """transformers, which is an optional library of this package's.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """transformers, which takes seconds to import."""
     repair()
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"a saved folder is read by transformers, which cannot be imported ({error}); "
-            "pip install transformers"
-        ) from error
+    import transformers
+
     found: ModuleType = transformers
     return found
 
@@ -120,8 +111,9 @@ def _config(folder: Path, source: dict[str, object]) -> Any:
     try:
         return library().AutoConfig.from_pretrained(folder, **LOCAL, **gguf)
     except ImportError as error:
+        way_out = "pip install 'hessian_tools[gguf]'" if gguf else "install that"
         raise ValueError(
-            f"{gguf.get('gguf_file', 'config.json')} needs a library: {error}; pip install gguf"
+            f"a library that it needs is missing: {first_line(error)}; {way_out}"
         ) from error
     except Exception as error:  # each model's configuration has errors of its own
         raise ValueError(
@@ -167,8 +159,9 @@ def network(saved: SavedModel, dtype: torch.dtype) -> nn.Module:
                 saved.folder, dtype=dtype, output_loading_info=True, **LOCAL, **saved.source
             )
     except Exception as error:  # each model's loading has errors of its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"its weights cannot be read: {first}; save it again") from error
+        raise ValueError(
+            f"its weights cannot be read: {first_line(error)}; save it again"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -177,6 +170,12 @@ def network(saved: SavedModel, dtype: torch.dtype) -> nn.Module:
         )
     made: nn.Module = model
     return made.eval()
+
+
+def first_line(error: Exception) -> str:
+    """What an error of transformers says first; its kind, where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -109,7 +109,8 @@ def _config(folder: Path, source: dict[str, object]) -> Any:
     if not gguf and not (folder / "config.json").is_file():
         raise ValueError("config.json is missing; save the model with save_pretrained")
     try:
-        return library().AutoConfig.from_pretrained(folder, **LOCAL, **gguf)
+        with quiet():
+            return library().AutoConfig.from_pretrained(folder, **LOCAL, **gguf)
     except ImportError as error:
         way_out = "pip install 'hessian_tools[gguf]'" if gguf else "install that"
         raise ValueError(
@@ -175,7 +176,7 @@ def network(saved: SavedModel, dtype: torch.dtype) -> nn.Module:
 def first_line(error: Exception) -> str:
     """What an error of transformers says first; its kind, where it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 @contextlib.contextmanager

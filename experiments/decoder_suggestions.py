@@ -24,6 +24,7 @@ OUT = Path("results/decoder_suggestions")
 WINDOWS = 8
 SMOKE_WINDOWS = 1
 PROBES, SMOKE_PROBES = 8, 3
+SMOKE_TENSORS = 4
 CHARACTERS = 8  # at most, that a token takes on average
 
 
@@ -43,9 +44,13 @@ def suggest(run: Run, size: str) -> PartitionReport:
     """Judges every tensor, and writes the partition and the table."""
     run.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(run.out / f"judged_{size}.jsonl")
+    checked = problem(size, SMOKE_WINDOWS if run.smoke else WINDOWS)
+    blocks = ht.partition(checked.model, "adam_mini")
+    if run.smoke:
+        blocks = ht.Partition(blocks.cuts[-SMOKE_TENSORS:])
     report = ht.check_partition(
-        problem(size, SMOKE_WINDOWS if run.smoke else WINDOWS),
-        "adam_mini",
+        checked,
+        blocks,
         num_probes=SMOKE_PROBES if run.smoke else PROBES,
         finished=journal.finished,
         on_tensor=journal.append,
@@ -57,7 +62,7 @@ def suggest(run: Run, size: str) -> PartitionReport:
 
 
 def main() -> None:
-    script = Script(__doc__, OUT, smoke="one window and three probes: half a minute")
+    script = Script(__doc__, OUT, smoke="one window, four tensors, three probes: seconds")
     script.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     run = script.run()
     sizes = run.options.sizes[:1] if run.smoke else run.options.sizes

@@ -4,7 +4,7 @@ Protocol: the "standard" decoders of experiments/decoders at initialisation (see
 128 tokens of the packaged plays, Algorithm 3's blocks held against the Hessian with the checker's
 defaults. Measured before any training, and not again.
 
-`python experiments/decoder_suggestions.py [--smoke] [--sizes 1M 6M]` writes
+`python experiments/decoder_suggestions.py [--smoke] [--sizes 1M 6M] [--device cuda]` writes
 results/decoder_suggestions: suggestion_SIZE.json, the partition, evidence_SIZE.txt, the checker's
 table. What was judged is kept, and the same command goes on.
 """
@@ -28,7 +28,7 @@ SMOKE_TENSORS = 4
 CHARACTERS = 8  # at most, that a token takes on average
 
 
-def problem(size: str, num_windows: int) -> ht.Problem:
+def problem(size: str, num_windows: int, device: str) -> ht.Problem:
     text = bytes(text_tokens("byte").tolist()).decode()
     coded = tokenizer().encode(text[: CHARACTERS * CONTEXT * (num_windows + 1)]).ids
     batches = language_batches(
@@ -37,14 +37,17 @@ def problem(size: str, num_windows: int) -> ht.Problem:
         batch_size=min(4, num_windows),
         context=CONTEXT,
     )
-    return ht.Problem(decoder(size, "standard", 0), ht.cross_entropy, batches)
+    model = decoder(size, "standard", 0).to(device)
+    moved = [(inputs.to(device), targets.to(device)) for inputs, targets in batches]
+    return ht.Problem(model, ht.cross_entropy, moved)
 
 
 def suggest(run: Run, size: str) -> PartitionReport:
     """Judges every tensor, and writes the partition and the table."""
     run.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(run.out / f"judged_{size}.jsonl")
-    checked = problem(size, SMOKE_WINDOWS if run.smoke else WINDOWS)
+    windows = SMOKE_WINDOWS if run.smoke else WINDOWS
+    checked = problem(size, windows, run.options.device)
     blocks = ht.partition(checked.model, "adam_mini")
     if run.smoke:
         blocks = ht.Partition(blocks.cuts[-SMOKE_TENSORS:])
@@ -64,6 +67,7 @@ def suggest(run: Run, size: str) -> PartitionReport:
 def main() -> None:
     script = Script(__doc__, OUT, smoke="one window, four tensors, three probes: seconds")
     script.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    script.add_argument("--device", default="cpu")
     run = script.run()
     sizes = run.options.sizes[:1] if run.smoke else run.options.sizes
     reports = {size: suggest(run, size) for size in sizes}

@@ -28,9 +28,10 @@ Protocol, fixed before any result:
   rate is measured with three more seeds, whose standard deviation is told beside it.
 
 `python experiments/decoder_sweeps.py --text shakespeare.txt brown.txt [--claims abce] [--sizes ..]
-[--device cuda] [--workers N] [--minutes M] [--short] [--smoke]` trains what is not in OUT/parts
-yet, after M minutes begins no further sweep, packs the runs into OUT/lines.jsonl.gz, a line each,
-and writes result.json and table.txt; `--report` does the latter alone, of the lines.
+[--only GLOB ..] [--device cuda] [--workers N] [--minutes M] [--short] [--smoke]` trains what
+neither OUT/parts nor OUT/lines.jsonl.gz has to its end, after M minutes begins no further sweep,
+packs the runs into these lines, and writes result.json and table.txt; `--report` does the latter
+alone. A sweep that the lines have but for a better rate beyond its end goes on from its best rate.
 """
 
 import os
@@ -39,11 +40,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from fnmatch import fnmatch
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from decoders.claims import effective_rates, packed, text
+from decoders.claims import effective_rates, left, packed, text
 from decoders.networks import SIZES, tokens_of
 from decoders.optimizers import suggestion_of
 from decoders.tasks import Place, Task, measured_rates, repeated, swept, tasks
@@ -116,6 +118,7 @@ def arguments() -> Run:
     script.add_argument("--text", nargs="+", type=Path, help="files of experiments/corpora.py")
     script.add_argument("--claims", default="abce")
     script.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    script.add_argument("--only", nargs="+", metavar="GLOB", default=["*"], help="names of tasks")
     script.add_argument("--report", action="store_true", help="train nothing")
     script.add_argument("--short", action="store_true", help="small batches, few steps")
     script.add_argument("--device", default="cpu")
@@ -133,8 +136,15 @@ def trained(run: Run) -> None:
         options.text = [plays]
     if not options.text and not cache.exists():
         raise SystemExit("--text is needed: the files that experiments/corpora.py makes")
-    missing = [size for size in options.sizes if not suggestion_of(size).exists()]
-    if "e" in options.claims and missing and not run.smoke:
+    wanted = [
+        task
+        for task in tasks(options.claims, options.sizes)
+        if any(fnmatch(task.name, glob) for glob in options.only)
+    ]
+    todo = list(left(wanted, packed(run.out)))
+    sizes = {task.size for task in todo if task.claim == "e"}
+    missing = sorted(size for size in sizes if not suggestion_of(size).exists())
+    if missing and not run.smoke:
         raise SystemExit(
             f"claim e needs the checker's blocks for {', '.join(missing)}; run "
             f"experiments/decoder_suggestions.py --sizes {' '.join(missing)} first, or leave e out "
@@ -144,7 +154,6 @@ def trained(run: Run) -> None:
     tokens_of(options.text or [], cache, small.get("tokens"))
     batch_size = small.get("batch_size", BATCH_SIZE)
     place = Place(run.out, batch_size, options.device, small.get("steps"))
-    todo = tasks(options.claims, options.sizes)
     if run.smoke:
         todo = [replace(task, rates=task.rates[1:2]) for task in todo[:SMOKE_TASKS]]
     in_processes(todo, place, options.workers, options.minutes)

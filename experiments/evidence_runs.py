@@ -6,15 +6,16 @@ are "main" (all pairs, 32 examples a batch, 300 and 1,000 steps), "race" (the ba
 
 `python experiments/evidence_runs.py [--arms main] [--up-to 300] [--workers 2]` trains all that is
 not held out. Every run is a line of a journal in results/evidence/journals, so that the same
-command goes on after a kill; results/evidence/runs.jsonl.gz has all runs, with the losses of those
-at the best rates, and table.txt is made from it alone. --table makes the table and trains nothing.
+command goes on after a kill; results/evidence/runs.jsonl.gz has all runs of the pairs that are
+done, with the losses of those at the best rates: these are not trained again, and table.txt is
+made from it alone. --table makes the table and trains nothing.
 """
 
 import dataclasses
 from pathlib import Path
 
 from evidence import EVERY, FAMILIES, Pair
-from evidence.arms import ARMS, pairs_of
+from evidence.arms import ARMS, Arm, pairs_of
 from evidence.command import add_options, done, selected
 from evidence.lines import Packed, lines_of
 from evidence.tuning import tuned
@@ -54,19 +55,25 @@ def trained(
     return list(lines_of(name, arm_name, found, runs))
 
 
-def jobs(run: Run, pairs: list[Pair]) -> list[tuple[object, ...]]:
-    """An arm after the other, so that the main one is done first."""
+def jobs(run: Run, pairs: list[Pair], packed: Packed) -> list[tuple[object, ...]]:
+    """What the lines lack, an arm after the other, so that the main one is done first."""
     options = run.options
     names = [pair.name for pair in pairs]
     if options.interventions:
         return [(name, "main", options.up_to, run.out, False) for name in names]
     if run.smoke:
         return [(name, "main", None, run.out, True) for name in SMOKE_PAIRS]
+    known = packed.gaps()
+
+    def is_done(pair: Pair, arm: Arm) -> bool:
+        asked = (steps for steps in arm.budgets if steps <= (options.up_to or steps))
+        return all((pair.name, arm.name, steps) in known for steps in asked)
+
     return [
         (pair.name, arm, options.up_to, run.out, False)
         for arm in options.arms
         for pair in pairs_of(ARMS[arm], FAMILIES)
-        if pair.name in names
+        if pair.name in names and not is_done(pair, ARMS[arm])
     ]
 
 
@@ -96,7 +103,7 @@ def main() -> None:
     run = script.run()
     packed = Packed(run.out / "runs.jsonl.gz")
     failures = []
-    planned = [] if run.options.table else jobs(run, selected(script, run.options))
+    planned = [] if run.options.table else jobs(run, selected(script, run.options), packed)
     for given, lines, error in done(trained, planned, run.options.workers):
         pair, arm = given[:2]
         if error:

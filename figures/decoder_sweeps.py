@@ -26,7 +26,7 @@ COLOURS = {
     "signum": "#e6a000",
     "muon": "#8e44ad",
     "soap": "#c2185b",
-    "shampoo2": "#7f6000",
+    "shampoo2_short_sides": "#7f6000",
     "adalayer": "#e6a000",
     "adalayer_star": "#2a9d5c",
     "sgd_adalayer": "#d55e00",

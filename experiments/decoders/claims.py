@@ -7,16 +7,18 @@ may lie beyond, and its width is at least what is told.
 import gzip
 import json
 import math
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import hessian_tools as ht
+from decoders.tasks import Task, around
 from hessian_tools.results import Journal
 from hessian_tools.tables import table
 from hessian_tools.training import Trajectory
@@ -139,7 +141,9 @@ def packed(folder: Path) -> list[Line]:
         known |= {identity(line): line for line in lines_of(journal)}
     lines = [known[name] for name in sorted(known)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+    scratch = path.with_suffix(f".{os.getpid()}")  # another command may read beside this one
+    scratch.write_bytes(gzip.compress(text.encode(), mtime=0))
+    scratch.replace(path)
     return lines
 
 
@@ -172,6 +176,19 @@ def sweeps(lines: Iterable[Line]) -> list[Sweep]:
         return claim, size, standard_first[variant], number(sweep.best["loss"])
 
     return sorted(found, key=place)
+
+
+def left(tasks: Iterable[Task], lines: Iterable[Line]) -> Iterator[Task]:
+    """What the lines lack: whole tasks, and what lies beyond a best rate that is the last one."""
+    known = {sweep.key: sweep for sweep in sweeps(lines)}
+    for task in tasks:
+        found = known.get((task.claim, task.size, task.variant, task.optimizer, task.momentum))
+        if found is None:
+            yield task
+        elif found.is_cut_short:
+            best = found.best["rate"]
+            is_last = best == found.rates[-1]
+            yield replace(task, rates=around(best, below=not is_last, above=is_last))
 
 
 def row(sweep: Sweep, bytes_of_adam: dict[str, int]) -> list[str]:

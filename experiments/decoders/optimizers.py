@@ -13,6 +13,7 @@ from torch import nn
 
 import hessian_tools as ht
 from decoders.networks import SIZES
+from hessian_tools.optimizers import Shampoo
 from hessian_tools.optimizers.adam_family import adam_mini, frozen_adalayer, sgd_adalayer
 from hessian_tools.optimizers.named import MINI, OPTIMIZERS, ZHAO, Entry, Request, half_decades
 
@@ -53,6 +54,11 @@ def by_tensor(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimi
     return adam_mini(model, lr, ht.partition(model, "tensor"), **options)
 
 
+def shampoo2_short_sides(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """Shampoo^2 without a factor of the vocabulary's side, as in SOAP's paper."""
+    return Shampoo(model.parameters(), lr, power=0.5, trace=True, largest=1024, **options)
+
+
 def _built(make: Make, **fixed: Any) -> Callable[[Request], torch.optim.Optimizer]:
     return lambda request: make(request.model, **(request.options | fixed))
 
@@ -71,6 +77,12 @@ def _entry(
 
 
 _ENTRIES = (
+    _entry(
+        "shampoo2_short_sides",
+        "Shampoo^2 with the trace; the vocabulary's side has no factor",
+        "Morwani et al., arXiv 2406.17748",
+        shampoo2_short_sides,
+    ),
     _entry(
         "adam_equal_betas",
         "Adam with b2 = b1",

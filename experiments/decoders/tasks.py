@@ -79,7 +79,7 @@ GRIDS = {
     "signum": SIGN,
     "muon": ADAM,
     "soap": ADAM,
-    "shampoo2": around(RATE_OF_ADAM, 4, 1),
+    "shampoo2_short_sides": around(RATE_OF_ADAM, 1, 2),
 }
 MOMENTUM_GRIDS = {
     "sgd": around(1.0, 1, 2),

@@ -350,12 +350,12 @@ _ENTRIES = (
     ),
     Entry(
         "shampoo2",
-        "Shampoo, power 1/2, of averages",
+        "Shampoo, power 1/2, of averages, with the trace",
         "Morwani et al., arXiv 2406.17748; no rate published",
         3.16e-3,
         _BETAS,
         _ADAM,
-        _over_parameters(Shampoo, power=0.5),
+        _over_parameters(Shampoo, power=0.5, trace=True),
     ),
     Entry(
         "blockwise_sgd",

@@ -14,7 +14,7 @@ For a matrix W, (r, c), with gradient G at step t = 1, 2, ...:
   eigenvalue. R~ likewise.
 - ``trace``: L is divided by its trace before that. Then L x R has the size of the second moments,
   and q = 1/2 equals idealised Adafactor in the eigenbasis of L and R (Vyas et al., SOAP, arXiv
-  2409.11321).
+  2409.11321). A single factor is divided by the length of the other side: it has as many addends.
 - The momentum is that of the gradient, *before* it is preconditioned. Libraries that keep momentum
   of the preconditioned gradient (pytorch_optimizer, torch_optimizer) are other methods.
 
@@ -65,7 +65,7 @@ class Shampoo(Stepping):
         betas: (b1, b2), each in [0, 1); b1 = 0 is without momentum.
         power: q, 0.25 or 0.5.
         sums: L, R and v are sums over all steps; b2 is not used.
-        trace: divide L by its trace.
+        trace: divide L by its trace, a single factor by the length of the other side.
         damping: the ridge, relative to a factor's largest eigenvalue.
         eps: of the diagonal that tensors without factors have.
         frequency: steps from one pair of roots to the next.
@@ -122,7 +122,7 @@ class Shampoo(Stepping):
             t = int(state["step"])
             _follow(state, gradient, group)
             if (t - 1) % group["frequency"] == 0:
-                _take_roots(state, group)
+                _take_roots(p, state, group)
             mean = gradient
             if "exp_avg" in state:
                 mean = state["exp_avg"].lerp_(gradient, 1 - beta1) / (1 - beta1**t)
@@ -147,7 +147,7 @@ class Shampoo(Stepping):
                 state = self.state[p]
                 if "exp_avg_sq" not in state:
                     left, right = (
-                        _damped(state, side, group)
+                        _damped(p, state, side, group)
                         if side in state
                         else torch.eye(size, dtype=torch.float64, device=p.device)
                         for side, size in zip((LEFT, RIGHT), as_matrix(p).shape, strict=True)
@@ -241,17 +241,17 @@ def _correction(state: State, group: ParamGroup) -> float:
     return float(1 - group["betas"][1] ** int(state["step"]))
 
 
-def _take_roots(state: State, group: ParamGroup) -> None:
+def _take_roots(p: Tensor, state: State, group: ParamGroup) -> None:
     for side in (LEFT, RIGHT):
         if side in state:
-            values, vectors = _spectrum(state, side, group)
+            values, vectors = _spectrum(p, state, side, group)
             # a factor that is zero has seen no gradient; its root is then the identity
             powers = torch.where(values > 0, values, 1.0) ** -group["power"]
             root = (vectors * powers) @ vectors.T
             state[f"{side}_root"] = root.to(state[side].dtype)
 
 
-def _spectrum(state: State, side: str, group: ParamGroup) -> tuple[Tensor, Tensor]:
+def _spectrum(p: Tensor, state: State, side: str, group: ParamGroup) -> tuple[Tensor, Tensor]:
     """Eigenvalues and vectors of L~ or R~, in float64."""
     factor = state[side].double() / _correction(state, group)
     if not bool(torch.isfinite(factor).all()):
@@ -259,16 +259,28 @@ def _spectrum(state: State, side: str, group: ParamGroup) -> tuple[Tensor, Tenso
             f"Shampoo's {side} factor of {len(factor)} rows holds NaN or inf after step "
             f"{int(state['step'])}: a gradient did, or its square overflows; lower lr or clip"
         )
-    if group["trace"] and side == LEFT:
-        factor = factor / factor.trace().clamp(min=torch.finfo(factor.dtype).tiny)
+    if group["trace"]:
+        factor = _of_right_size(factor, as_matrix(p).shape, state, side)
     values, vectors = torch.linalg.eigh(factor)
     values = values.clamp(min=0)
     return values + group["damping"] * values[-1], vectors
 
 
-def _damped(state: State, side: str, group: ParamGroup) -> Tensor:
+def _of_right_size(factor: Tensor, shape: torch.Size, state: State, side: str) -> Tensor:
+    """A factor so that L x R has the size of the second moments; a side without has 1."""
+    rows, columns = shape
+    if LEFT not in state:
+        return factor / rows
+    if RIGHT not in state:
+        return factor / columns
+    if side == RIGHT:
+        return factor
+    return factor / factor.trace().clamp(min=torch.finfo(factor.dtype).tiny)
+
+
+def _damped(p: Tensor, state: State, side: str, group: ParamGroup) -> Tensor:
     """L~ or R~, in float64."""
-    values, vectors = _spectrum(state, side, group)
+    values, vectors = _spectrum(p, state, side, group)
     factor = (vectors * values) @ vectors.T
     return (factor + factor.T) / 2
 

@@ -154,6 +154,22 @@ def test_a_gradient_of_rank_one_has_a_step_of_length_one_over_its_norm():
         assert relative_error(-p.detach(), length / 1.001 * torch.outer(u, v)) < 1e-12
 
 
+@pytest.mark.parametrize("rows, columns", [(3, 3), (3, 9), (9, 3)])
+def test_with_the_trace_factors_have_the_size_of_the_second_moments(rows, columns):
+    """tr(L x R) = tr(L) tr(R) is the gradient's squared norm, whichever side has no factor."""
+    torch.manual_seed(6)
+    p = nn.Parameter(torch.zeros(rows, columns, dtype=torch.float64))
+    p.grad = torch.randn_like(p)
+    optimizer = Shampoo([p], 1.0, power=0.5, trace=True, damping=0.0, largest=4)
+    optimizer.step()
+    left, right = optimizer.kronecker_factors()[p]
+    torch.testing.assert_close(left.trace() * right.trace(), p.grad.square().sum())
+    if rows != columns:  # one factor of full rank: the step has orthonormal rows, times a length
+        length = max(rows, columns) ** 0.5
+        step = -p.detach() if rows < columns else -p.detach().T
+        torch.testing.assert_close(step @ step.T, length**2 * torch.eye(3, dtype=torch.float64))
+
+
 def many_gradients(seed=4, count=40):
     torch.manual_seed(seed)
     shape = torch.logspace(0, -2, 7, dtype=torch.float64)

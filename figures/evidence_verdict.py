@@ -107,12 +107,12 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def main() -> None:
-    result, picture = "results/evidence_verdict/result", "figures/evidence_verdict.png"
-    given = sys.argv[1:]
-    result, picture = [*given, *(result, picture)[len(given) :]]
-    draw(ht.load(result)).savefig(picture, dpi=150)
+def main(
+    result: str = "results/evidence_verdict/result",
+    target: str = "figures/evidence_verdict.png",
+) -> None:
+    draw(ht.load(result)).savefig(target, dpi=150)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

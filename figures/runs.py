@@ -10,13 +10,16 @@ from pathlib import Path
 from PIL import Image
 
 import hessian_tools as ht
-from hessian_tools.plots import partition, spectra
+from hessian_tools.plots import partition, spectra, training
 
 RESULTS = Path("results")
 RUNS = {
     "gpt_nano": "block_spectra.png",
     "gpt2_official": "block_spectra.png",
     "partition_gpt2": "evidence.png",
+    "race_gpt_nano": "curves.png",
+    "race_mlp": "rates.png",
+    "race_vgg_nano": "curves.png",
 }
 
 
@@ -36,6 +39,8 @@ def titled(picture: Path) -> str:
 def drawn(run: str, title: str, target: Path) -> list[Path]:
     """The pictures of a run, in the folder ``target``."""
     result = ht.load(RESULTS / run / "result")
+    if "race" in result:
+        return training.draw(target, result["race"], title)
     if "report" in result:
         return partition.draw(target, result["report"], result["drawn"], title)
     return spectra.draw(target, result["spectra"], result["heterogeneity"], title)

@@ -143,7 +143,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for config.json, result.json, result.npz and pictures; the same command with "
+        help="folder for config.json, result.json, result.npz, table.txt and pictures; the same command with "
         "the same folder resumes an interrupted race (default: nothing is saved)",
     )
     add("--json", action="store_true", help="print JSON on stdout (default: a table)")
@@ -164,13 +164,12 @@ def run(arguments: argparse.Namespace) -> None:
             folder = RunFolder(arguments.out, _config(arguments, identity, stream))
         result = _kept_or_run(arguments, stream, make_model, folder)
         label = f"{arguments.model} ({problem.num_parameters:,} parameters, {stream.described})"
+        took = f"runs took {result.seconds:.0f} s"
+        text = f"{label}; {took}\n{race_table(result)}\n\n{race_text(result)}"
         if folder:
+            (folder.path / "table.txt").write_text(text + "\n")
             _draw(folder, result, label, arguments.format)
-    if arguments.json:
-        print(json.dumps(summary(result), indent=1))
-        return
-    took = f"runs took {result.seconds:.0f} s"
-    print(f"{label}; {took}\n{race_table(result)}\n\n{race_text(result)}")
+    print(json.dumps(summary(result), indent=1) if arguments.json else text)
 
 
 def _budget(text: str) -> Budget:

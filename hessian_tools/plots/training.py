@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from hessian_tools.plots.spectra import titled, written
 from hessian_tools.training.races import Race, RaceEntry
@@ -19,6 +20,8 @@ _DASHES = ("-", "--", ":", "-.")
 _PANEL = (4.6, 3.8)  # inches
 _MOST_POINTS = 500  # of a curve
 _LEGEND = 1.5  # inches
+# decades of an axis, and what is labelled between its powers of ten without running together
+LABELLED = ((1.0, (2, 3, 4, 5, 6, 7, 8, 9)), (2.0, (2, 5)), (math.inf, ()))
 
 
 def draw(folder: Path, race: Race, title: str, kind: str = "png") -> list[Path]:
@@ -166,6 +169,9 @@ def _limits(axes: Axes, lowest: float, highest: float) -> None:
         axes.set_yscale("log")
         axes.set_ylim(lowest / 1.1, 1.25 * max(highest, lowest))
         axes.yaxis.set_major_formatter("{x:g}")
+        decades = math.log10(max(highest, lowest) / lowest)
+        labelled = next(subs for most, subs in LABELLED if decades <= most)
+        axes.yaxis.set_minor_locator(LogLocator(subs=labelled))
         axes.yaxis.set_minor_formatter("{x:g}")
 
 

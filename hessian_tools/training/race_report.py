@@ -56,6 +56,7 @@ def notes(race: Race) -> list[str]:
         "turn it round"
     )
     found += [_costs(race, size) for size in race.batch_sizes]
+    found += [_held_out(race, size) for size in race.batch_sizes]
     if len(race.batch_sizes) == 1:
         found.append(
             "it holds at this batch size; --batch-sizes 8 64 512 looks for where the order changes"
@@ -79,6 +80,20 @@ def _costs(race: Race, size: int | None) -> str:
         f"losses are compared after equal steps, not equal time: in batches of {_batch(fast)} a "
         f"step of {slow.optimizer} takes {1000 * slow.seconds_a_step:.3g} ms, one of "
         f"{fast.optimizer} {1000 * fast.seconds_a_step:.3g} ms"
+    )
+
+
+def _held_out(race: Race, size: int | None) -> str:
+    """Where the order on data that were held out is another; "" where it is not, or none are."""
+    ranking = race.ranking(size)
+    first = ranking[0]
+    held_out = [(float(entry.validations.mean()), entry.optimizer) for entry in ranking]
+    lowest, best = min((pair for pair in held_out if math.isfinite(pair[0])), default=(0.0, ""))
+    if not best or best == first.optimizer:
+        return ""
+    return (
+        f"the order is that of training losses; in batches of {_batch(first)} {best} has the "
+        f"lowest validation loss, {lowest:.4g} against {held_out[0][0]:.4g} of {first.optimizer}"
     )
 
 

@@ -1,9 +1,11 @@
 """Figures of races: what is drawn, and that nothing overflows them."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from hessian_tools.plots import training as plots
 from hessian_tools.training.races import Race, RaceEntry, RaceRound
@@ -81,3 +83,16 @@ def test_losses_below_zero_are_drawn_on_a_linear_axis(tmp_path):
     race = Race("data", "40 steps", (0,), (entry("sgd", 8, [curve], rounds(-1.0, -3.0)),), 1.0)
     assert plots.loss_curves(race).axes[0].get_yscale() == "linear"
     assert len(plots.draw(tmp_path, race, "Below")) == 2
+
+
+@pytest.mark.parametrize(("lowest", "labels"), [(0.5, 10), (0.05, 6), (0.0005, 4)])
+def test_labels_of_losses_do_not_run_together(lowest, labels):
+    axes = Figure(figsize=(4.6, 3.8)).add_subplot()
+    plots._limits(axes, lowest, 2.0)
+    axes.figure.draw_without_rendering()
+    ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+    low, high = axes.get_ylim()
+    shown = [t for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()]
+    assert 3 <= len(shown) <= labels
+    boxes = sorted((t.label1.get_window_extent() for t in shown), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))

@@ -1,5 +1,6 @@
 """Races: halving keeps the best rate, one race for every batch size, journals, words."""
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -162,6 +163,21 @@ def test_what_equal_steps_hide_is_said():
 
     assert "a step of shampoo takes 300 ms, one of sgd 100 ms" in said(0.3)
     assert "equal time" not in said(0.15)
+
+
+def test_another_order_on_held_out_data_is_said():
+    def said(first, second):
+        losses = [entry("adam", 8, [1.0]), entry("sgd", 8, [2.0])]
+        entries = [
+            dataclasses.replace(one, validations=np.array([value]))
+            for one, value in zip(losses, (first, second), strict=True)
+        ]
+        return " ".join(notes(Race("data", "9 steps", (0,), tuple(entries), 1.0)))
+
+    words = "in batches of 8 sgd has the lowest validation loss, 1.5 against 3 of adam"
+    assert words in said(3.0, 1.5)
+    assert "validation" not in said(1.5, 3.0)
+    assert "validation" not in said(math.nan, math.nan)
 
 
 def test_a_race_is_saved_and_loaded(raced, tmp_path):

@@ -143,8 +143,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for config.json, result.json, result.npz, table.txt and pictures; the same command with "
-        "the same folder resumes an interrupted race (default: nothing is saved)",
+        help="folder for config.json, result.json, result.npz, table.txt and pictures; the same "
+        "command with the same folder resumes an interrupted race (default: nothing is saved)",
     )
     add("--json", action="store_true", help="print JSON on stdout (default: a table)")
     add("--format", **FORMAT)

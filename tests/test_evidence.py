@@ -233,3 +233,17 @@ def test_contrastive_losses_have_a_gauss_newton_matrix_that_is_psd():
     problem = evidence.SUITE["contrastive/mlp"].problem(1)
     progress = ht.predicted_progress(ht.GaussNewtonOperator(problem), progress=False)
     assert progress.block_rates.ratio >= 1 and not progress.block_rates.why
+
+
+def test_readings_can_be_taken_a_little_later():
+    pair = evidence.SUITE["mlp/tanh-deep"]
+    model = readings.trained(pair, 1e-2, num_steps=3, budget=30)
+    start = pair.make_model(0)
+    moved = [
+        not torch.equal(one, other)
+        for one, other in zip(model.parameters(), start.parameters(), strict=True)
+    ]
+    assert all(moved)
+    earlier, later = readings.measured(pair, **FEW), readings.measured(pair, **FEW, model=model)
+    assert later["baselines"]["loss"] < earlier["baselines"]["loss"]
+    assert later["predictors"] != earlier["predictors"]

@@ -56,12 +56,17 @@ class Pair:
         """The batches; a smaller size cuts the same examples, in the same order, finer."""
         return self.data().with_batch_size(batch_size)
 
-    def problem(self, num_batches: int, seed: int = 0) -> ht.Problem:
-        """The network as it starts, with the first batches of the stream, for readings."""
+    def problem(
+        self,
+        num_batches: int,
+        seed: int = 0,
+        model: nn.Module | None = None,
+    ) -> ht.Problem:
+        """A network, as it starts by default, with the first batches of the stream."""
         stream = self.stream().with_seed(seed)
         batches = [stream.batch(step) for step in range(num_batches)]
         return ht.Problem(
-            self.make_model(seed),
+            self.make_model(seed) if model is None else model,
             stream.loss_fn,
             batches,
             batch_stats=stream.batch_stats,

@@ -13,10 +13,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 import hessian_tools as ht
+from evidence.arms import LONG
 from evidence.pair import BLOCKS, Pair
+from hessian_tools.optimizers import make
 from hessian_tools.results import JsonObject
+from hessian_tools.training import train
 
 NUM_BATCHES = 4
 PROBES, STEPS = 2, 40
@@ -42,9 +46,13 @@ def measured(
     num_batches: int = NUM_BATCHES,
     num_steps: int = STEPS,
     simulated: int = SIMULATED,
+    model: nn.Module | None = None,
 ) -> JsonObject:
-    """Everything about one pair, JSON-able: ``predictors``, ``baselines``, and what is behind."""
-    problem = pair.problem(num_batches)
+    """Everything about one pair, JSON-able: ``predictors``, ``baselines``, and what is behind.
+
+    ``model``: default as it starts.
+    """
+    problem = pair.problem(num_batches, model=model)
     blocks = ht.partition(problem.model, BLOCKS)
     spectra = ht.blockwise_slq(
         ht.HessianOperator(problem),
@@ -83,6 +91,26 @@ def measured(
         "gradient_norms": gradients,
         "top_eigenvalues": tops,
     }
+
+
+def trained(pair: Pair, rate: float, num_steps: int, budget: int = LONG) -> nn.Module:
+    """The network after the first steps of a run with Adam, seed 0, that would go on to ``budget``.
+
+    Raises:
+        ValueError: the run has diverged by then.
+    """
+    model = pair.make_model(0)
+    run = train(
+        model,
+        pair.stream().with_seed(0),
+        make("adam", model, rate),
+        budget=budget,
+        validate_every=0,
+        give_up=lambda done, losses: done >= num_steps,
+    )
+    if run.diverged:
+        raise ValueError(f"{pair.name} diverged within {num_steps} steps at a rate of {rate:g}")
+    return model
 
 
 def baselines(pair: Pair, problem: ht.Problem, gradients: Mapping[str, float]) -> JsonObject:

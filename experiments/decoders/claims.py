@@ -179,11 +179,11 @@ def sweeps(lines: Iterable[Line]) -> list[Sweep]:
 
 
 def left(tasks: Iterable[Task], lines: Iterable[Line]) -> Iterator[Task]:
-    """What the lines lack: whole tasks, and what lies beyond a best rate that is the last one."""
+    """What the lines lack: rates of a grid, and what lies beyond a best rate that is the last."""
     known = {sweep.key: sweep for sweep in sweeps(lines)}
     for task in tasks:
         found = known.get((task.claim, task.size, task.variant, task.optimizer, task.momentum))
-        if found is None:
+        if found is None or any(not np.isclose(found.rates, rate).any() for rate in task.rates):
             yield task
         elif found.is_cut_short:
             best = found.best["rate"]

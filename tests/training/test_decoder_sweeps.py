@@ -111,3 +111,21 @@ def written(path):
         state_bytes=8,
     )
     Journal(path).append(Setting("sgd", 0.1, 2, 4, momentum=0.9).name, run)
+
+
+def test_only_what_the_lines_lack_is_trained():
+    from decoders.claims import left
+    from decoders.tasks import Task
+
+    task = Task("a", "1M", "standard", "adamw", (1.0, 2.0))
+
+    def rates(*losses):
+        lines = [line("adamw", float(rate), loss) for rate, loss in enumerate(losses, start=1)]
+        return [found.rates for found in left([task], lines)]
+
+    assert rates() == rates(3.0) == [task.rates]  # a part of the grid is no sweep
+    assert rates(3.0, 1.0, 2.0) == []
+    ((best, beyond),) = rates(3.0, 2.0, 1.0)
+    assert (best, beyond) == pytest.approx((3.0, 3 * 10**0.5))
+    ((beyond, best),) = rates(1.0, 2.0, 3.0)
+    assert (beyond, best) == pytest.approx((10**-0.5, 1.0))

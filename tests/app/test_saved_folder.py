@@ -105,6 +105,14 @@ def test_a_language_model_predicts_the_next_of_its_own_tokens():
     assert problem.counts == [4 * 7]
 
 
+def test_a_tokenizer_of_bytes_has_no_files_of_its_own():
+    gpt2(vocabulary=300).save_pretrained("bytes")
+    transformers.ByT5Tokenizer(extra_ids=0).save_pretrained("bytes")
+    problem, _ = problem_from_folder("bytes", data="text.txt", num_examples=2, context=8)
+    tokens = problem.batches[0]["input_ids"]
+    assert bytes((tokens[0] - 3).tolist()).decode() in TEXT  # three special tokens come first
+
+
 def test_a_masked_language_model_predicts_the_masked():
     problem, _ = problem_from_folder("bert", data="text.txt", num_examples=5, batch_size=2)
     assert [len(batch["input_ids"]) for batch in problem.batches] == [2, 2, 1]
@@ -238,6 +246,10 @@ def test_tokenizers_that_are_missing_or_anothers():
     for file in Path("decoder").glob("tokenizer*"):
         file.unlink()
     assert "tokenizer.save_pretrained" in refused("decoder", data="text.txt")
+    # of a class that has files, the settings alone make an empty tokenizer
+    gpt2().save_pretrained("empty")
+    Path("empty/tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    assert "tokenizer.save_pretrained" in refused("empty", data="text.txt")
     gpt2(vocabulary=5).save_pretrained("small")
     tokenizer().save_pretrained("small")
     assert "the model has 5" in refused("small", data="text.txt")

@@ -175,14 +175,21 @@ def _images(saved: SavedModel, data: str | None) -> Samples:
 
 
 def _tokenizer(saved: SavedModel) -> Any:
-    # without files, some of transformers' classes make an empty tokenizer and say nothing
+    missing = ValueError(
+        "no tokenizer is in it; save the one that the model was trained with into the same "
+        "folder, with tokenizer.save_pretrained"
+    )
     files = [file for pattern in TOKENIZERS for file in saved.folder.glob(pattern)]
-    if not files and "gguf_file" not in saved.source:
-        raise ValueError(
-            "no tokenizer is in it; save the one that the model was trained with into the same "
-            "folder, with tokenizer.save_pretrained"
-        )
-    return _part(saved, "AutoTokenizer", "tokenizer.json", "tokenizer")
+    if files or "gguf_file" in saved.source:
+        return _part(saved, "AutoTokenizer", "tokenizer.json", "tokenizer")
+    if not (saved.folder / "tokenizer_config.json").is_file():
+        raise missing
+    found = _part(saved, "AutoTokenizer", "tokenizer.json", "tokenizer")
+    # without their files, some classes make an empty tokenizer and say nothing; those of bytes
+    # have none
+    if found.vocab_files_names:
+        raise missing
+    return found
 
 
 def _part(saved: SavedModel, kind: str, file: str, what: str) -> Any:

@@ -142,7 +142,7 @@ def trained(run: Run) -> None:
         if any(fnmatch(task.name, glob) for glob in options.only)
     ]
     todo = list(left(wanted, packed(run.out)))
-    sizes = {task.size for task in todo if task.claim == "e"}
+    sizes = {task.size for task in todo if task.optimizer == "adam_mini_suggested"}
     missing = sorted(size for size in sizes if not suggestion_of(size).exists())
     if missing and not run.smoke:
         raise SystemExit(

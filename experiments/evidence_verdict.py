@@ -43,6 +43,18 @@ LOGARITHMS: dict[str, Callable[[float], float]] = {
     "num_parameters": math.log10,
     "gradient_norm": math.log10,
 }
+LABELS = {
+    "js0": "JS0",
+    "log": "the log distance",
+    "wasserstein": "the Wasserstein distance",
+    "scale": "the spread of scales",
+    "curvature": "the curvature distance",
+    "block_progress": "the predicted progress of block rates",
+    "adam_progress": "the predicted progress of Adam's diagonal",
+    "gradient_range": "the range of gradient norms",
+    "gradient_gini": "gradient heterogeneity",
+    "top_spread": "the spread of top eigenvalues",
+}
 HEADER = ("", "Spearman", "95 % interval", "R2, families left out", "undefined")
 Gaps = Mapping[tuple[str, str, int], Gap]
 

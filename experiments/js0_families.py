@@ -73,11 +73,11 @@ def block_spectra(
 
 
 def table(families: dict[str, JSHeterogeneity]) -> str:
-    header = ("network", *COLUMNS.values(), "linear below", "verdict")
+    header = ("network", *COLUMNS.values(), "linear below")
     rows = []
     for name, js in families.items():
         cells = [js.told(reading) for reading in COLUMNS]
-        rows.append([name, *cells, f"{js.linthresh:.1e}", js.verdict.decision])
+        rows.append([name, *cells, f"{js.linthresh:.1e}"])
     return report.table(header, rows)
 
 

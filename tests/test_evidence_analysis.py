@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 analysis = importlib.import_module("evidence.analysis")
 gaps = importlib.import_module("evidence.gaps")
 verdict = importlib.import_module("evidence_verdict")
+calibration = importlib.import_module("evidence_calibration")
 FAMILIES, SIZE = 12, 3
 NAMES = tuple(f"f{number // SIZE}" for number in range(FAMILIES * SIZE))
 
@@ -119,3 +120,27 @@ def test_the_crossover_is_between_the_batch_sizes(shares, expected):
     found = {key: gaps.Gap(share, 0.0, 0.0) for key, share in zip(keys, shares, strict=True)}
     assert verdict.crossover("a", found) == pytest.approx(expected)
     assert math.isnan(verdict.crossover("b", found))
+
+
+# ------------------------------------------------------------------------------------- calibration
+
+
+def test_the_packaged_calibration_is_that_of_the_committed_lines(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["", "--asset", str(tmp_path / "made.json")])
+    calibration.main()
+    assert (tmp_path / "made.json").read_text() == calibration.TARGET.read_text()
+
+
+def test_the_finding_says_how_far_the_analysis_has_come():
+    def told(candidates, **more):
+        table = {"target": verdict.MAIN, "candidates": candidates, "families": 18}
+        return calibration.finding({"open": [table], **more})
+
+    assert "Too few families" in calibration.finding({"open": []})
+    assert told([]) == "None of ten readings passed the bar set in advance on 18 families."
+    assert "JS0 passed the bar" in told(["js0"]) and "not held against" in told(["js0"])
+    assert "had not seen, JS0 told" in told(
+        ["js0", "scale"], survives={"js0": True, "scale": False}
+    )
+    assert "No reading told" in told(["js0"], survives={"js0": False})

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,16 @@ def add_model_options(add: Callable[..., object], nargs: str | None = None) -> N
         help="BatchNorm normalises by each batch, as in training, or by its running statistics "
         "(default: batch for networks of `hessian-tools models`; paper: running)",
     )
+
+
+def race_of(arguments: argparse.Namespace, model: str) -> str:
+    """The command line of a race on the same network and data."""
+    words = ["hessian-tools", "race", "--model", model]
+    for name in ("context", "image_size", "tokenizer", "data", "batch_stats", "device", "dtype"):
+        value = getattr(arguments, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join([*words, "--optimizers", "sgd", "adam", "--budget", "5min"])
 
 
 def add_machine_options(add: Callable[..., object]) -> None:

@@ -54,14 +54,19 @@ def readings_table(compared: Mapping[str, JSHeterogeneity]) -> str:
     return table(("reading (95 % interval)", *compared), rows)
 
 
-def verdict_text(label: str, js: JSHeterogeneity) -> str:
-    """The verdict and what to know about its numbers, in lines of 100 characters."""
+def verdict_text(label: str, js: JSHeterogeneity, race: str) -> str:
+    """The verdict and what to know about its numbers, in lines of 100 characters.
+
+    ``race``: the command that decides, on a line of its own however long.
+    """
     paragraphs = [f"{label}: {js.verdict}", *(f"note: {note}" for note in js.notes)]
-    wrapped = (
+    lines = [
         textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
         for text in paragraphs
-    )
-    return "\n".join(wrapped)
+    ]
+    if js.verdict.decision == "undecided":
+        lines.append(f"to decide: {race}")
+    return "\n".join(lines)
 
 
 def summary(spectra: BlockSpectra, js: JSHeterogeneity | None) -> JsonObject:

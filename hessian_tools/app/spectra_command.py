@@ -18,6 +18,7 @@ from hessian_tools.app.options import (
     matrix_setting,
     operator_for,
     positive,
+    race_of,
 )
 from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.app.terminal import say
@@ -122,7 +123,10 @@ def run(arguments: argparse.Namespace) -> None:
         return
     compared = {label: js for label, (_, js) in computed.items() if js is not None}
     if compared:
-        verdicts = [report.verdict_text(label, js) for label, js in compared.items()]
+        verdicts = [
+            report.verdict_text(label, js, race_of(arguments, label))
+            for label, js in compared.items()
+        ]
         print("\n\n".join([report.readings_table(compared), *verdicts]))
 
 

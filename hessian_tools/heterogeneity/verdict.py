@@ -1,19 +1,15 @@
-"""SGD or Adam? What the spread of scales and the distance of curvatures can say, and no more.
+"""SGD or Adam? What is known of two readings that stay when the loss is multiplied by a constant.
 
-Both readings stay the same when the loss is multiplied by a constant, and both have an interval
-that covers. The rule:
+Both the spread of scales and the distance of curvatures have an interval that covers. The rule:
 
 - "nothing to compare": fewer than two blocks have a Hessian.
 - "no heterogeneity found": both intervals reach zero.
-- "Adam": the interval of the spread of scales lies above BETWEEN, where of nine networks at
-  initialisation only Transformers were found, for which the literature reports that Adam wins by
-  far.
-- "undecided": everything else. Below BETWEEN, CNNs and an MLP lie beside an MLP-Mixer, of which the
-  literature says opposite things; and an unresolved reading decides nothing.
+- "undecided": everything else. No reading of curvature has told here what SGD loses to Adam on
+  families that it had not seen, so that the verdict says what was measured on networks that were
+  trained (:mod:`hessian_tools.heterogeneity.calibration`), and that a race decides.
 
-The distance of curvatures does not separate these networks, and only confirms that blocks are
-alike. The literature's own reading decides nothing: it changes when the loss is multiplied by a
-constant and has a floor.
+The literature's own reading decides nothing: it changes when the loss is multiplied by a constant
+and has a floor.
 """
 
 from collections.abc import Mapping
@@ -22,19 +18,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from hessian_tools.heterogeneity.calibration import Calibration, nearest_text
 from hessian_tools.results import registered
 
-Decision = Literal["Adam", "undecided", "no heterogeneity found", "nothing to compare"]
-
-# Spread of block scales in decades, half way in logarithm from the highest of two ResNets, a VGG,
-# an MLP and a Mixer (0.77) to the lowest of four Transformers (1.17), see
-# docs/evidence/js0_families.md.
-BETWEEN = 0.95
-_CALIBRATION = (
-    "Calibration: nine networks at initialisation, and what the literature reports about their "
-    "families (arXiv 2402.16788). Neither reading has been held against training yet: a question "
-    "to try, not an answer."
-)
+Decision = Literal["undecided", "no heterogeneity found", "nothing to compare"]
 
 
 class Evidence(NamedTuple):
@@ -64,11 +51,11 @@ class Contrast:
 class Verdict:
     """What to train with, and how far that can be trusted; ``str`` gives all of it."""
 
-    decision: str  # a Decision ("SGD" as well in results of earlier versions)
+    decision: str  # a Decision ("SGD" and "Adam" as well in results of earlier versions)
     reason: str
     uncertainty: str  # the intervals
     scale_free: str  # how the most different blocks differ, and what the literature's reading says
-    calibration: str
+    calibration: str  # what networks that were trained have shown
 
     def __str__(self) -> str:
         parts = (self.reason, self.uncertainty, self.scale_free, self.calibration)
@@ -79,18 +66,20 @@ def decide(
     readings: Mapping[str, Evidence],
     contrast: Contrast | None,
     literature: tuple[float, float] | None = None,
+    calibration: Calibration | None = None,
 ) -> Verdict:
     """The verdict on "scale" and "curvature".
 
     ``contrast`` is None where fewer than two blocks have a Hessian; ``literature`` is JS0 and its
-    floor, where they were asked for.
+    floor, where they were asked for; ``calibration`` is the packaged one by default.
     """
     if contrast is None:
         reason = "Fewer than two blocks have a Hessian beyond rounding."
         return Verdict("nothing to compare", reason, "", "", "")
     decision, reason = _decision(readings)
-    details = [_contrast(contrast), *_literature(literature)]
-    return Verdict(decision, reason, _intervals(readings), " ".join(details), _CALIBRATION)
+    details = " ".join([_contrast(contrast), *_literature(literature)])
+    known = calibration or Calibration.packaged()
+    return Verdict(decision, reason, _intervals(readings), details, _calibrated(readings, known))
 
 
 def _decision(readings: Mapping[str, Evidence]) -> tuple[Decision, str]:
@@ -99,15 +88,15 @@ def _decision(readings: Mapping[str, Evidence]) -> tuple[Decision, str]:
         return "undecided", f"Not resolved at these probes and steps: {' and '.join(unresolved)}."
     if all(found.low <= 0 for found in readings.values()):
         return "no heterogeneity found", "The blocks may all have one and the same spectrum."
-    if readings["scale"].low > BETWEEN:
-        return "Adam", (
-            f"Above a spread of scales of {BETWEEN:g} decades only Transformers were found, which "
-            "are said to need Adam."
-        )
-    return "undecided", (
-        f"Not above a spread of scales of {BETWEEN:g} decades: there the literature finds networks "
-        "for SGD and networks for Adam."
-    )
+    return "undecided", "A race of a few minutes decides between SGD and Adam; readings do not yet."
+
+
+def _calibrated(readings: Mapping[str, Evidence], calibration: Calibration) -> str:
+    words = calibration.text()
+    if all(found.is_resolved for found in readings.values()):
+        scale, curvature = (max(readings[name].mean, 0.0) for name in ("scale", "curvature"))
+        words += f" {nearest_text(calibration.nearest(scale, curvature))}"
+    return words
 
 
 def _intervals(readings: Mapping[str, Evidence]) -> str:

@@ -138,9 +138,20 @@ def test_exact_spectra_are_offered_where_they_are_within_reach():
 
 def test_verdict_text_is_wrapped_and_complete():
     js = dataclasses.replace(ht.js_heterogeneity(SMALL), notes=("one note", "two"))
-    lines = report.verdict_text("net", js).splitlines()
+    lines = report.verdict_text("net", js, "the race").splitlines()
     assert max(map(len, lines)) <= 100 and lines[-2:] == ["note: one note", "note: two"]
     assert " ".join(lines[:-2]) == f"net: {js.verdict}"
+
+
+def test_what_is_undecided_is_decided_by_a_race():
+    js = ht.js_heterogeneity(SMALL)
+    open_question = dataclasses.replace(js.verdict, decision="undecided")
+    lines = report.verdict_text("net", dataclasses.replace(js, verdict=open_question), "the race")
+    assert lines.endswith("\nto decide: the race")
+    closed = dataclasses.replace(js.verdict, decision="nothing to compare")
+    assert "race" not in report.verdict_text(
+        "", dataclasses.replace(js, verdict=closed), "the race"
+    )
 
 
 def test_summary_is_json_with_the_tables_numbers():

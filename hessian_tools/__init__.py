@@ -2,8 +2,8 @@
 
 The names here are what most users need; the rest is in the folders, which are read in this order:
 problem, blocks, curvature, spectra, heterogeneity, structure, descent, quadratic, optimizers,
-training. Heavy optional libraries (torchvision, transformers, matplotlib) are imported only when a
-model or a figure asks for them.
+training, tracking. Heavy optional libraries (torchvision, transformers, matplotlib) are imported
+only when a model or a figure asks for them.
 """
 
 # first of all, for the imports take seconds in which Ctrl-C has to be answered
@@ -17,6 +17,7 @@ from hessian_tools import problem as problem
 from hessian_tools import quadratic as quadratic
 from hessian_tools import spectra as spectra
 from hessian_tools import structure as structure
+from hessian_tools import tracking as tracking
 from hessian_tools import training as training
 from hessian_tools.blocks.block import Block
 from hessian_tools.blocks.param_groups import param_groups
@@ -44,6 +45,7 @@ from hessian_tools.spectra.traces import diagonal, trace
 from hessian_tools.structure.check import check_partition
 from hessian_tools.structure.coupling import coupling
 from hessian_tools.structure.dense import dense_block
+from hessian_tools.tracking.tracker import Tracker
 
 __all__ = [
     "Block",
@@ -59,6 +61,7 @@ __all__ = [
     "PreconditionedOperator",
     "Problem",
     "Quadrature",
+    "Tracker",
     "adaptive_js0",
     "blockwise_slq",
     "check_partition",

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "interruption errors tables lock results problem blocks curvature.tangent curvature.segments "
     "curvature.engine curvature.outputs curvature spectra heterogeneity structure descent "
-    "quadratic optimizers training plots app.models app __init__ __main__"
+    "quadratic optimizers training tracking plots app.models app __init__ __main__"
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the
 # command line
@@ -39,7 +39,8 @@ LAZY = {
 FOLDERS = ("hessian_tools", "experiments", "figures", "tests", "benchmarks")
 PACKAGE = ROOT / "hessian_tools"
 EXPORTING = (
-    "problem blocks curvature spectra heterogeneity structure descent quadratic optimizers training"
+    "problem blocks curvature spectra heterogeneity structure descent quadratic optimizers training "
+    "tracking"
 ).split()
 MODULES = {  # by dotted name inside the package
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
@@ -111,9 +112,9 @@ def test_imports_inside_functions_are_the_heavy_ones(module):
     ), inner
 
 
-def test_the_top_holds_about_36_names_and_shadows_no_folder():
+def test_the_top_holds_about_38_names_and_shadows_no_folder():
     top = hessian_tools.__all__
-    assert len(top) == len(set(top)) <= 36
+    assert len(top) == len(set(top)) <= 38
     for name in top:
         value = getattr(hessian_tools, name)
         is_module = isinstance(value, ModuleType)

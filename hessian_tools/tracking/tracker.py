@@ -1,0 +1,255 @@
+"""Tracker: measures curvature along training, on batches of its own, and changes nothing.
+
+A step of training is bit by bit the same with a tracker and without: the modes of modules, buffers,
+gradients, the optimizer, random numbers and the order of the data stay as they are.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hessian_tools.blocks.partition import Partition
+from hessian_tools.blocks.presets import partition
+from hessian_tools.curvature.hessian import HessianOperator
+from hessian_tools.curvature.operators import CurvatureOperator
+from hessian_tools.curvature.optimizer_state import preconditioner_of
+from hessian_tools.problem.problem import Problem
+from hessian_tools.results import Journal, JsonObject
+from hessian_tools.tracking.measures import of
+from hessian_tools.tracking.moment import Moment
+from hessian_tools.tracking.track import SECONDS, STEP, Track
+
+READINGS = ("largest", "scale")
+
+
+class Tracker:
+    """Follows curvature during training.
+
+    ``tracker.attach(optimizer)`` measures at once, as step 0, and from then on after every
+    ``every``-th step of the optimizer. Without an optimizer call ``measure(step)``.
+
+    Args:
+        curvature: a Problem (its Hessian), or a curvature operator. Make it of the model that is
+            trained, in the mode in which it is to be measured (``model.eval()`` where it has
+            dropout); training goes on in the model's own. Its batches stay fixed: a few examples
+            make it cheap.
+        every: steps from one measurement to the next.
+        readings: names of :data:`hessian_tools.tracking.MEASURES`.
+        blocks: what ``scale`` compares; default: the weight tensors.
+        budget: the largest share of the time since ``attach`` that measurements may take, such as
+            0.05. What would exceed it, if it took as long as the last one, is left out and counted
+            in ``skipped``. None: all are made.
+        journal: a file that gets a line a measurement. One that an interrupted run has left goes
+            on; steps that it holds are not measured again.
+        num_probes: random vectors of ``trace`` and of each block of ``scale``; at least 2.
+        seed: of these.
+
+    Raises:
+        TypeError: for a ``curvature`` that is neither.
+        ValueError: for a number out of range or an unknown reading.
+    """
+
+    def __init__(
+        self,
+        curvature: Problem | CurvatureOperator,
+        *,
+        every: int = 50,
+        readings: Sequence[str] = READINGS,
+        blocks: Partition | None = None,
+        budget: float | None = None,
+        journal: Path | str | None = None,
+        num_probes: int = 2,
+        seed: int = 0,
+    ) -> None:
+        if every < 1 or int(every) != every:
+            raise ValueError(f"every is {every}; a whole number of steps from 1 is needed")
+        if num_probes < 2:
+            raise ValueError(f"num_probes is {num_probes}; at least 2 show how sure a reading is")
+        if budget is not None and not 0 < budget <= 1:
+            raise ValueError(f"budget is {budget}; a share of the time, above 0 and at most 1")
+        self.every = every
+        self.budget = budget
+        self.skipped = 0
+        self.operator = _operator(curvature)
+        self._measures = of(list(readings))
+        self._blocks = blocks or partition(self.operator.problem.model, "weights")
+        if len(self._blocks) < 2 and any("scale" in name for name in self._measures):
+            raise ValueError(
+                f"the spread of scales compares blocks, and there are {len(self._blocks)}; pass "
+                "blocks=ht.partition(model, ...) with two or more, or leave it out of readings"
+            )
+        self._probes, self._seed = num_probes, seed
+        self._journal = Journal(Path(journal)) if journal else None
+        self._lines: JsonObject = dict(self._journal.finished) if self._journal else {}
+        self._vectors: dict[str, Tensor] = {}
+        self._optimizer: Optimizer | None = None
+        self._hooks: list[Any] = []  # torch's handles
+        self._steps = 0
+        self._before: dict[str, Tensor] | None = None
+        self._started = time.perf_counter()
+        self._spent = self._last = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizer, as far as they were seen."""
+        return self._steps
+
+    @property
+    def track(self) -> Track:
+        """All that was measured."""
+        return Track.of(self._lines)
+
+    def attach(self, optimizer: Optimizer) -> "Tracker":
+        """Measures now, and from now on after the optimizer's steps.
+
+        Raises:
+            ValueError: it is attached already, or the optimizer trains none of the parameters.
+            TypeError: a reading needs a preconditioner that is not known of this optimizer.
+        """
+        if self._hooks:
+            raise ValueError("this tracker is attached; detach() it first, or make another")
+        ours = set(map(id, self.operator.problem.parameters.values()))
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not ours & trained:
+            raise ValueError(
+                "the optimizer trains none of the Problem's parameters; make the Problem of the "
+                "model that is trained"
+            )
+        if "preconditioned_scale" in self._measures:
+            _check_preconditioner(optimizer, self.operator.problem)
+        self._optimizer = optimizer
+        self._started = time.perf_counter() - self._spent
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+        if self._steps == 0:
+            self.measure(0)
+        return self
+
+    def detach(self) -> None:
+        """Measures no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._before = None
+
+    def measure(self, step: int) -> dict[str, float]:
+        """The readings now, under ``step``; those of a step that is known are not taken again.
+
+        Readings that need the last update are left out where there is none.
+        """
+        if str(step) in self._lines:
+            return _numbers(self._lines[str(step)])
+        start = time.perf_counter()
+        values = self._values()
+        self._last = time.perf_counter() - start
+        self._spent += self._last
+        line: JsonObject = {STEP: step, **values, SECONDS: self._last}
+        line = {name: _json(value) for name, value in line.items()}
+        if self._journal:
+            self._journal.append(str(step), line)
+        self._lines[str(step)] = line
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run goes on counting."""
+        return {"steps": self._steps, "skipped": self.skipped, "vectors": dict(self._vectors)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`state_dict` gave; before :meth:`attach`."""
+        self._steps = int(state["steps"])
+        self.skipped = int(state["skipped"])
+        device = self.operator.device
+        self._vectors = {name: v.to(device) for name, v in state["vectors"].items()}
+
+    def _values(self) -> dict[str, float]:
+        moment = Moment(
+            self.operator,
+            self._blocks,
+            self._probes,
+            self._seed,
+            self._optimizer,
+            self._before,
+            self._vectors,
+        )
+        values: dict[str, float] = {}
+        with _untouched(self.operator.problem):
+            for measure in self._measures.values():
+                if measure.needs_update and self._before is None:
+                    continue
+                if measure.needs_optimizer and not self._has_stepped():
+                    continue
+                values |= measure.take(moment)
+        return values
+
+    def _has_stepped(self) -> bool:
+        return self._optimizer is not None and bool(self._optimizer.state or self._steps)
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every == 0 and str(step) not in self._lines
+
+    def _is_affordable(self) -> bool:
+        if self.budget is None:
+            return True
+        elapsed = time.perf_counter() - self._started
+        return self._spent + self._last <= self.budget * elapsed
+
+    def _before_step(self) -> None:
+        needed = any(measure.needs_update for measure in self._measures.values())
+        if needed and self._is_due(self._steps + 1):
+            parameters = self.operator.problem.parameters.items()
+            self._before = {name: p.detach().clone() for name, p in parameters}
+
+    def _after_step(self) -> None:
+        self._steps += 1
+        if self._is_due(self._steps):
+            if self._is_affordable():
+                self.measure(self._steps)
+            else:
+                self.skipped += 1
+        self._before = None
+
+
+def _operator(curvature: Problem | CurvatureOperator) -> CurvatureOperator:
+    if isinstance(curvature, CurvatureOperator):
+        return curvature
+    if isinstance(curvature, Problem):
+        return HessianOperator(curvature)
+    raise TypeError(
+        f"curvature is a {type(curvature).__name__}; pass ht.Problem(model, loss_fn, batches) or a "
+        "curvature operator"
+    )
+
+
+def _check_preconditioner(optimizer: Optimizer, problem: Problem) -> None:
+    """Raises TypeError now and not in the middle of training."""
+    with contextlib.suppress(ValueError):  # an optimizer that has not stepped has none yet
+        preconditioner_of(optimizer, problem)
+
+
+@contextlib.contextmanager
+def _untouched(problem: Problem) -> Iterator[None]:
+    """Random numbers as they were on leaving, and gradients enabled inside."""
+    devices = [problem.device] if problem.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        yield
+
+
+def _json(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _numbers(line: JsonObject) -> dict[str, float]:
+    return {
+        name: math.nan if value is None else float(value)
+        for name, value in line.items()
+        if name not in (STEP, SECONDS)
+    }

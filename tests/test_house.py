@@ -30,6 +30,7 @@ LAZY = {
     "problem.data": {"tokenizers", "PIL"},
     "curvature.symmetric": {"scipy.sparse.linalg"},
     "optimizers.named": {"pytorch_optimizer"},
+    "tracking.trainers": {"transformers", "lightning"},
     "app.models.saved_model": {"transformers"},
     "app.spectra_command": {"hessian_tools.plots"},
     "app.partition_command": {"hessian_tools.plots"},

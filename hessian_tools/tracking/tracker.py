@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hessian_tools.blocks.partition import Partition
@@ -239,8 +239,24 @@ def _check_preconditioner(optimizer: Optimizer, problem: Problem) -> None:
 def _untouched(problem: Problem) -> Iterator[None]:
     """Random numbers as they were on leaving, and gradients enabled inside."""
     devices = [problem.device] if problem.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    random = torch.random.fork_rng(devices=devices)
+    with random, torch.enable_grad(), _without_autocast(problem.model):
         yield
+
+
+@contextlib.contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Without the wrapper that accelerate puts around ``forward`` for mixed precision."""
+    wrapped = model.__dict__.get("forward")
+    original = model.__dict__.get("_original_forward")
+    if wrapped is None or original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def _json(value: float) -> float | None:

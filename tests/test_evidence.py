@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -166,6 +167,9 @@ def test_a_killed_pair_goes_on(tmp_path, short_arm, monkeypatch):
         ("adam", 6),
     ]
     assert all(len(one.runs) == 3 for one in found)
+    # the best rates are not trained again from the seed that has tuned them
+    names = [json.loads(line)[1] for line in tuning.journal_path(tmp_path, pair, short_arm).open()]
+    assert len(names) == len(set(names)) == len(runs)
     # nothing is left to train
     monkeypatch.setattr("hessian_tools.training.runs.train", None)
     again, same = tuning.tuned(pair, short_arm, tmp_path)

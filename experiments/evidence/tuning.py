@@ -43,7 +43,7 @@ def tuned(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = journal_path(folder, pair, arm)
-    training = _Training(pair, arm, Journal(path, run=f"{pair.name} {arm.name}"), path)
+    training = _Training(pair, arm, path)
     asked = [steps for steps in arm.budgets if steps <= (up_to or steps)]
     found = [found for optimizer in OPTIMIZERS for found in _at_budgets(training, optimizer, asked)]
     runs = Journal(path).finished
@@ -54,8 +54,12 @@ def tuned(
 class _Training:
     pair: Pair
     arm: Arm
-    journal: Journal
     path: Path
+
+    @property
+    def journal(self) -> Journal:
+        """Read anew, so that what one sweep has trained the next one knows."""
+        return Journal(self.path, run=f"{self.pair.name} {self.arm.name}")
 
     @property
     def checkpoint(self) -> Path:

@@ -168,7 +168,8 @@ def test_a_killed_pair_goes_on(tmp_path, short_arm, monkeypatch):
     ]
     assert all(len(one.runs) == 3 for one in found)
     # the best rates are not trained again from the seed that has tuned them
-    names = [json.loads(line)[1] for line in tuning.journal_path(tmp_path, pair, short_arm).open()]
+    written = tuning.journal_path(tmp_path, pair, short_arm).read_text()
+    names = [json.loads(line)[1] for line in written.splitlines()]
     assert len(names) == len(set(names)) == len(runs)
     # nothing is left to train
     monkeypatch.setattr("hessian_tools.training.runs.train", None)

@@ -108,7 +108,11 @@ def preconditioned_scale(moment: Moment) -> Values:
 
 
 def _spread(moment: Moment, operator: CurvatureOperator, name: str) -> Values:
-    """The spread of scales, and its 95 % interval; two Lanczos steps give a block's rms."""
+    """The spread of scales, and its 95 % interval.
+
+    One step would tell a block's rms; the second makes the interval cover (one step and two probes:
+    87 to 89 %).
+    """
     spectra = blockwise_slq(
         operator,
         moment.blocks,

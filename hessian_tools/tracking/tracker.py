@@ -181,7 +181,8 @@ class Tracker:
             self._vectors,
         )
         values: dict[str, float] = {}
-        with _untouched(self.operator.problem):
+        # one look at the weights for all products
+        with _untouched(self.operator.problem), self.operator.steady():
             for measure in self._measures.values():
                 if measure.needs_update and self._before is None:
                     continue

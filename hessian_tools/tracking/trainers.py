@@ -5,6 +5,8 @@ checkpoints, and leave the loop's own data loader alone. Rank zero alone measure
 libraries are imported only when asked for.
 """
 
+from __future__ import annotations
+
 import inspect
 import math
 from collections.abc import Mapping
@@ -24,6 +26,10 @@ from hessian_tools.tracking.tracker import Tracker
 if TYPE_CHECKING:
     import lightning
     import transformers
+    from lightning import Trainer as Lit
+    from transformers import TrainerControl as Control
+    from transformers import TrainerState as State
+    from transformers import TrainingArguments as Arguments
 
 PREFIX = "hessian/"
 STATE = "hessian_tracker.pt"  # in a checkpoint's folder
@@ -31,7 +37,7 @@ NUM_EXAMPLES = 8
 
 
 def follow_trainer(
-    trainer: "transformers.Trainer",
+    trainer: transformers.Trainer,
     problem: Problem | None = None,
     *,
     num_examples: int = NUM_EXAMPLES,
@@ -56,7 +62,7 @@ def follow_trainer(
     return tracker
 
 
-def problem_of(trainer: "transformers.Trainer", num_examples: int = NUM_EXAMPLES) -> Problem:
+def problem_of(trainer: transformers.Trainer, num_examples: int = NUM_EXAMPLES) -> Problem:
     """The Problem of a Trainer's model and the first examples of its training set.
 
     Raises:
@@ -83,7 +89,7 @@ def problem_of(trainer: "transformers.Trainer", num_examples: int = NUM_EXAMPLES
         return Problem(model, huggingface, [batch])
 
 
-def _accepted(model: nn.Module, example: Any) -> Any:
+def _accepted(model: nn.Module, example: object) -> Any:
     """Of an example as a dict, what the model's ``forward`` takes, as the Trainer does."""
     if not isinstance(example, Mapping):
         return example
@@ -91,10 +97,11 @@ def _accepted(model: nn.Module, example: Any) -> Any:
     return {name: value for name, value in example.items() if name in known}
 
 
-def innermost(optimizer: Any) -> Optimizer:
+def innermost(optimizer: object) -> Optimizer:
     """The torch optimizer inside wrappers of accelerate and Lightning."""
-    while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
+    while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
+    assert isinstance(optimizer, Optimizer)
     return optimizer
 
 
@@ -116,7 +123,9 @@ class _Log:
         return found
 
 
-def _trainer_callback(trainer: "transformers.Trainer", tracker: Tracker) -> Any:
+def _trainer_callback(
+    trainer: transformers.Trainer, tracker: Tracker
+) -> transformers.TrainerCallback:
     import transformers
 
     class HessianCallback(transformers.TrainerCallback):
@@ -125,7 +134,9 @@ def _trainer_callback(trainer: "transformers.Trainer", tracker: Tracker) -> Any:
         def __init__(self) -> None:
             self._unlogged = _Log(tracker)
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kept: Any) -> None:
+        def on_train_begin(
+            self, args: Arguments, state: State, control: Control, **kept: object
+        ) -> None:
             if not state.is_world_process_zero:
                 return
             saved = _checkpoint(args, state) / STATE
@@ -135,18 +146,22 @@ def _trainer_callback(trainer: "transformers.Trainer", tracker: Tracker) -> Any:
             tracker.attach(innermost(kept["optimizer"]))
             self._tell(control)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kept: Any) -> None:
+        def on_step_end(
+            self, args: Arguments, state: State, control: Control, **kept: object
+        ) -> None:
             self._tell(control)
 
-        def on_save(self, args: Any, state: Any, control: Any, **kept: Any) -> None:
+        def on_save(self, args: Arguments, state: State, control: Control, **kept: object) -> None:
             folder = _checkpoint(args, state)
             if state.is_world_process_zero and folder.is_dir():
                 torch.save(tracker.state_dict(), folder / STATE)
 
-        def on_train_end(self, args: Any, state: Any, control: Any, **kept: Any) -> None:
+        def on_train_end(
+            self, args: Arguments, state: State, control: Control, **kept: object
+        ) -> None:
             tracker.detach()
 
-        def _tell(self, control: Any) -> None:
+        def _tell(self, control: Control) -> None:
             # the handler's own order has the loggers before this callback, so that editing what
             # they are given would come too late; and to log takes the losses' own turn away
             is_losses_turn = control.should_log
@@ -157,11 +172,11 @@ def _trainer_callback(trainer: "transformers.Trainer", tracker: Tracker) -> Any:
     return HessianCallback()
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+def _checkpoint(args: Arguments, state: State) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
-def lightning_callback(tracker: Tracker, optimizer: int = 0) -> "lightning.Callback":
+def lightning_callback(tracker: Tracker, optimizer: int = 0) -> lightning.Callback:
     """A callback for ``lightning.Trainer`` that measures as it trains.
 
     Args:
@@ -176,16 +191,16 @@ def lightning_callback(tracker: Tracker, optimizer: int = 0) -> "lightning.Callb
         def __init__(self) -> None:
             self._unlogged = _Log(tracker)
 
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        def on_train_start(self, trainer: Lit, module: object) -> None:
             if trainer.is_global_zero:
                 self._unlogged.news()
                 tracker.attach(innermost(trainer.optimizers[optimizer]))
                 self._tell(trainer)
 
-        def on_train_batch_end(self, trainer: Any, *batch: Any, **kept: Any) -> None:
+        def on_train_batch_end(self, trainer: Lit, *batch: object, **kept: object) -> None:
             self._tell(trainer)
 
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        def on_train_end(self, trainer: Lit, module: object) -> None:
             tracker.detach()
 
         def state_dict(self) -> dict[str, Any]:
@@ -194,7 +209,7 @@ def lightning_callback(tracker: Tracker, optimizer: int = 0) -> "lightning.Callb
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             tracker.load_state_dict(state_dict)
 
-        def _tell(self, trainer: Any) -> None:
+        def _tell(self, trainer: Lit) -> None:
             for step, values in self._unlogged.news().items():
                 for logger in trainer.loggers:
                     logger.log_metrics(values, step=step)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from hessian_tools.curvature.verification import Check, Verification
 from hessian_tools.heterogeneity.adaptive import Round, Uncertainty
 from hessian_tools.results import Journal, load, registered, save, write_atomically
 from hessian_tools.spectra.quadrature import Estimate, RitzValue
+from hessian_tools.tables import Tabular
+from hessian_tools.tracking import Track
 from hessian_tools.training.races import Race, RaceEntry, RaceRound
 from hessian_tools.training.sweeps import RateSweep
 from hessian_tools.training.trajectory import Trajectory
@@ -124,6 +127,7 @@ def trained():
         tried,
         entry,
         Race("data", "2 steps", (0,), (entry,), 0.5),
+        Track(np.array([0, 5]), {"scale": np.array([0.5, math.nan])}, one),
     ]
 
 
@@ -573,3 +577,46 @@ def test_a_class_that_was_renamed_keeps_the_name_that_files_know(tmp_path):
         assert load(tmp_path / "renamed") == Renamed(2.5)
     finally:
         del results.TYPES["Former"]
+
+
+# ---------------------------------------------------------------------------- as tables
+
+TABULAR = [name for name, result in SAMPLES.items() if isinstance(result, Tabular)]
+
+
+@pytest.mark.parametrize("name", TABULAR)
+def test_rows_become_a_dataframe_and_html(name):
+    result = SAMPLES[name]
+    rows = result.records()
+    assert rows and all(row.keys() == rows[0].keys() for row in rows)
+    json.dumps(rows)  # plain numbers and words
+    frame = result.to_dataframe()
+    assert list(frame.columns) == list(rows[0]) and len(frame) == len(rows)
+    shown = result._repr_html_()
+    assert shown.count("<tr>") == len(rows) + 1 and shown.count("<th>") == len(rows[0])
+
+
+def test_rows_hold_the_results_numbers():
+    spectra = SAMPLES["BlockSpectra"]
+    row = spectra.records()[0]
+    assert row["block"] == "a.weight" and row["trace"] == spectra["a.weight"].trace.value
+    (measured,) = SAMPLES["Track"].records()  # what was not taken has no row
+    assert measured == {"step": 0, "reading": "scale", "value": 0.5}
+    cuts = SAMPLES["PartitionReport"].records()
+    assert sum(cut["claimed"] for cut in cuts) == len(SAMPLES["PartitionReport"].tensors)
+
+
+def test_names_are_escaped_and_long_tables_cut():
+    class Long(Tabular):
+        def records(self):
+            return [{"<b>": "a & b", "x": 1 / 3}] * 250
+
+    shown = Long()._repr_html_()
+    assert "<th>&lt;b&gt;</th>" in shown and "<td>a &amp; b</td><td>0.3333</td>" in shown
+    assert shown.endswith("<p>50 more rows: records()</p>")
+
+
+def test_without_pandas_the_way_out_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        SAMPLES["Track"].to_dataframe()

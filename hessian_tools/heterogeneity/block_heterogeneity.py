@@ -31,7 +31,7 @@ from hessian_tools.heterogeneity.verdict import Contrast, Evidence, Verdict, dec
 from hessian_tools.results import registered
 from hessian_tools.spectra.density import LINEAR_FRACTION, LOG_WIDTH, unresolved_below
 from hessian_tools.spectra.quadrature import BlockSpectra, Floats, Quadrature
-from hessian_tools.tables import interval
+from hessian_tools.tables import Record, Tabular, interval
 
 
 @registered
@@ -81,7 +81,7 @@ class ScaleSpread:
 
 @registered
 @dataclass(frozen=True, eq=False)
-class JSHeterogeneity:
+class JSHeterogeneity(Tabular):
     """All readings of one set of block spectra.
 
     ``js0``, ``standard_error`` and ``matrix`` are those of the literature's reading, where it was
@@ -117,6 +117,20 @@ class JSHeterogeneity:
     def every_reading(self) -> dict[str, Reading | ScaleSpread]:
         """The spread of scales and the readings over pairs, by name."""
         return {SCALE: self.scale_spread, **self.readings}
+
+    def records(self) -> list[Record]:
+        """A row a reading; without an interval it is not resolved, or has a floor instead."""
+        return [
+            {
+                "reading": name,
+                "value": reading.mean,
+                "low": reading.low,
+                "high": reading.high,
+                "floor": reading.floor,
+                "unit": reading.unit,
+            }
+            for name, reading in self.every_reading.items()
+        ]
 
     def told(self, name: str) -> str:
         """A reading in words: with its interval or its floor, or why it has none."""

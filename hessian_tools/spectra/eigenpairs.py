@@ -47,6 +47,7 @@ from hessian_tools.spectra.krylov import (
     random_rows,
 )
 from hessian_tools.spectra.row_arithmetic import dot_table, dots, straighten, subtract, turn_rows
+from hessian_tools.tables import Record, Tabular
 
 WHICH = ("largest", "smallest", "magnitude", "both")
 _FLOOR = 50  # roundings of |A|: no residual is asked to be smaller
@@ -58,7 +59,7 @@ Indices = NDArray[np.intp]
 
 @registered
 @dataclass(frozen=True, eq=False)
-class Eigenpairs:
+class Eigenpairs(Tabular):
     """w eigenvalues with their vectors: w = k, or 2 k for "both".
 
     "largest": descending; "smallest": ascending; "magnitude": by descending magnitude; "both": the
@@ -83,6 +84,14 @@ class Eigenpairs:
     check: str
     names: tuple[str, ...] = ()  # of the tensors that make up a vector, where they are known
     shapes: tuple[Shape, ...] = ()  # of these tensors
+
+    def records(self) -> list[Record]:
+        """A row an eigenvalue."""
+        triples = zip(self.values, self.residuals, self.converged, strict=True)
+        return [
+            {"eigenvalue": float(value), "residual": float(residual), "converged": bool(converged)}
+            for value, residual, converged in triples
+        ]
 
     def named(self, index: int) -> dict[str, Tensor]:
         """Vector ``index`` as tensors on the CPU, by the names of the parameters.

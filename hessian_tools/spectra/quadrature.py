@@ -19,6 +19,7 @@ from scipy.stats import t
 
 from hessian_tools.errors import NumericalError
 from hessian_tools.results import registered
+from hessian_tools.tables import Record, Tabular
 
 _INVARIANT = 1e-4  # of the largest |node|: with residuals below, the error of a moment is rounding
 
@@ -253,7 +254,7 @@ class Quadrature:
 
 @registered
 @dataclass(frozen=True, eq=False)
-class BlockSpectra(Mapping[str, Quadrature]):
+class BlockSpectra(Tabular, Mapping[str, Quadrature]):
     """Quadratures of one matrix's diagonal blocks, by name, in the partition's order."""
 
     quadratures: dict[str, Quadrature] = field(repr=False)  # B of them
@@ -274,6 +275,23 @@ class BlockSpectra(Mapping[str, Quadrature]):
 
     def __len__(self) -> int:
         return len(self.quadratures)
+
+    def records(self) -> list[Record]:
+        """A row a block; ``trace_error`` is a standard error."""
+        return [
+            {
+                "block": name,
+                "size": found.size,
+                "rms": found.rms.value,
+                "smallest": found.smallest.value,
+                "largest": found.largest.value,
+                "trace": found.trace.value,
+                "trace_error": found.trace.standard_error,
+                "matvecs": found.num_matvecs,
+                "status": found.status,
+            }
+            for name, found in self.items()
+        ]
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from hessian_tools.structure.judgement import (
     Statement,
     error_rates,
 )
-from hessian_tools.tables import plus_minus, table
+from hessian_tools.tables import Record, Tabular, plus_minus, table
 
 _WIDTH = 118  # columns of reasons
 _TITLES = (
@@ -86,7 +86,7 @@ class TensorReport:
 
 @registered
 @dataclass(frozen=True)
-class PartitionReport:
+class PartitionReport(Tabular):
     """Verdicts on a partition.
 
     Indexed by the tensor's name: ``report["transformer.wte.weight"].verdict``.
@@ -109,6 +109,25 @@ class PartitionReport:
                 return tensor
         names = ", ".join(tensor.name for tensor in self.tensors[:8])
         raise KeyError(f"no tensor is named {name!r}; the report has {names}, ...")
+
+    def records(self) -> list[Record]:
+        """A row a tensor and cut; ``claimed`` is the partition's own."""
+        return [
+            {
+                "tensor": tensor.name,
+                "size": tensor.size,
+                "cut": cut.cut,
+                "claimed": cut.cut == tensor.claim,
+                "blocks": cut.num_blocks,
+                "share": cut.share,
+                "share_error": cut.share_error,
+                "expected": cut.expected,
+                "contrast": cut.contrast,
+                "verdict": cut.verdict,
+            }
+            for tensor in self.tensors
+            for cut in tensor.evidence
+        ]
 
     @property
     def verdict(self) -> dict[str, str]:

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hessian_tools.results import Journal, JsonObject, registered
-from hessian_tools.tables import table
+from hessian_tools.tables import Record, Tabular, table
 
 STEP, SECONDS = "step", "seconds"
 
 
 @registered
 @dataclass(frozen=True, eq=False)
-class Track:
+class Track(Tabular):
     """Readings along training.
 
     Attributes:
@@ -56,6 +56,15 @@ class Track:
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no journal {path}; a Tracker writes one")
         return cls.of(Journal(Path(path)).finished)
+
+    def records(self) -> list[Record]:
+        """A row a measurement and reading that was taken then."""
+        return [
+            {"step": int(step), "reading": name, "value": float(values[place])}
+            for place, step in enumerate(self.steps)
+            for name, values in self.readings.items()
+            if np.isfinite(values[place])
+        ]
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from hessian_tools.results import Journal, registered
+from hessian_tools.tables import Record, Tabular
 from hessian_tools.training.budget import Budget, budget_of
 from hessian_tools.training.loop import CLIP
 from hessian_tools.training.runs import MakeModel, Runs, Setting, beyond, grid_of
@@ -97,7 +98,7 @@ class RaceEntry:
 
 @registered
 @dataclass(frozen=True, eq=False)
-class Race:
+class Race(Tabular):
     """All optimizers at all batch sizes.
 
     Attributes: ``described`` the data in words; ``budget`` as given, in words; ``seconds`` of all
@@ -109,6 +110,25 @@ class Race:
     seeds: tuple[int, ...]
     entries: tuple[RaceEntry, ...]
     seconds: float
+
+    def records(self) -> list[Record]:
+        """A row an optimizer and batch size."""
+        return [
+            {
+                "optimizer": entry.optimizer,
+                "batch_size": entry.batch_size,
+                "steps": entry.num_steps,
+                "rate": entry.rate,
+                "loss": entry.loss,
+                "spread": entry.spread,
+                "validation": float(entry.validations.mean()),
+                "steps_to_level": entry.steps_to_level,
+                "seconds_a_step": entry.seconds_a_step,
+                "state_bytes": entry.state_bytes,
+            }
+            for size in self.batch_sizes
+            for entry in self.ranking(size)
+        ]
 
     @property
     def batch_sizes(self) -> tuple[int | None, ...]:

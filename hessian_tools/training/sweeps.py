@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hessian_tools.optimizers.named import OPTIMIZERS
 from hessian_tools.results import Journal, registered
+from hessian_tools.tables import Record, Tabular
 from hessian_tools.training.budget import Budget, budget_of
 from hessian_tools.training.loop import CLIP
 from hessian_tools.training.runs import MakeModel, Runs, Setting, beyond, grid_of, hopeless
@@ -32,7 +33,7 @@ _QUARTER_DECADE = 10**0.25
 
 @registered
 @dataclass(frozen=True, eq=False)
-class RateSweep:
+class RateSweep(Tabular):
     """The rates tried for one optimizer at one momentum.
 
     Attributes:
@@ -56,6 +57,24 @@ class RateSweep:
     diverged: NDArray[np.bool_] = field(repr=False)
     stopped: NDArray[np.bool_] = field(repr=False)
     best_runs: tuple[Trajectory, ...] = field(repr=False)
+
+    def records(self) -> list[Record]:
+        """A row a rate and seed."""
+        return [
+            {
+                "optimizer": self.optimizer,
+                "momentum": self.momentum,
+                "steps": self.num_steps,
+                "rate": float(rate),
+                "seed": seed,
+                "loss": float(self.losses[row, column]),
+                "validation": float(self.validations[row, column]),
+                "diverged": bool(self.diverged[row, column]),
+                "stopped": bool(self.stopped[row, column]),
+            }
+            for row, rate in enumerate(self.rates)
+            for column, seed in enumerate(self.seeds)
+        ]
 
     @property
     def mean_losses(self) -> Floats:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 # the reading order of the folders, and of what lies beside them: each may import only what stands
 # before it
 ORDER = (
-    "interruption errors tables lock results problem blocks curvature.tangent curvature.segments "
-    "curvature.engine curvature.outputs curvature spectra heterogeneity structure descent "
+    "interruption errors tables shown lock results problem blocks curvature.tangent "
+    "curvature.segments curvature.engine curvature.outputs curvature spectra heterogeneity structure descent "
     "quadratic optimizers training tracking plots app.models app __init__ __main__"
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the

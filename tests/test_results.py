@@ -23,8 +23,8 @@ from hessian_tools.curvature.symmetric import DiagonalOperator
 from hessian_tools.curvature.verification import Check, Verification
 from hessian_tools.heterogeneity.adaptive import Round, Uncertainty
 from hessian_tools.results import Journal, load, registered, save, write_atomically
+from hessian_tools.shown import Tabular
 from hessian_tools.spectra.quadrature import Estimate, RitzValue
-from hessian_tools.tables import Tabular
 from hessian_tools.tracking import Track
 from hessian_tools.training.races import Race, RaceEntry, RaceRound
 from hessian_tools.training.sweeps import RateSweep

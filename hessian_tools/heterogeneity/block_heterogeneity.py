@@ -29,9 +29,10 @@ from hessian_tools.heterogeneity.readings import (
 from hessian_tools.heterogeneity.transport import shape_distance
 from hessian_tools.heterogeneity.verdict import Contrast, Evidence, Verdict, decide
 from hessian_tools.results import registered
+from hessian_tools.shown import Drawable, Record, Tabular
 from hessian_tools.spectra.density import LINEAR_FRACTION, LOG_WIDTH, unresolved_below
 from hessian_tools.spectra.quadrature import BlockSpectra, Floats, Quadrature
-from hessian_tools.tables import Record, Tabular, interval
+from hessian_tools.tables import interval
 
 
 @registered
@@ -81,7 +82,7 @@ class ScaleSpread:
 
 @registered
 @dataclass(frozen=True, eq=False)
-class JSHeterogeneity(Tabular):
+class JSHeterogeneity(Tabular, Drawable):
     """All readings of one set of block spectra.
 
     ``js0``, ``standard_error`` and ``matrix`` are those of the literature's reading, where it was

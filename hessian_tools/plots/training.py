@@ -44,7 +44,7 @@ def loss_curves(race: Race, *, title: str = "") -> Figure:
     for axes, size in zip(panels, race.batch_sizes, strict=True):
         entries = _of(race, size)
         for number, entry in enumerate(entries):
-            _curve(axes, entry, *_style(number))
+            curve(axes, entry, number)
         level = entries[0].level
         if math.isfinite(level):
             axes.axhline(level, color="#777777", linewidth=0.8, linestyle=":", zorder=0)
@@ -99,7 +99,9 @@ def _style(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], dash
 
 
-def _curve(axes: Axes, entry: RaceEntry, colour: str, dash: str) -> None:
+def curve(axes: Axes, entry: RaceEntry, number: int) -> None:
+    """The loss of one optimizer at its best rate, in the style of its number."""
+    colour, dash = _style(number)
     curves = _smoothed(entry)
     steps = np.arange(1, curves.shape[1] + 1)
     shown = np.unique(np.geomspace(1, len(steps), _MOST_POINTS).astype(int)) - 1

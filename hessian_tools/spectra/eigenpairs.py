@@ -38,6 +38,7 @@ from hessian_tools.curvature.target import (
 from hessian_tools.errors import nonfinite_product
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
+from hessian_tools.shown import Drawable, Record, Tabular
 from hessian_tools.spectra.krylov import (
     Floats,
     Krylov,
@@ -47,7 +48,6 @@ from hessian_tools.spectra.krylov import (
     random_rows,
 )
 from hessian_tools.spectra.row_arithmetic import dot_table, dots, straighten, subtract, turn_rows
-from hessian_tools.tables import Record, Tabular
 
 WHICH = ("largest", "smallest", "magnitude", "both")
 _FLOOR = 50  # roundings of |A|: no residual is asked to be smaller
@@ -59,7 +59,7 @@ Indices = NDArray[np.intp]
 
 @registered
 @dataclass(frozen=True, eq=False)
-class Eigenpairs(Tabular):
+class Eigenpairs(Tabular, Drawable):
     """w eigenvalues with their vectors: w = k, or 2 k for "both".
 
     "largest": descending; "smallest": ascending; "magnitude": by descending magnitude; "both": the

@@ -19,7 +19,7 @@ from scipy.stats import t
 
 from hessian_tools.errors import NumericalError
 from hessian_tools.results import registered
-from hessian_tools.tables import Record, Tabular
+from hessian_tools.shown import Drawable, Record, Tabular
 
 _INVARIANT = 1e-4  # of the largest |node|: with residuals below, the error of a moment is rounding
 
@@ -67,7 +67,7 @@ class RitzValue:
 
 @registered
 @dataclass(frozen=True, eq=False)
-class Quadrature:
+class Quadrature(Drawable):
     """The spectrum of one operator as nodes and weights, from k probes or exact.
 
     A probe that ended early has ``steps`` < m; its remaining nodes repeat its last one with weight
@@ -254,7 +254,7 @@ class Quadrature:
 
 @registered
 @dataclass(frozen=True, eq=False)
-class BlockSpectra(Tabular, Mapping[str, Quadrature]):
+class BlockSpectra(Tabular, Drawable, Mapping[str, Quadrature]):
     """Quadratures of one matrix's diagonal blocks, by name, in the partition's order."""
 
     quadratures: dict[str, Quadrature] = field(repr=False)  # B of them

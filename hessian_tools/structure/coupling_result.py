@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hessian_tools.results import registered
+from hessian_tools.shown import Drawable
 from hessian_tools.spectra.quadrature import Estimate
 
 PLACES = ("block", "tensor", "layer", "across")
@@ -22,7 +23,7 @@ Integers = NDArray[np.int64]
 
 @registered
 @dataclass(frozen=True, eq=False)
-class Coupling:
+class Coupling(Drawable):
     """Squared norms |H_ij|_F^2 between the blocks of a partition, and the matrix's mass by place.
 
     The matrix, a Hessian unless ``curvature`` says otherwise, is that over the partition's entries:

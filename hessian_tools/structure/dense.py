@@ -30,6 +30,7 @@ from hessian_tools.curvature.symmetric import unit_vectors
 from hessian_tools.errors import NumericalError
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
+from hessian_tools.shown import Drawable
 from hessian_tools.structure.matrix_file import MatrixFile
 
 MOST_ENTRIES = 20_000  # default limit on n: 3.2 GB, and 20,000 products
@@ -41,7 +42,7 @@ Blocks = Partition | Cut | Block | str | Iterable[str] | Iterable[Block | Cut]
 
 @registered
 @dataclass(frozen=True, eq=False)
-class DenseBlock:
+class DenseBlock(Drawable):
     """The dense matrix over B blocks, in their order; symmetrised to (A + A') / 2.
 
     Block i occupies rows and columns ``offsets[i]`` to ``offsets[i + 1]``.

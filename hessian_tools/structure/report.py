@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hessian_tools.blocks.param_groups import StateSavings
 from hessian_tools.blocks.partition import Partition
 from hessian_tools.results import registered
+from hessian_tools.shown import Drawable, Record, Tabular
 from hessian_tools.structure.cuttings import WHOLE
 from hessian_tools.structure.judgement import (
     CONTRADICTED,
@@ -15,7 +16,7 @@ from hessian_tools.structure.judgement import (
     Statement,
     error_rates,
 )
-from hessian_tools.tables import Record, Tabular, plus_minus, table
+from hessian_tools.tables import plus_minus, table
 
 _WIDTH = 118  # columns of reasons
 _TITLES = (
@@ -86,7 +87,7 @@ class TensorReport:
 
 @registered
 @dataclass(frozen=True)
-class PartitionReport(Tabular):
+class PartitionReport(Tabular, Drawable):
     """Verdicts on a partition.
 
     Indexed by the tensor's name: ``report["transformer.wte.weight"].verdict``.

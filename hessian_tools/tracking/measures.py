@@ -27,6 +27,7 @@ Values = dict[str, float]
 FIRST_STEPS, STEPS = 12, 5  # of Lanczos: from a random vector, and from the last eigenvector
 FRESH = 0.2  # of a random vector in what Lanczos starts from, so that another may take over
 DOUBLINGS = 24  # of the update, at most, in search of a loss that rises
+HALVINGS = 10  # after which it is taken to rise at once: the update goes uphill on these batches
 BISECTIONS = 4  # to 2^(1/16), 4 %
 
 
@@ -143,7 +144,10 @@ def critical_sharpness(moment: Moment) -> Values:
 
 
 def rising_factor(line: Line) -> float:
-    """The factor of the update from which the loss is above its start; nan where it never is."""
+    """The factor of the update from which the loss is above its start.
+
+    nan where it never is, and where it is so at once.
+    """
     start = line.loss(0.0)
 
     def rises(power: float) -> bool:
@@ -154,7 +158,7 @@ def rising_factor(line: Line) -> float:
     if rises(0.0):
         while rises(low):
             high, low = low, low - 1
-            if low < -DOUBLINGS:
+            if low < -HALVINGS:
                 return math.nan
     else:
         while not rises(high):
@@ -203,7 +207,7 @@ MEASURES: dict[str, TrackedMeasure] = {
     ),
     "critical_sharpness": TrackedMeasure(
         "2 / the smallest rate at which the last update would have raised the loss (arXiv "
-        "2601.16979), to 4 %",
+        "2601.16979), to 4 %; nan where the update goes uphill on the Problem's batches",
         critical_sharpness,
         "6 to 10",
         needs_update=True,

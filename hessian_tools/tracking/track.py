@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hessian_tools.results import Journal, JsonObject, registered
-from hessian_tools.tables import Record, Tabular, table
+from hessian_tools.shown import Drawable, Record, Tabular
+from hessian_tools.tables import table
 
 STEP, SECONDS = "step", "seconds"
 
 
 @registered
 @dataclass(frozen=True, eq=False)
-class Track(Tabular):
+class Track(Tabular, Drawable):
     """Readings along training.
 
     Attributes:

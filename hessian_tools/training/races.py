@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from hessian_tools.results import Journal, registered
-from hessian_tools.tables import Record, Tabular
+from hessian_tools.shown import Drawable, Record, Tabular
 from hessian_tools.training.budget import Budget, budget_of
 from hessian_tools.training.loop import CLIP
 from hessian_tools.training.runs import MakeModel, Runs, Setting, beyond, grid_of
@@ -98,7 +98,7 @@ class RaceEntry:
 
 @registered
 @dataclass(frozen=True, eq=False)
-class Race(Tabular):
+class Race(Tabular, Drawable):
     """All optimizers at all batch sizes.
 
     Attributes: ``described`` the data in words; ``budget`` as given, in words; ``seconds`` of all

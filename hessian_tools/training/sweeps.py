@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hessian_tools.optimizers.named import OPTIMIZERS
 from hessian_tools.results import Journal, registered
-from hessian_tools.tables import Record, Tabular
+from hessian_tools.shown import Drawable, Record, Tabular
 from hessian_tools.training.budget import Budget, budget_of
 from hessian_tools.training.loop import CLIP
 from hessian_tools.training.runs import MakeModel, Runs, Setting, beyond, grid_of, hopeless
@@ -33,7 +33,7 @@ _QUARTER_DECADE = 10**0.25
 
 @registered
 @dataclass(frozen=True, eq=False)
-class RateSweep(Tabular):
+class RateSweep(Tabular, Drawable):
     """The rates tried for one optimizer at one momentum.
 
     Attributes:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hessian_tools.results import registered
+from hessian_tools.shown import Drawable
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -19,7 +20,7 @@ SMOOTH_SHARE = 0.05  # of the steps asked for: the window in which a curve is sm
 
 @registered
 @dataclass(frozen=True, eq=False)
-class Trajectory:
+class Trajectory(Drawable):
     """A training run, finished, diverged or stopped early.
 
     Attributes:

@@ -183,12 +183,16 @@ def test_critical_sharpness_of_a_bowl_is_known(rate):
     assert torch.equal(model.w.detach(), torch.tensor([[1.0, 2.0]]).double() - rate * g)
 
 
-def test_a_loss_that_never_rises_has_no_critical_sharpness():
+def test_a_loss_that_never_rises_or_does_at_once_has_no_critical_sharpness():
     class Falling:
         def loss(self, factor):
             return -factor
 
-    assert math.isnan(rising_factor(Falling()))
+    class Rising:
+        def loss(self, factor):
+            return factor
+
+    assert math.isnan(rising_factor(Falling())) and math.isnan(rising_factor(Rising()))
 
 
 def test_preconditioned_spread_is_that_of_the_scaled_hessian():

@@ -1,0 +1,146 @@
+"""A result on given axes: what ``result.plot(axes)`` draws, an entry of DRAWN for each type.
+
+To draw another type, make it Drawable and add an entry.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import SymmetricalLogLocator
+
+from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
+from hessian_tools.plots import partition, spectra, training
+from hessian_tools.spectra.eigenpairs import Eigenpairs
+from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
+from hessian_tools.structure.coupling_result import Coupling
+from hessian_tools.structure.dense import DenseBlock
+from hessian_tools.structure.report import PartitionReport
+from hessian_tools.tracking.track import Track
+from hessian_tools.training.races import Race
+from hessian_tools.training.sweeps import RateSweep
+from hessian_tools.training.trajectory import Trajectory
+
+MOST_BLOCKS = 60  # of a picture whose rows have names
+MOST_TICKS = 5
+ERRORS = ("_residual", "_low", "_high", "_error")  # of the reading whose name they follow
+COLOUR = training.COLOURS[0]
+
+
+def draw(result: object, axes: Axes | None = None) -> Axes:
+    """Draws ``result`` on ``axes``, or on those of a new figure.
+
+    Raises:
+        TypeError: a type that has no picture.
+    """
+    for kind in type(result).__mro__:
+        if kind in DRAWN:
+            drawn = axes or Figure(figsize=(6, 4), layout="constrained").add_subplot()
+            DRAWN[kind](drawn, result)
+            return drawn
+    names = ", ".join(kind.__name__ for kind in DRAWN)
+    raise TypeError(f"a {type(result).__name__} has no picture; these have: {names}")
+
+
+def block_extents(axes: Axes, result: BlockSpectra) -> None:
+    """A row a block: from its smallest to its largest eigenvalue, a dot at the rms eigenvalue."""
+    shown = list(result.items())[:MOST_BLOCKS]
+    for row, (_, block) in enumerate(shown):
+        ends = [block.smallest.value, block.largest.value]
+        axes.plot(ends, [row, row], color=COLOUR, linewidth=1.5)
+        axes.plot([block.rms.value], [row], "o", color=COLOUR, markersize=3.5)
+    scales = [block.rms.value for _, block in shown if block.rms.value > 0]
+    if scales:
+        linthresh = min(scales)
+        axes.set_xscale("symlog", linthresh=linthresh)
+        few = SymmetricalLogLocator(base=10, linthresh=linthresh)
+        few.set_params(numticks=MOST_TICKS)
+        axes.xaxis.set_major_locator(few)
+    axes.axvline(0.0, color=spectra.ZERO, linewidth=0.6, zorder=0)
+    axes.set_yticks(range(len(shown)), spectra.shortened([n for n, _ in shown]), fontsize=6.5)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"eigenvalue of the {result.curvature} (dot: rms)", fontsize=8)
+    if len(result) > len(shown):
+        axes.set_title(f"the first {len(shown)} of {len(result)} blocks", fontsize=8)
+
+
+def first_matrix(axes: Axes, result: JSHeterogeneity) -> None:
+    """The heat map of the first reading between pairs of blocks."""
+    spectra.js_matrix(axes, result, next(iter(result.readings)))
+
+
+def eigenvalues(axes: Axes, result: Eigenpairs) -> None:
+    """The eigenvalues in their order, with the residuals within which they lie."""
+    places = np.arange(1, len(result.values) + 1)
+    axes.errorbar(places, result.values, result.residuals, fmt="o", color=COLOUR, markersize=4)
+    axes.axhline(0.0, color=spectra.ZERO, linewidth=0.6, zorder=0)
+    axes.set_xlabel("number", fontsize=8)
+    axes.set_ylabel("eigenvalue", fontsize=8)
+
+
+def losses(axes: Axes, result: Trajectory) -> None:
+    """The smoothed training loss, with crosses for validation."""
+    curve = result.smoothed()
+    axes.plot(np.arange(1, len(curve) + 1), curve, color=COLOUR, linewidth=1.2)
+    axes.plot(result.validation_steps, result.validation_losses, "x", color=COLOUR)
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_ylabel("training loss, smoothed (crosses: validation)", fontsize=8)
+
+
+def loss_against_rate(axes: Axes, result: RateSweep) -> None:
+    """The mean loss at every rate; crosses below mark rates that diverged."""
+    means = result.mean_losses
+    finite = np.isfinite(means)
+    axes.plot(result.rates[finite], means[finite], "o-", color=COLOUR, markersize=4)
+    bottom = axes.get_xaxis_transform()
+    outside = result.rates[~finite]
+    axes.plot(outside, np.full(len(outside), 0.02), "x", color=COLOUR, transform=bottom)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"learning rate of {result.optimizer}", fontsize=8)
+    axes.set_ylabel(f"loss after {result.num_steps:,} steps (crosses: diverged)", fontsize=8)
+
+
+def race_curves(axes: Axes, result: Race) -> None:
+    """Loss curves at the best rates, of the first batch size."""
+    for number, entry in enumerate(result.ranking(result.batch_sizes[0])):
+        if entry.runs:
+            training.curve(axes, entry, number)
+    axes.set_xscale("log")
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_ylabel("training loss, smoothed (crosses: validation)", fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def readings(axes: Axes, result: Track) -> None:
+    """Every reading along training, those of intervals and residuals left out."""
+    names = [name for name in result.readings if not name.endswith(ERRORS)]
+    for number, name in enumerate(names):
+        values = result.readings[name]
+        taken = np.isfinite(values)
+        colour = training.COLOURS[number % len(training.COLOURS)]
+        axes.plot(result.steps[taken], values[taken], "o-", color=colour, markersize=3, label=name)
+    everything = np.concatenate([result.readings[name] for name in names] or [np.empty(0)])
+    sizes = np.abs(everything[np.isfinite(everything) & (everything != 0)])
+    if len(sizes) and np.nanmin(everything) > 0:
+        axes.set_yscale("log")
+    elif len(sizes):
+        axes.set_yscale("symlog", linthresh=float(sizes.min()))
+    axes.set_xlabel("step", fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
+
+
+DRAWN: dict[type, Callable[[Axes, Any], None]] = {
+    Quadrature: spectra.spectrum,
+    BlockSpectra: block_extents,
+    JSHeterogeneity: first_matrix,
+    PartitionReport: partition.evidence,
+    DenseBlock: partition.dense,
+    Coupling: partition.tensors,
+    Eigenpairs: eigenvalues,
+    Trajectory: losses,
+    RateSweep: loss_against_rate,
+    Race: race_curves,
+    Track: readings,
+}

@@ -41,6 +41,7 @@ class TrackedMeasure:
         passes: about how many forward passes, as words.
         needs_update: the weights before the last step as well.
         needs_optimizer: its state.
+        moves_weights: and puts them back; it comes after all others, as their graphs are spoilt.
     """
 
     description: str
@@ -48,6 +49,7 @@ class TrackedMeasure:
     passes: str
     needs_update: bool = False
     needs_optimizer: bool = False
+    moves_weights: bool = False
 
 
 def largest(moment: Moment) -> Values:
@@ -212,6 +214,7 @@ MEASURES: dict[str, TrackedMeasure] = {
         "6 to 10",
         needs_update=True,
         needs_optimizer=True,
+        moves_weights=True,
     ),
 }
 

@@ -22,7 +22,7 @@ from hessian_tools.curvature.operators import CurvatureOperator
 from hessian_tools.curvature.optimizer_state import preconditioner_of
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import Journal, JsonObject
-from hessian_tools.tracking.measures import of
+from hessian_tools.tracking.measures import TrackedMeasure, of
 from hessian_tools.tracking.moment import Moment
 from hessian_tools.tracking.track import SECONDS, STEP, Track
 
@@ -180,16 +180,22 @@ class Tracker:
             self._before,
             self._vectors,
         )
+        wanted = [measure for measure in self._measures.values() if self._is_possible(measure)]
         values: dict[str, float] = {}
-        # one look at the weights for all products
-        with _untouched(self.operator.problem), self.operator.steady():
-            for measure in self._measures.values():
-                if measure.needs_update and self._before is None:
-                    continue
-                if measure.needs_optimizer and not self._has_stepped():
-                    continue
-                values |= measure.take(moment)
+        with _untouched(self.operator.problem):
+            with self.operator.steady():  # one look at the weights for all products
+                for measure in wanted:
+                    if not measure.moves_weights:
+                        values |= measure.take(moment)
+            for measure in wanted:
+                if measure.moves_weights:
+                    values |= measure.take(moment)
         return values
+
+    def _is_possible(self, measure: TrackedMeasure) -> bool:
+        if measure.needs_update and self._before is None:
+            return False
+        return self._has_stepped() or not measure.needs_optimizer
 
     def _has_stepped(self) -> bool:
         return self._optimizer is not None and bool(self._optimizer.state or self._steps)

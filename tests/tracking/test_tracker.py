@@ -195,6 +195,19 @@ def test_a_loss_that_never_rises_or_does_at_once_has_no_critical_sharpness():
     assert math.isnan(rising_factor(Falling())) and math.isnan(rising_factor(Rising()))
 
 
+def test_readings_come_in_any_order():
+    model, problem = plain()
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    names = ["largest", "critical_sharpness", "update_sharpness", "trace"]
+    tracker = ht.Tracker(problem, every=1, readings=names).attach(optimizer)
+    for _ in range(2):
+        stepped(model, problem, optimizer)
+    values = torch.linalg.eigvalsh(dense_hessian(problem))
+    found = {name: row[-1] for name, row in tracker.track.readings.items()}
+    assert abs(found["largest"] - float(values[-1])) <= found["largest_residual"] + 1e-9
+    assert all(map(math.isfinite, found.values()))
+
+
 def test_preconditioned_spread_is_that_of_the_scaled_hessian():
     model, problem = plain()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

@@ -1,14 +1,17 @@
 """Writes what the verdict of `js0` compares with: hessian_tools/assets/calibration.json.
 
 `python experiments/evidence_calibration.py [--asset FILE]` reads results/evidence/runs.jsonl.gz,
-results/evidence_readings/readings.jsonl and results/evidence_verdict/result.json, and no more. A
-test holds that the packaged file is what they give. Pairs that are not trained or read yet, and
-those on which neither optimizer came below the start, are left out.
+results/evidence_readings/readings.jsonl and results/evidence_verdict/result.json, and no more, and
+enters the file's checksum in the README beside it. A test holds that the packaged file is what they
+give. Pairs that are not trained or read yet, and those on which neither optimizer came below the
+start, are left out.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from hessian_tools.results import JsonObject
 TARGET = Path("hessian_tools/assets") / ASSET
 RESULT = Path("results/evidence_verdict/result")
 DIGITS = 4
+ROW = r"\| `{}` \| [\d,]+ \| `[0-9a-f]{{64}}` \|"  # of the file in the README beside it
 
 
 def calibration(
@@ -86,6 +90,18 @@ def main() -> None:
     rest = json.dumps(found, indent=1)[1:-2]
     options.asset.write_text(f'{{\n "pairs": [\n  {pairs}\n ],{rest}\n}}\n')
     print(f"{options.asset} written")
+    if options.asset == TARGET:
+        enter_in_readme(TARGET)
+
+
+def enter_in_readme(asset: Path) -> None:
+    """Size and checksum, in the list of what is packaged."""
+    readme = asset.with_name("README.md")
+    content = asset.read_bytes()
+    row = f"| `{asset.name}` | {len(content):,} | `{hashlib.sha256(content).hexdigest()}` |"
+    text, count = re.subn(ROW.format(re.escape(asset.name)), row, readme.read_text())
+    assert count == 1, f"{readme} has no row for {asset.name}"
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

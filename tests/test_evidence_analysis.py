@@ -82,6 +82,34 @@ def test_families_of_unequal_size_are_permuted_whole():
     assert set(np.round(found, 9)) == {1.0, round(swapped, 9)}
 
 
+def test_many_correlations_at_once_are_those_one_by_one():
+    random = np.random.default_rng(4)
+    values = random.integers(0, 4, (20, 12)).astype(float)
+    targets = random.standard_normal((20, 12))
+
+    def one_by_one():
+        return [analysis.correlation(x, y) for x, y in zip(values, targets, strict=True)]
+
+    np.testing.assert_allclose(analysis._correlations(values, targets), one_by_one())
+    values[0] = 1.0
+    assert np.isnan(analysis._correlations(values, targets)[0])
+    targets[3, 5] = np.nan
+    np.testing.assert_allclose(analysis._correlations(values, targets), one_by_one())
+
+
+def test_families_of_one_size_are_drawn_as_those_of_several_are():
+    random = np.random.default_rng(5)
+    values, target = by_family(random), by_family(random)
+    equal = analysis.bootstrap(analysis.Sample(NAMES, target), values, 50, seed=1)
+    groups = analysis.Sample(NAMES, target).groups
+    chosen = np.random.default_rng(1).integers(len(groups), size=(50, len(groups)))
+    found = []
+    for row in chosen:
+        places = np.concatenate([groups[number] for number in row])
+        found.append(analysis.correlation(values[places], target[places]))
+    assert equal == pytest.approx(tuple(np.quantile(found, [0.025, 0.975])))
+
+
 def test_only_what_is_right_survives():
     random = np.random.default_rng(3)
     truth = by_family(random, within=0)

@@ -88,11 +88,13 @@ def bootstrap(sample: Sample, values: Floats, draws: int, seed: int) -> tuple[fl
     """The 95 % interval of the correlation: families drawn with replacement."""
     random = np.random.default_rng(seed)
     groups = sample.groups
-    found = np.empty(draws)
-    for draw in range(draws):
-        chosen = random.integers(len(groups), size=len(groups))
-        places = np.concatenate([groups[number] for number in chosen])
-        found[draw] = correlation(values[places], sample.target[places])
+    chosen = random.integers(len(groups), size=(draws, len(groups)))
+    if len(set(map(len, groups))) == 1:  # rows of one length
+        places = np.stack(groups)[chosen].reshape(draws, -1)
+        found = _correlations(values[places], sample.target[places])
+    else:
+        drawn = [np.concatenate([groups[number] for number in row]) for row in chosen]
+        found = np.array([correlation(values[row], sample.target[row]) for row in drawn])
     found = found[np.isfinite(found)]
     if not len(found):
         return math.nan, math.nan
@@ -127,11 +129,26 @@ def permuted(sample: Sample, predictors: Sequence[Floats], draws: int, seed: int
     groups = sample.groups
     order = np.concatenate(groups)
     laid_out = [values[order] for values in predictors]
-    found = np.empty((draws, len(predictors)))
-    for draw in range(draws):
-        shuffled = [groups[number] for number in random.permutation(len(groups))]
-        target = sample.target[np.concatenate(shuffled)]
-        found[draw] = [correlation(values, target) for values in laid_out]
+    shuffled = [
+        np.concatenate([groups[number] for number in random.permutation(len(groups))])
+        for _ in range(draws)
+    ]
+    targets = sample.target[np.array(shuffled)]  # (draws, P)
+    columns = [_correlations(np.tile(values, (draws, 1)), targets) for values in laid_out]
+    return np.stack(columns, axis=1)
+
+
+def _correlations(values: Floats, targets: Floats) -> Floats:
+    """(draws,) of :func:`correlation`, row by row, of (draws, P) and (draws, P)."""
+    if not (np.isfinite(values).all() and np.isfinite(targets).all()):
+        return np.array([correlation(x, y) for x, y in zip(values, targets, strict=True)])
+    x = stats.rankdata(values, axis=1)
+    y = stats.rankdata(targets, axis=1)
+    x -= x.mean(axis=1, keepdims=True)
+    y -= y.mean(axis=1, keepdims=True)
+    sizes = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    products = (x * y).sum(axis=1)
+    found: Floats = np.divide(products, sizes, out=np.full(len(y), math.nan), where=sizes > 0)
     return found
 
 

@@ -29,7 +29,7 @@ from hessian_tools.app.run_folder import RunFolder
 from hessian_tools.app.terminal import say
 from hessian_tools.optimizers.named import OPTIMIZERS
 from hessian_tools.problem.problem import Problem
-from hessian_tools.results import Journal, JsonObject
+from hessian_tools.results import Journal, JsonObject, write_atomically
 from hessian_tools.training.budget import Budget, budget_of
 from hessian_tools.training.race_report import race_table, race_text, summary
 from hessian_tools.training.races import Race, race
@@ -167,7 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
         took = f"runs took {result.seconds:.0f} s"
         text = f"{label}; {took}\n{race_table(result)}\n\n{race_text(result)}"
         if folder:
-            (folder.path / "table.txt").write_text(text + "\n")
+            write_atomically(folder.path / "table.txt", f"{text}\n".encode())
             _draw(folder, result, label, arguments.format)
     print(json.dumps(summary(result), indent=1) if arguments.json else text)
 

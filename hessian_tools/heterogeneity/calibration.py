@@ -58,7 +58,7 @@ class Calibration:
     def packaged(cls) -> "Calibration":
         """That of assets/calibration.json."""
         path = importlib.resources.files("hessian_tools") / "assets" / ASSET
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8"))
         pairs = tuple(TrainedPair(**pair) for pair in found.pop("pairs"))
         return cls(pairs, **found)
 

@@ -7,6 +7,7 @@ gradients, the optimizer, random numbers and the order of the data stay as they 
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ class Tracker:
     """Follows curvature during training.
 
     ``tracker.attach(optimizer)`` measures at once, as step 0, and from then on after every
-    ``every``-th step of the optimizer. Without an optimizer call ``measure(step)``.
+    ``every``-th step of the optimizer. Without an optimizer call ``measure(step)``. A measurement
+    that fails during training, as of weights that have become NaN, stops nothing: ``notes`` say
+    why.
 
     Args:
         curvature: a Problem (its Hessian), or a curvature operator. Make it of the model that is
@@ -77,6 +80,7 @@ class Tracker:
         self.every = every
         self.budget = budget
         self.skipped = 0
+        self.notes: list[str] = []
         self.operator = _operator(curvature)
         self._measures = of(list(readings))
         self._blocks = blocks or partition(self.operator.problem.model, "weights")
@@ -219,10 +223,20 @@ class Tracker:
         self._steps += 1
         if self._is_due(self._steps):
             if self._is_affordable():
-                self.measure(self._steps)
+                self._measure_or_note()
             else:
                 self.skipped += 1
         self._before = None
+
+    def _measure_or_note(self) -> None:
+        """Measures; what goes wrong then, such as NaN in a run that diverges, stops no training."""
+        try:
+            self.measure(self._steps)
+        except Exception as error:
+            note = f"step {self._steps} was not measured: {type(error).__name__}: {error}"
+            if not self.notes:
+                warnings.warn(f"{note}; further ones are in tracker.notes", stacklevel=2)
+            self.notes.append(note)
 
 
 def _operator(curvature: Problem | CurvatureOperator) -> CurvatureOperator:

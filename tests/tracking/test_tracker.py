@@ -265,6 +265,22 @@ def test_what_would_cost_too_much_is_left_out():
     assert free.skipped <= 1
 
 
+def test_a_measurement_that_fails_stops_no_training():
+    model, problem = plain()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tracker = ht.Tracker(problem, every=1, readings=OF_SGD).attach(optimizer)
+    stepped(model, problem, optimizer)
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.warns(UserWarning, match="step 2 was not measured"):
+        stepped(model, problem, optimizer)
+    stepped(model, problem, optimizer)  # once is enough
+    assert tracker.steps == 3 and len(tracker.notes) == 2
+    assert tracker.track.steps.tolist() == [0, 1]
+    with pytest.raises(Exception, match="NaN"):
+        tracker.measure(9)  # asked for by hand, it is told
+
+
 def test_an_own_reading_is_one_entry(monkeypatch):
     def twice(moment: Moment) -> dict[str, float]:
         return {"twice": 2 * moment.loss()}

@@ -28,7 +28,7 @@ what was measured is kept in journal.jsonl, and the same command goes on.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -100,23 +100,15 @@ def followers(model: nn.Module) -> dict[str, Optimizer]:
     }
 
 
-class Together(torch.optim.Optimizer):
-    """The leader's step, after which the others take theirs on the same gradients."""
+def led(leader: Optimizer, others: Mapping[str, Optimizer]) -> dict[str, Optimizer]:
+    """All of them; the others take their step on the leader's gradients, before it does."""
 
-    def __init__(self, leader: Optimizer, others: Mapping[str, Optimizer]) -> None:
-        self.leader = leader
-        self.others = others
-        super().__init__(leader.param_groups, leader.defaults)
-        self.param_groups = leader.param_groups  # whose rates a schedule changes
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        for optimizer in self.others.values():
+    def follow(*_: object) -> None:
+        for optimizer in others.values():
             optimizer.step()
-        return self.leader.step(closure)
 
-    @property
-    def every(self) -> dict[str, Optimizer]:
-        return {"Adam": self.leader, **self.others}
+    leader.register_step_pre_hook(follow)
+    return {"Adam": leader, **others}
 
 
 def in_float64(problem: ht.Problem) -> ht.Problem:
@@ -174,7 +166,8 @@ def measured(operator: CurvatureOperator, size: Size) -> Measured:
 def followed(pair: Pair, size: Size, journal: Journal) -> None:
     """Trains a pair once, and measures what the journal does not have."""
     model = pair.make_model(0)
-    together = Together(make(LEADER, model, RATE), followers(model))
+    leader = make(LEADER, model, RATE)
+    optimizers = led(leader, followers(model))
     stream = pair.stream()
     batches = [stream.batch(step) for step in range(size.batches)]
     problem = ht.Problem(model, stream.loss_fn, batches, batch_stats=stream.batch_stats)
@@ -182,14 +175,14 @@ def followed(pair: Pair, size: Size, journal: Journal) -> None:
 
     def look(done: int, losses: list[float]) -> bool:
         if done in looked_at:
-            for name, operator in operators(problem, together.every):
+            for name, operator in operators(problem, optimizers):
                 key = f"{pair.name}|{done}|{name}"
                 if key not in journal.finished:
                     journal.append(key, asdict(measured(operator, size)))
                     print(f"{pair.name}, {done} steps, {name}", flush=True)
         return False
 
-    train(model, stream, together, budget=size.steps, validate_every=0, give_up=look)
+    train(model, stream, leader, budget=size.steps, validate_every=0, give_up=look)
 
 
 def table(found: Mapping[str, Measured]) -> str:

@@ -20,12 +20,13 @@ PAIR = evidence.SUITE["mlp/tanh-deep"]
 def test_those_that_follow_move_nothing_and_have_state():
     alone, led = PAIR.make_model(0), PAIR.make_model(0)
     train(alone, PAIR.stream(), make("adam", alone, 1e-3), budget=4, validate_every=0)
-    together = experiment.Together(make("adam", led, 1e-3), experiment.followers(led))
-    train(led, PAIR.stream(), together, budget=4, validate_every=0)
+    leader = make("adam", led, 1e-3)
+    every = experiment.led(leader, experiment.followers(led))
+    train(led, PAIR.stream(), leader, budget=4, validate_every=0)
     for one, other in zip(alone.parameters(), led.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert len(together.every) == 5
-    for optimizer in together.every.values():
+    assert len(every) == 5
+    for optimizer in every.values():
         assert optimizer.state
 
 

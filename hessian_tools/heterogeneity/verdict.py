@@ -4,9 +4,9 @@ Both the spread of scales and the distance of curvatures have an interval that c
 
 - "nothing to compare": fewer than two blocks have a Hessian.
 - "no heterogeneity found": both intervals reach zero.
-- "undecided": everything else. No reading of curvature has told here what SGD loses to Adam on
-  families that it had not seen, so that the verdict says what was measured on networks that were
-  trained (:mod:`hessian_tools.heterogeneity.calibration`), and that a race decides.
+- "undecided": everything else. No reading has passed so far where it was to tell what SGD loses to
+  Adam, so that the verdict says what was measured on networks that were trained
+  (:mod:`hessian_tools.heterogeneity.calibration`), and that a race decides.
 
 The literature's own reading decides nothing: it changes when the loss is multiplied by a constant
 and has a floor.

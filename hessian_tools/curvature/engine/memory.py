@@ -150,8 +150,8 @@ class LiveBytes(TorchDispatchMode):
         given: set[int] | None = None
         for storage in _storages((result,) if isinstance(result, Tensor) else _tensors(result)):
             key = storage._cdata
-            if key in self._alive and self._alive[key]() is storage:
-                continue  # a view, or a result in place
+            if key in self._alive:  # a view, or a result in place
+                continue
             if given is None:
                 given = {s._cdata for s in _storages(_tensors((args, kwargs)))}
             if key not in given:  # else one of a tensor that was there before
@@ -163,10 +163,9 @@ class LiveBytes(TorchDispatchMode):
     def _count(self, storage: torch.UntypedStorage, key: int) -> None:
         size = storage.nbytes()
 
-        def freed(reference: weakref.ref[torch.UntypedStorage]) -> None:
+        def freed(_: object) -> None:
+            del self._alive[key]
             self.now -= size
-            if self._alive[key] is reference:  # else the address has been given to another since
-                del self._alive[key]
 
         self._alive[key] = weakref.ref(storage, freed)
         self.now += size

@@ -40,11 +40,10 @@ import hessian_tools as ht
 from hessian_tools.app import report
 from hessian_tools.app.models.saved_model import library
 from hessian_tools.app.models.saved_problem import problem_from_folder, stream_from_folder
-from hessian_tools.optimizers import make
 from hessian_tools.optimizers.named import half_decades
 from hessian_tools.results import Journal, JsonObject
-from hessian_tools.training import Stream, train
-from hessian_tools.training.runs import beyond
+from hessian_tools.training import Trajectory
+from hessian_tools.training.runs import Runs, Setting, beyond
 
 OUT = Path("results/pretrained")
 PRETRAINED = "pretrained"
@@ -96,10 +95,15 @@ class Place:
         made: nn.Module = library().AutoModelForCausalLM.from_config(config)
         return made.eval()
 
-    @property
-    def stream(self) -> Stream:
+    def runs(self, start: str) -> Runs:
+        """Of the fine-tuning from one start, with a journal of its own."""
         stream = stream_from_folder(str(self.folder), context=self.size.context)
-        return stream.with_batch_size(self.size.batch)
+        name = start.replace(" ", "_").replace("/", "_").replace(",", "")
+        return Runs(
+            lambda seed: self.model(start).train(),
+            stream.with_batch_size(self.size.batch),
+            journal=Journal(self.journal.path.with_name(f"runs_{name}.jsonl"), str(self.size)),
+        )
 
 
 def names() -> list[str]:
@@ -166,42 +170,31 @@ def judged(spreads: Mapping[str, tuple[float, float]]) -> str:
 # --------------------------------------------------------------------------------- the fine-tuning
 
 
-def tuned(place: Place, start: str, optimizer: str) -> JsonObject:
-    """The best run; the grid is extended while the best lies at an end."""
-    runs = {}
-    for rate in RATES[start, optimizer]:
-        runs[rate] = run_of(place, start, optimizer, rate)
+def tuned(place: Place, start: str, optimizer: str) -> tuple[float, Trajectory]:
+    """The best rate and its run; the grid is extended while the best lies at an end."""
+    runs = place.runs(start)
+    tried = {rate: run_of(runs, optimizer, rate, place.size) for rate in RATES[start, optimizer]}
     for _ in range(EXTENSIONS):
-        rates = sorted(runs)
-        best = min(rates, key=lambda rate: runs[rate]["final"])
-        further = beyond(rates, rates.index(best))
+        rates = sorted(tried)
+        further = beyond(rates, rates.index(best_of(tried)))
         if further is None:
             break
-        runs[further] = run_of(place, start, optimizer, further)
-    return min(runs.values(), key=lambda run: run["final"])
+        tried[further] = run_of(runs, optimizer, further, place.size)
+    best = best_of(tried)
+    return best, tried[best]
 
 
-def run_of(place: Place, start: str, optimizer: str, rate: float) -> JsonObject:
-    key = f"{start}|{optimizer}|{rate:.6g}"
-    if key not in place.journal.finished:
-        model = place.model(start).train()
-        found = train(
-            model,
-            place.stream,
-            make(optimizer, model, rate),
-            budget=place.size.steps,
-            validate_every=0,
-        )
-        final = found.final if math.isfinite(found.final) else 1e9
-        line = {"rate": rate, "first": float(found.losses[0]), "final": final}
-        place.journal.append(key, line)
-        print(f"{key}: {final:.4f}", flush=True)
-    line = Journal(place.journal.path).finished[key]
-    return dict(line)
+def best_of(tried: Mapping[float, Trajectory]) -> float:
+    return min(sorted(tried), key=lambda rate: tried[rate].final)
 
 
-def gap(sgd: JsonObject, adam: JsonObject) -> float:
-    return float((sgd["final"] - adam["final"]) / (adam["first"] - adam["final"]))
+def run_of(runs: Runs, optimizer: str, rate: float, size: Size) -> Trajectory:
+    """Without validation, which would take longer than the run."""
+    return runs.run(Setting(optimizer, rate, 0, size.steps), validate=False)
+
+
+def gap(sgd: Trajectory, adam: Trajectory) -> float:
+    return float((sgd.final - adam.final) / (adam.losses[0] - adam.final))
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -222,9 +215,9 @@ def tuning_text(place: Place) -> tuple[str, JsonObject]:
     gaps, rows = {}, []
     for start in (PRETRAINED, START):
         sgd, adam = (tuned(place, start, name) for name in ("sgd", "adam"))
-        gaps[start] = gap(sgd, adam)
-        cells = [f"{run['final']:.3f} at {run['rate']:.2g}" for run in (sgd, adam)]
-        rows.append([start, f"{adam['first']:.3f}", *cells, f"{gaps[start]:.3f}"])
+        gaps[start] = gap(sgd[1], adam[1])
+        cells = [f"{run.final:.3f} at {rate:.2g}" for rate, run in (sgd, adam)]
+        rows.append([start, f"{adam[1].losses[0]:.3f}", *cells, f"{gaps[start]:.3f}"])
     difference = gaps[START] - gaps[PRETRAINED]
     holds = (
         "holds here"

@@ -4,7 +4,11 @@ import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from hessian_tools.app.models.saved_model import library
+from hessian_tools.training import Trajectory
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -39,5 +43,10 @@ def test_only_the_layers_that_are_asked_for_are_measured():
 
 
 def test_the_gap_is_a_share_of_adams_progress():
-    sgd, adam = {"first": 4.0, "final": 2.0}, {"first": 4.0, "final": 1.0}
-    assert experiment.gap(sgd, adam) == 1 / 3
+    def run(*losses):
+        none, integers = np.array([]), np.array([], dtype=np.int64)
+        steps = len(losses)
+        return Trajectory(np.array(losses), none, none, integers, none, steps, False, False, 0.0, 0)
+
+    assert experiment.gap(run(4.0, 2.0), run(4.0, 1.0)) == pytest.approx(1 / 3)
+    assert experiment.best_of({0.1: run(4.0, 2.0), 1.0: run(4.0, 1.0)}) == 1.0

@@ -33,8 +33,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import twins
 from script import Run, Script
 from torch import nn
+from twins import PRETRAINED
 
 import hessian_tools as ht
 from hessian_tools.app import report
@@ -46,9 +48,7 @@ from hessian_tools.training import Trajectory
 from hessian_tools.training.runs import Runs, Setting, beyond
 
 OUT = Path("results/pretrained")
-PRETRAINED = "pretrained"
 DEVIATIONS = {"random 0.02": 0.02, "random 1/24": 1 / 24}
-SEEDS = (0, 1)
 START = f"{list(DEVIATIONS)[1]}, seed 0"  # of the fine-tuning that is none
 RATES = {
     (PRETRAINED, "sgd"): half_decades(-3, -1)[1:],
@@ -88,10 +88,10 @@ class Place:
         problem, _ = problem_from_folder(str(self.folder), num_examples=1, context=8)
         if name == PRETRAINED:
             return problem.model
-        kind, _, seed = name.partition(", seed ")
+        kind, seed = twins.parted(name)
         config = problem.model.config
         config.initializer_range = DEVIATIONS[kind]
-        torch.manual_seed(int(seed))
+        torch.manual_seed(seed)
         made: nn.Module = library().AutoModelForCausalLM.from_config(config)
         return made.eval()
 
@@ -106,35 +106,18 @@ class Place:
         )
 
 
-def names() -> list[str]:
-    return [PRETRAINED, *(f"{kind}, seed {seed}" for kind in DEVIATIONS for seed in SEEDS)]
-
-
 # ------------------------------------------------------------------------------------- the spectra
 
 
 def spectra(place: Place, name: str) -> ht.BlockSpectra:
-    """Of the chosen layers and the embedding; blocks of the journal are not computed again."""
+    """Of the chosen layers and the embedding."""
     size = place.size
     problem, _ = problem_from_folder(
         str(place.folder), num_examples=size.windows, context=size.context
     )
     chosen = ht.Problem(place.model(name), problem.loss_fn, problem.batches)
-    prefix = f"{name}|"
-    known = {
-        key.removeprefix(prefix): found
-        for key, found in place.journal.finished.items()
-        if key.startswith(prefix)
-    }
-    return ht.blockwise_slq(
-        ht.HessianOperator(chosen),
-        list(blocks_of(chosen.model, size.layers)),
-        num_probes=size.probes,
-        num_steps=2,
-        exact=False,
-        finished=known,
-        on_block=lambda block, found: place.journal.append(prefix + block, found),
-    )
+    blocks = blocks_of(chosen.model, size.layers)
+    return twins.spectra(chosen, blocks, size.probes, place.journal, name)
 
 
 def blocks_of(model: nn.Module, layers: Iterable[int]) -> Iterable[ht.Block]:
@@ -145,7 +128,7 @@ def blocks_of(model: nn.Module, layers: Iterable[int]) -> Iterable[ht.Block]:
 
 
 def spread_row(name: str, found: ht.BlockSpectra) -> list[str]:
-    spread = ht.js_heterogeneity(found).scale_spread
+    spread = twins.spread(found)
     scales = {block: math.log10(quadrature.rms.value) for block, quadrature in found.items()}
     gaps = [
         f"{scales[block] - scales[block.replace('v_proj', 'q_proj')]:.2f}"
@@ -154,17 +137,6 @@ def spread_row(name: str, found: ht.BlockSpectra) -> list[str]:
     ]
     interval = f"{spread.mean:.2f} ({spread.low:.2f} to {spread.high:.2f})"
     return [name, interval, *gaps]
-
-
-def judged(spreads: Mapping[str, tuple[float, float]]) -> str:
-    """Of the intervals by network."""
-    low, high = spreads[PRETRAINED]
-    others = [interval for name, interval in spreads.items() if name != PRETRAINED]
-    if all(high < other_low for other_low, _ in others):
-        return "holds here"
-    if all(low > other_high for _, other_high in others):
-        return "does not hold here"
-    return "not decidable"
 
 
 # --------------------------------------------------------------------------------- the fine-tuning
@@ -201,13 +173,13 @@ def gap(sgd: Trajectory, adam: Trajectory) -> float:
 
 
 def spectra_text(place: Place) -> tuple[str, JsonObject]:
-    found = {name: spectra(place, name) for name in names()}
+    found = {name: spectra(place, name) for name in twins.names(DEVIATIONS)}
     layers = [f"value / query, layer {number}" for number in place.size.layers]
     header = ("network", "spread of scales, decades", *layers)
     rows = [spread_row(name, some) for name, some in found.items()]
-    spreads = {name: ht.js_heterogeneity(some).scale_spread for name, some in found.items()}
+    spreads = {name: twins.spread(some) for name, some in found.items()}
     intervals = {name: (spread.low, spread.high) for name, spread in spreads.items()}
-    verdict = f"a pretrained model's blocks are more alike: {judged(intervals)}"
+    verdict = f"a pretrained model's blocks are more alike: {twins.judged(intervals)}"
     return f"{report.table(header, rows)}\n{verdict}", {"spreads": spreads, "verdict": verdict}
 
 

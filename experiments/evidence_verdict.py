@@ -4,8 +4,9 @@ The analysis that docs/evidence/protocol.md fixed before any run, of the committ
 results/evidence/runs.jsonl.gz (experiments/evidence_runs.py) and
 results/evidence_readings/readings.jsonl (experiments/evidence_readings.py).
 
-`python experiments/evidence_verdict.py [--draws 10000] [--held-out]` writes result.json and
-table.txt to results/evidence_verdict. Only families that are not held out are looked at, unless
+`python experiments/evidence_verdict.py [--draws 10000] [--held-out]` writes result.json, table.txt
+(what decides, and a line of each other target) and targets.txt (all of the others) to
+results/evidence_verdict. Only families that are not held out are looked at, unless
 --held-out is given, once, after their table is committed; then the candidates are held against the
 rest.
 --smoke analyses planted numbers: one predictor is right, the others are noise.
@@ -56,6 +57,7 @@ LABELS = {
     "top_spread": "the spread of top eigenvalues",
 }
 HEADER = ("", "Spearman", "95 % interval", "R2, families left out", "undefined")
+OVERVIEW = ("other targets", "pairs", "best predictor", "Spearman", "by chance", "candidates")
 Gaps = Mapping[tuple[str, str, int], Gap]
 
 
@@ -219,6 +221,27 @@ def text_of(found: Analysed) -> str:
     )
 
 
+def overview(tables: Iterable[Analysed]) -> str:
+    """A row a target: the best predictor, and what the best reaches by chance."""
+    rows = []
+    for found in tables:
+        best, line = max(
+            found.predictors.items(), key=lambda item: np.nan_to_num(item[1].correlation, nan=-1)
+        )
+        interval = f"{line.correlation:.2f} ({line.low:.2f} to {line.high:.2f})"
+        chosen = ", ".join(found.candidates) or "none"
+        rows.append([found.target, str(found.pairs), best, interval, f"{found.chance:.2f}", chosen])
+    return report.table(OVERVIEW, rows, left=1)
+
+
+def told(data: Data, tables: Iterable[Analysed]) -> list[str]:
+    """What decides in full, and a line of each other target."""
+    decides = [found for found in tables if found.target == MAIN]
+    others = [found for found in tables if found.target != MAIN]
+    texts = [summary(data), *map(text_of, decides)]
+    return [*texts, overview(others)] if others else texts
+
+
 def row(line: Held) -> list[str]:
     return [
         f"{line.correlation:.2f}",
@@ -270,7 +293,8 @@ def main() -> None:
             f"experiments/evidence_readings.py first ({len(FAMILIES)} families)"
         )
     tables = [found for name in data.targets if (found := analysed(data, name, draws))]
-    texts = [summary(data), *map(text_of, tables)]
+    texts = told(data, tables)
+    others = [text_of(found) for found in tables if found.target != MAIN]
     result: dict[str, object] = {"open": tables, "points": points(data)}
     if run.options.held_out:
         chosen = next(table.candidates for table in tables if table.target == MAIN)
@@ -278,8 +302,15 @@ def main() -> None:
         again = [found for name in rest.targets if (found := analysed(rest, name, draws))]
         verdicts = confirmed(rest, chosen, draws)
         result |= {"held out": again, "points held out": points(rest), "survives": verdicts}
-        texts += ["HELD OUT", summary(rest), *map(text_of, again), f"survive: {verdicts}"]
+        survivors = ", ".join(name for name, lives in verdicts.items() if lives) or "none"
+        texts += [
+            "HELD OUT",
+            *told(rest, again),
+            f"candidates: {len(chosen)}; survive: {survivors}",
+        ]
+        others += ["HELD OUT", *(text_of(found) for found in again if found.target != MAIN)]
     save(run, result)
+    (run.out / "targets.txt").write_text("\n\n".join(others) + "\n")
     run.print_table("\n\n".join(texts))
 
 

@@ -12,6 +12,7 @@ rest.
 --smoke analyses planted numbers: one predictor is right, the others are noise.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,8 +20,18 @@ from pathlib import Path
 
 import numpy as np
 from evidence import FAMILIES, HELD_OUT, SUITE
-from evidence.analysis import DRAWS, Floats, Held, Sample, bar, candidates, held, survives
-from evidence.arms import LARGE, LONG, RACE, SHORT, SMALL
+from evidence.analysis import (
+    DRAWS,
+    Floats,
+    Held,
+    Sample,
+    bar,
+    candidates,
+    correlation,
+    held,
+    survives,
+)
+from evidence.arms import LARGE, LONG, RACE, SEEDS, SHORT, SMALL
 from evidence.gaps import TIE, Gap
 from evidence.lines import Packed
 from evidence.pair import BATCH_SIZE
@@ -268,6 +279,20 @@ def read(held_out: bool) -> Data:
     return gathered(names, gaps, known(READINGS))
 
 
+def agreement(names: Iterable[str]) -> float:
+    """Spearman's correlation between g1 of single seeds, at the longest budget: mean over seeds.
+
+    What varies between seeds no reading can tell.
+    """
+    packed = Packed(RUNS)
+    kept = sorted(names)
+    by_seed = [
+        np.array([share(found[name, "main", LONG][0]) for name in kept])
+        for found in map(packed.gaps, SEEDS)
+    ]
+    return float(np.mean([correlation(x, y) for x, y in itertools.combinations(by_seed, 2)]))
+
+
 def summary(data: Data) -> str:
     shares = data.targets[MAIN]
     ties = int((np.abs(shares) < TIE).sum())
@@ -294,6 +319,8 @@ def main() -> None:
         )
     tables = [found for name in data.targets if (found := analysed(data, name, draws))]
     texts = told(data, tables)
+    if not run.smoke:
+        texts[0] += f"; between seeds g1 correlates at {agreement(data.names):.2f}"
     others = [text_of(found) for found in tables if found.target != MAIN]
     result: dict[str, object] = {"open": tables, "points": points(data)}
     if run.options.held_out:

@@ -108,11 +108,17 @@ class Packed:
         scratch.write_bytes(gzip.compress(text.encode(), mtime=0))
         scratch.replace(self.path)
 
-    def gaps(self) -> dict[tuple[str, str, int], tuple[Gap, dict[str, float]]]:
-        """By pair, arm and steps: the gap, and the best rates of the optimizers."""
+    def gaps(
+        self,
+        seed: int | None = None,
+    ) -> dict[tuple[str, str, int], tuple[Gap, dict[str, float]]]:
+        """By pair, arm and steps: the gap, and the best rates of the optimizers.
+
+        Of one ``seed`` alone, or of all.
+        """
         best: dict[tuple[str, str, int], dict[str, list[JsonObject]]] = {}
         for line in self.lines.values():
-            if "losses" in line:
+            if "losses" in line and seed in (None, line["seed"]):
                 key = (line["pair"], line["arm"], line["num_steps"])
                 best.setdefault(key, {}).setdefault(line["optimizer"], []).append(line)
         found = {}

@@ -6,7 +6,7 @@ error of order t^2 from the third derivative on, and one of order 1 / t from rou
 gradients.
 
 For networks of the zoo, whole and by blocks: the relative error |d - H v| / |H v| of that product d
-at steps t |v| = 10^-6 ... 10^-1 times |w|, of the block's weights or of all, for two normal v;
+at steps t |v| = 10^-9 ... 10^-1 times |w|, of the block's weights or of all, for two normal v;
 gradients in float64, float32, and float32 with bfloat16 inside (autocast). H v is this package's,
 in float64. Also told: the error of a block's rms eigenvalue from these products (|d| / |v|), at the
 step that is best for most blocks, since nobody knows the best one of each.
@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, int]] = {
     "resnet-nano": {"num_examples": 8},
 }
 SMOKE_MODELS = {"mlp": {"num_examples": 4}}
-STEPS = tuple(10.0**power for power in range(-6, 0))  # relative to |w|
+STEPS = tuple(10.0**power for power in range(-9, 0))  # relative to |w|
 DIRECTIONS = 2
 WHOLE = "whole"
 FORMATS = ("float64", "float32", "bfloat16 inside")

@@ -199,7 +199,8 @@ def _table(
         ]
         if distances is not None:
             numbers.append(number(float(distances[place])))
-        rows.append(Row((*numbers, Cell(block.status, block.status)), name, place))
+        cells = (*numbers, Cell(block.status, block.status))
+        rows.append(Row(cells, f"{name} {block.status}", place))
     caption = f"Blocks of the {curvature}"
     return Table(caption, columns, tuple(rows), filtered="Filter blocks by name or status")
 

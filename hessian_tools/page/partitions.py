@@ -8,7 +8,16 @@ import numpy as np
 
 from hessian_tools.blocks.param_groups import patterns
 from hessian_tools.page.scales import Scale
-from hessian_tools.page.views import NUMBERS, Cell, Column, Headline, Row, Table, number
+from hessian_tools.page.views import (
+    NUMBERS,
+    Cell,
+    Column,
+    Headline,
+    Row,
+    Table,
+    Unfolded,
+    number,
+)
 from hessian_tools.page.words import counted, plus_minus, sentence, shown
 from hessian_tools.structure.cuttings import WHOLE
 from hessian_tools.structure.judgement import FOLLOWS, UNDECIDED, VERDICTS
@@ -69,16 +78,6 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What the cell of a verdict unfolds: the reason, and every cut's numbers."""
-
-    sign: str
-    verdict: str
-    reason: str
-    cuts: Table
-
-
-@dataclass(frozen=True)
 class PartitionView:
     """Attributes:
     shapes: marks of the cuts that occur, by name.
@@ -126,7 +125,8 @@ def _view(
     notes: tuple[str, ...],
 ) -> PartitionView:
     labels = shortened([tensor.name for tensor in tensors])
-    rows = [_row(tensor, label) for tensor, label in zip(tensors, labels, strict=True)]
+    pairs = zip(tensors, labels, strict=True)
+    rows = [_row(place, *pair) for place, pair in enumerate(pairs)]
     verdicts = [tensor.verdict for tensor in tensors]
     counts = [(verdict, verdicts.count(verdict)) for verdict in VERDICTS]
     table = Table(
@@ -134,7 +134,7 @@ def _view(
         _COLUMNS,
         tuple(rows),
         filtered="Filter tensors by name, cut or verdict",
-        words=tuple((verdict, count) for verdict, count in counts if count),
+        kinds=tuple((verdict, count) for verdict, count in counts if count),
     )
     cuts = dict.fromkeys(
         cut.cut for tensor in tensors for cut in tensor.evidence if math.isfinite(cut.excess)
@@ -143,14 +143,13 @@ def _view(
     return PartitionView(table, shapes, suggested, savings, notes)
 
 
-def _row(tensor: TensorReport, label: str) -> Row:
+def _row(place: int, tensor: TensorReport, label: str) -> Row:
     claimed = tensor.claimed
     best = tensor[tensor.suggested]
     doubt = "" if best.verdict == FOLLOWS else "?"
-    judged = Judged(SIGNS[tensor.verdict], tensor.verdict, tensor.reason, _cuts(tensor))
     cells = (
         Cell(label, label, tensor.name),
-        Cell(tensor.verdict, VERDICTS.index(tensor.verdict), judged),
+        Cell(tensor.verdict, VERDICTS.index(tensor.verdict), SIGNS[tensor.verdict]),
         Cell(claimed.cut, claimed.cut),
         Cell("", "") if best is claimed else Cell(f"{best.cut}{doubt}", best.cut),
         Cell("", None, _evidence(tensor)),
@@ -159,7 +158,9 @@ def _row(tensor: TensorReport, label: str) -> Row:
         number(claimed.contrast) if claimed.cut != WHOLE else Cell(""),
         number(claimed.num_blocks),
     )
-    return Row(cells, tensor.name)
+    words = f"{tensor.name} {tensor.verdict} {claimed.cut} {tensor.suggested}"
+    unfolded = Unfolded(sentence(tensor.reason), _cuts(tensor))
+    return Row(cells, words, place, tensor.verdict, unfolded)
 
 
 def _share(evidence: CutEvidence) -> Cell:

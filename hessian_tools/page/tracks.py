@@ -47,7 +47,7 @@ def track_view(track: Track, log: LossLog | None) -> TrackView:
     described = f"Readings along training: {', '.join(panel.title for panel in panels)}"
     drawn = None
     if panels:
-        drawn = drawing(panels, "step of the optimizer", described, panel_height=104)
+        drawn = drawing(panels, "step", described, panel_height=104)
     columns = (Column("step", NUMBERS), *(Column(name, NUMBERS) for name in track.readings))
     rows = [
         Row((number(int(step)), *(number(float(v[i])) for v in track.readings.values())))

@@ -90,11 +90,28 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """``words``: what a filter finds beside the cells' texts; ``number`` among its siblings."""
+    """A row, and what it unfolds to.
+
+    Attributes:
+        words: what a filter finds.
+        number: among its siblings.
+        kind: what the buttons beside the filter choose by.
+        below: None: there is nothing to unfold.
+    """
 
     cells: tuple[Cell, ...]
     words: str = ""
     number: int = 0
+    kind: str = ""
+    below: "Unfolded | None" = None
+
+
+@dataclass(frozen=True)
+class Unfolded:
+    """A sentence, and the numbers that it rests on."""
+
+    reason: str
+    cuts: "Table"
 
 
 @dataclass(frozen=True)
@@ -104,14 +121,14 @@ class Table:
     Attributes:
         caption: what the rows are.
         filtered: what the filter's label says; "": there is none.
-        words: which buttons filter by, with the number of rows.
+        kinds: of its rows, a button each, with the number of them.
     """
 
     caption: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     filtered: str = ""
-    words: tuple[tuple[str, int], ...] = ()
+    kinds: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@
   }
 
   // ------------------------------------------------------------------- tables
+  // A row is a tbody of its own, with what it unfolds to below it.
 
   function valueOf(row, column) {
     const text = row.cells[column].dataset.value;
@@ -51,8 +52,7 @@
   }
 
   function sortable(table) {
-    const heads = all("thead th", table);
-    const body = table.tBodies[0];
+    const heads = all(":scope > thead th", table);
     heads.forEach((head, column) => {
       const button = one("button.sort", head);
       if (!button) return;
@@ -60,13 +60,13 @@
         const goesUp = head.getAttribute("aria-sort") !== "ascending";
         const known = [];
         const unknown = []; // which stay last in both directions
-        for (const row of body.rows) {
-          const value = valueOf(row, column);
+        for (const body of table.tBodies) {
+          const value = valueOf(body.rows[0], column);
           const isNothing = value === null || value === "nan";
-          (isNothing ? unknown : known).push([value, row]);
+          (isNothing ? unknown : known).push([value, body]);
         }
         known.sort(([a], [b]) => (goesUp ? compared(a, b) : compared(b, a)));
-        body.append(...known.map(([, row]) => row), ...unknown.map(([, row]) => row));
+        table.append(...[...known, ...unknown].map(([, body]) => body));
         for (const other of heads) {
           if (other.hasAttribute("aria-sort")) other.setAttribute("aria-sort", "none");
         }
@@ -78,29 +78,23 @@
   function filterable(frame) {
     const input = one("input[type=search]", frame);
     if (!input) return;
-    const rows = all("table", frame)[0].tBodies[0].rows;
     const chips = all("button.chip", frame);
     const count = one(".count", frame);
-    const texts = new Map();
-    for (const row of rows) {
-      const cells = [...row.cells].map((cell) => cell.dataset.value ?? "");
-      const words = [row.dataset.words, ...cells, row.cells[0].textContent];
-      const judged = one("summary", row);
-      if (judged) words.push(judged.textContent);
-      texts.set(row, words.join(" ").toLowerCase());
-    }
+    const bodies = [...one("table", frame).tBodies];
 
     function apply() {
       const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
       const pressed = chips.filter((chip) => chip.getAttribute("aria-pressed") === "true");
-      let kept = 0;
-      for (const [row, text] of texts) {
-        const isChosen = pressed.length === 0 || pressed.some((chip) => text.includes(chip.dataset.filter));
-        row.hidden = !isChosen || !words.every((word) => text.includes(word));
-        if (!row.hidden) kept += 1;
+      const kinds = pressed.map((chip) => chip.dataset.kind);
+      for (const body of bodies) {
+        const row = body.rows[0];
+        const text = row.dataset.words.toLowerCase();
+        const isChosen = kinds.length === 0 || kinds.includes(row.dataset.kind);
+        body.hidden = !isChosen || !words.every((word) => text.includes(word));
       }
-      const isWhole = kept === texts.size;
-      count.textContent = isWhole ? `${kept} rows` : `${kept} of ${texts.size} rows`;
+      const kept = bodies.filter((body) => !body.hidden).length;
+      const isWhole = kept === bodies.length;
+      count.textContent = isWhole ? `${kept} rows` : `${kept} of ${bodies.length} rows`;
     }
 
     input.addEventListener("input", apply);
@@ -111,6 +105,14 @@
         apply();
       });
     }
+  }
+
+  function unfolding(button) {
+    const below = document.getElementById(button.getAttribute("aria-controls"));
+    button.addEventListener("click", () => {
+      below.hidden = !below.hidden;
+      button.setAttribute("aria-expanded", String(!below.hidden));
+    });
   }
 
   // ------------------------------------------------------- places in a drawing
@@ -234,7 +236,7 @@
     const svg = one(".spectra svg", root);
     const table = one(".table table", root);
     const heads = all("thead th", table);
-    const rows = [...table.tBodies[0].rows].sort((a, b) => a.dataset.number - b.dataset.number);
+    const rows = [...table.tBodies].map((body) => body.rows[0]); // by number, however they are sorted
     const paths = all("defs path", svg);
     const readout = one(".spectra .readout", root);
     const hint = readout.innerHTML;
@@ -243,7 +245,7 @@
     const kinds = heads.map((head) => head.className);
     let outlines = null; // of all curves, made when the pointer first comes
 
-    const nameOf = (row) => row.dataset.words;
+    const nameOf = (row) => one("button.pick", row).title;
     const shortOf = (row) => one("button.pick", row).lastChild.textContent;
     const titleOf = (head) => (one("button", head)?.firstChild ?? head).textContent;
 
@@ -307,8 +309,9 @@
           const distance = map.between(...names);
           if (distance === null) continue;
           const line = made("tr");
-          const told = made("td", `${shown(distance)} ${map.unit}`, { class: "number", colspan: "3" });
-          line.append(made("th", map.title.toLowerCase(), { scope: "row" }), told);
+          const told = made("td", `${shown(distance)} ${map.unit}`, { class: "number", colspan: "2" });
+          const head = made("th", map.title.toLowerCase(), { scope: "row", colspan: "2" });
+          line.append(head, told);
           lines.push(line);
         }
       }
@@ -354,7 +357,7 @@
       let best = null;
       let distance = 14;
       outlines.forEach((points, number) => {
-        if (rows[number].hidden) return;
+        if (rows[number].parentElement.hidden) return;
         const away = Math.abs(heightAt(points, x) - y);
         if (away < distance) [best, distance] = [number, away];
       });
@@ -367,16 +370,15 @@
       const number = curveAt(event);
       if (number !== null) toggle(number);
     });
-    const body = table.tBodies[0];
     const numberOf = (event) => {
-      const row = event.target.closest("tr");
+      const row = event.target.closest("tbody > tr");
       return row ? Number(row.dataset.number) : null;
     };
-    body.addEventListener("pointerover", (event) => preview(numberOf(event)));
-    body.addEventListener("pointerleave", () => preview(null));
-    body.addEventListener("focusin", (event) => preview(numberOf(event)));
-    body.addEventListener("focusout", () => preview(null));
-    body.addEventListener("click", (event) => {
+    table.addEventListener("pointerover", (event) => preview(numberOf(event)));
+    table.addEventListener("pointerleave", () => preview(null));
+    table.addEventListener("focusin", (event) => preview(numberOf(event)));
+    table.addEventListener("focusout", () => preview(null));
+    table.addEventListener("click", (event) => {
       const number = numberOf(event);
       if (number !== null) toggle(number);
     });
@@ -508,7 +510,7 @@
   function unfoldForPrint() {
     let folded = [];
     addEventListener("beforeprint", () => {
-      folded = all("details:not([open]):not(.judged)");
+      folded = all("details:not([open])");
       for (const details of folded) details.open = true;
     });
     addEventListener("afterprint", () => {
@@ -516,11 +518,12 @@
     });
   }
 
-  all(".table table").forEach(sortable);
+  all(".scroll > table").forEach(sortable);
   all("[data-table]").forEach(filterable);
   all("[data-curves]").forEach(curves);
   all("[data-map]").forEach(heatMap);
   all("[data-blocks]").forEach(blocks);
+  all("button.unfold").forEach(unfolding);
   all("button.copy").forEach(copied);
   for (const button of all("button.join")) {
     button.addEventListener("click", () => joined(button, [button.dataset.first, button.dataset.second]));

@@ -67,6 +67,7 @@ def _curve(name: str, runs: Runs, style: int) -> Curve:
     known = np.flatnonzero(np.isfinite(quartiles[1]))
     kept = known[thinned(len(known))]
     low, middle, high = np.clip(quartiles[:, kept], LOWEST, 1e3)
+    middle = np.where(middle > LOWEST, middle, np.nan)  # which ends the line
     is_banded = name in _BANDED
     return Curve(
         name,

@@ -277,7 +277,7 @@ def _readings(js: JSHeterogeneity) -> TableView:
         Column("reading"),
         Column("95 % interval", NUMBERS),
         Column("unit"),
-        Column("what it is"),
+        Column("what it is", "prose"),
     )
     rows = []
     for name, reading in js.every_reading.items():

@@ -66,7 +66,7 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """``kind``: "text", "number", or the name of the macro that draws its cells.
+    """``kind``: "text", "prose", "number", or the name of the macro that draws its cells.
 
     ``explained``: beside the title, under the pointer. ``is_ratio``: two rows of it are compared by
     their ratio.
@@ -153,8 +153,11 @@ def number(value: float | int, text: str | None = None) -> Cell:
 
 def plain_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table of texts, the first column of names; what reads as a number is sorted as one."""
-    columns = [Column(header[0]), *(Column(title, NUMBERS) for title in header[1:])]
     cells = [tuple(Cell(text, _as_number(text)) for text in row) for row in rows]
+    columns = [Column(header[0])]
+    for place, title in enumerate(header[1:], start=1):
+        is_number = any(isinstance(row[place].value, float) for row in cells)
+        columns.append(Column(title, NUMBERS if is_number else "text"))
     return Table(caption, tuple(columns), tuple(Row(row) for row in cells))
 
 

@@ -269,7 +269,7 @@
       const row = rows[number];
       readout.replaceChildren(made("b", shortOf(row)));
       heads.forEach((head, column) => {
-        if (kinds[column] !== "number" && kinds[column] !== "text") return;
+        if (kinds[column] !== "number") return;
         readout.append(" ", made("span", `${titleOf(head)} ${row.cells[column].textContent}`, { class: "value" }));
       });
     }

@@ -6,6 +6,8 @@ from pathlib import Path
 from hessian_tools.app.terminal import say
 from hessian_tools.page.writing import FILE, write_report
 
+LARGE = 3 * 2**20  # bytes
+
 
 def add(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
@@ -38,5 +40,8 @@ def add(
 def run(arguments: argparse.Namespace) -> None:
     """The command."""
     written = write_report(arguments.folder, arguments.to)
-    say(f"saved: {written}, {written.stat().st_size / 1024:,.0f} KiB; open it in a browser")
+    size = written.stat().st_size
+    say(f"saved: {written}, {size / 2**20:.1f} MiB; open it in a browser")
+    if size > LARGE:
+        say("note: a page of so many runs is slow to read; report the folders in it one by one")
     print(written)

@@ -1,7 +1,7 @@
 """Curves over one horizontal axis, in one panel or several above each other.
 
-What comes out is what ``assets/curves.html`` draws: paths, ticks, and the numbers that are read off
-under the pointer.
+What comes out is what ``templates/drawing.html`` draws: paths, ticks, and the numbers that are read
+off under the pointer.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ WIDTH = 640.0
 LEFT, RIGHT = 58.0, 14.0  # margins: ticks' labels, and half a label of the last tick
 TOP, BOTTOM = 20.0, 44.0
 MOST_POINTS = 160  # of a curve
+NUM_STYLES = 11  # of colours and dashes in templates/report.css
 NOTHING = np.empty(0)
 
 
@@ -141,8 +142,8 @@ def drawing(
 
 
 def _horizontal(x: Floats, is_log: bool) -> Scale:
-    low, high = float(x.min()), float(x.max())
-    if low == high:
+    low, high = float(x.min(initial=np.inf)), float(x.max(initial=-np.inf))
+    if low >= high:  # a single place, or none
         return fitted(x, LEFT, WIDTH - RIGHT)
     return Scale(low, high, LEFT, WIDTH - RIGHT, is_log and low > 0)
 
@@ -172,12 +173,12 @@ def _heights(panel: PanelOf) -> Floats:
 
 
 def _curve(curve: Curve, along: Scale, up: Scale) -> DrawnCurve:
-    x, y = along.at(curve.x), _within(up, up.at(curve.y))
+    """A curve that leaves the panel runs along its edge; what is not finite is not drawn."""
+    x, y = along.at(curve.x), _inside(up, curve.y)
     known = np.isfinite(x) & np.isfinite(y)
     band = ""
     if len(curve.low):
-        edges = (_within(up, up.at(edge)) for edge in (curve.low, curve.high))
-        band = band_path(x, *edges)
+        band = band_path(x, _inside(up, curve.low), _inside(up, curve.high))
     numbers = {
         "x": np.round(x[known], 1).tolist(),
         "y": np.round(y[known], 1).tolist(),
@@ -187,7 +188,14 @@ def _curve(curve: Curve, along: Scale, up: Scale) -> DrawnCurve:
     marks = _marks(curve.drawn_as, numbers["x"], numbers["y"])
     path = line_path(x, y)
     return DrawnCurve(
-        curve.label, curve.style, curve.strength, curve.drawn_as, path, band, marks, numbers
+        curve.label,
+        curve.style % NUM_STYLES,
+        curve.strength,
+        curve.drawn_as,
+        path,
+        band,
+        marks,
+        numbers,
     )
 
 
@@ -199,11 +207,9 @@ def _marks(drawn_as: str, x: Sequence[float], y: Sequence[float]) -> str:
     return "".join(f"M{a:g} {b:g}h0" for a, b in pairs) if drawn_as == "dots" else ""
 
 
-def _within(up: Scale, places: Floats) -> Floats:
-    """A curve that leaves the panel runs along its edge."""
-    edges = sorted((up.start, up.stop))
-    clipped: Floats = np.clip(places, edges[0], edges[1])
-    return clipped
+def _inside(up: Scale, values: Floats) -> Floats:
+    finite = np.where(np.isfinite(values), values, np.nan)
+    return up.at(np.clip(finite, up.low, up.high))
 
 
 def line_path(x: Floats, y: Floats) -> str:

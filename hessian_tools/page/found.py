@@ -4,9 +4,10 @@ Nothing in the folder is changed, so that a run that is still going on may be lo
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from hessian_tools.page.trainer_log import LossLog, find_logs, nearest_log
 from hessian_tools.quadratic.runs import Runs
@@ -20,6 +21,7 @@ CONFIG = "config.json"
 COMMANDS = "commands.json"
 JOURNAL = "blocks.jsonl"
 RESULT = "result.json"
+Kind = TypeVar("Kind")
 _HEAD = 4096  # bytes of a file that show whether it is ours
 _COMMANDS = ("js0", "spectrum", "partition", "race", "quadratic")
 
@@ -138,38 +140,49 @@ def _tracker_runs(folder: Path) -> Iterator[FoundRun]:
 
 
 def _is_journal(file: Path) -> bool:
-    """Whether a first line is [run, name, part, checksum], or [name, part] of version 0.1.0."""
+    """Whether the first line is [run, name, part, checksum], or [name, part] of version 0.1.0."""
     with file.open("rb") as opened:
         line = opened.readline()
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(entry, list) and len(entry) in (2, 4) and isinstance(entry[0], str)
+    if not isinstance(entry, list):
+        return False
+    kinds = [type(item) for item in entry]
+    return kinds == [str, dict] or (len(kinds) == 4 and kinds[:2] + kinds[3:] == [str, str, str])
 
 
 def _by_name(result: Json) -> JsonObject:
-    return dict(result) if isinstance(result, Mapping) and type(result) is dict else {"": result}
+    if type(result) is not dict:
+        return {"": result}
+    is_spectra = result and all(isinstance(part, Quadrature) for part in result.values())
+    return {"spectra": _spectra(result, {})} if is_spectra else dict(result)
 
 
 def _of_parts(parts: JsonObject, config: JsonObject) -> JsonObject:
     """The finished parts of a run, brought together by their types."""
-    blocks = {name: part for name, part in parts.items() if isinstance(part, Quadrature)}
-    tensors = tuple(part for part in parts.values() if isinstance(part, TensorReport))
-    trained = {name: part for name, part in parts.items() if isinstance(part, Trajectory)}
-    plain = {name: part for name, part in parts.items() if isinstance(part, dict)}
-    lines = {name: part for name, part in plain.items() if {STEP, SECONDS} <= set(part)}
-    methods: dict[str, Runs] = {}
-    for part in plain.values():
-        methods |= {name: runs for name, runs in part.items() if isinstance(runs, Runs)}
-    found: JsonObject = {
-        "spectra": _spectra(blocks, config) if blocks else None,
-        "tensors": tensors,
-        "trained": trained,
-        "runs": methods,
-        "track": Track.of(lines) if lines else None,
-    }
-    return {name: part for name, part in found.items() if part}
+    found: JsonObject = {}
+    if blocks := _of_type(Quadrature, parts):
+        found["spectra"] = _spectra(blocks, config)
+    if tensors := _of_type(TensorReport, parts):
+        found["tensors"] = tuple(tensors.values())
+    if trained := _of_type(Trajectory, parts):
+        found["trained"] = trained
+    dicts = _of_type(dict, parts)
+    if methods := _of_type(Runs, _joined(dicts.values())):
+        found["runs"] = methods
+    if lines := {name: line for name, line in dicts.items() if {STEP, SECONDS} <= set(line)}:
+        found["track"] = Track.of(lines)
+    return found
+
+
+def _of_type(kind: type[Kind], parts: Mapping[str, Json]) -> dict[str, Kind]:
+    return {name: part for name, part in parts.items() if isinstance(part, kind)}
+
+
+def _joined(parts: Iterable[JsonObject]) -> JsonObject:
+    return {name: inner for part in parts for name, inner in part.items()}
 
 
 def _spectra(blocks: dict[str, Quadrature], config: JsonObject) -> BlockSpectra:

@@ -55,87 +55,84 @@ def _batches(entry: RaceEntry) -> str:
 
 
 def _loss_curves(entries: list[RaceEntry]) -> Drawing | None:
-    curves = []
-    starts = []
-    for style, entry in enumerate(entries):
-        runs = [run for run in entry.runs if run.steps]
-        if not runs:
-            continue
-        length = min(run.steps for run in runs)
-        smoothed = np.stack([run.smoothed()[:length] for run in runs])
-        kept = thinned(length, is_log=True)
-        several = len(runs) > 1
-        curve = Curve(
-            f"{entry.optimizer}, rate {shown(entry.rate)}",
-            np.array(kept, dtype=float) + 1,
-            smoothed.mean(0)[kept],
-            smoothed.min(0)[kept] if several else NOTHING,
-            smoothed.max(0)[kept] if several else NOTHING,
-            style,
-        )
-        starts.append(smoothed[:, 0].max())
-        curves.append(curve)
+    curves = [_loss_curve(entry, style) for style, entry in enumerate(entries) if _runs(entry)]
     if not curves:
         return None
-    where = _batches(entries[0])
-    title = f"training loss, smoothed; {where}"
+    start = max(float(run.losses[0]) for entry in entries for run in _runs(entry))
     level = entries[0].level
     levels = [(level, "level")] if math.isfinite(level) else []
-    panel = PanelOf(title, curves, levels, limits=_limits(curves, max(starts)))
-    return drawing(
-        [panel],
-        "step",
-        f"Training loss by step of {len(curves)} optimizers at their best rates, {where}",
-        is_log=True,
-        panel_height=240,
-    )
+    where = _batches(entries[0])
+    title = f"training loss, smoothed; {where}"
+    panel = PanelOf(title, curves, levels, limits=_limits(curves, start))
+    described = f"Training loss by step of {len(curves)} optimizers at their best rates, {where}"
+    return drawing([panel], "step", described, is_log=True, panel_height=240)
+
+
+def _runs(entry: RaceEntry) -> list[Trajectory]:
+    """At the best rate, as far as they took a step."""
+    return [run for run in entry.runs if run.steps]
+
+
+def _loss_curve(entry: RaceEntry, style: int) -> Curve:
+    """The mean over seeds, and what lies between the lowest and the highest."""
+    runs = _runs(entry)
+    length = min(run.steps for run in runs)
+    kept = thinned(length, is_log=True)
+    smoothed = np.stack([run.smoothed()[:length][kept] for run in runs])
+    label = f"{entry.optimizer}, rate {shown(entry.rate)}"
+    steps = np.array(kept, dtype=float) + 1
+    low, high = (smoothed.min(0), smoothed.max(0)) if len(runs) > 1 else (NOTHING, NOTHING)
+    return Curve(label, steps, smoothed.mean(0), low, high, style)
 
 
 def _limits(curves: list[Curve], start: float) -> tuple[float, float] | None:
     """From the lowest loss to the start: a curve that shoots up may leave the picture."""
-    lowest = min(float(np.nanmin(curve.y)) for curve in curves)
+    finite = [curve.y[np.isfinite(curve.y)] for curve in curves]
+    lowest = float(np.concatenate(finite).min(initial=math.inf))
     if not (math.isfinite(lowest) and math.isfinite(start) and lowest > 0):
         return None
     return lowest / 1.1, _ROOM * max(start, lowest)
 
 
 def _rate_curves(entries: list[RaceEntry]) -> Drawing | None:
-    """A line a round, the shorter its runs the fainter."""
-    curves = []
-    starts = [float(run.losses[0]) for entry in entries for run in entry.runs if run.steps]
-    for style, entry in enumerate(entries):
-        for number, tried in enumerate(entry.rounds, start=1):
-            finite = np.isfinite(tried.losses)
-            curves.append(
-                Curve(
-                    entry.optimizer,
-                    tried.rates[finite],
-                    tried.losses[finite],
-                    style=style,
-                    drawn_as="dots",
-                    strength=number / len(entry.rounds),
-                )
-            )
+    curves = [
+        _rate_curve(entry, number, style)
+        for style, entry in enumerate(entries)
+        for number in range(len(entry.rounds))
+    ]
     curves = [curve for curve in curves if len(curve.x)]
     if not curves:
         return None
+    starts = [float(run.losses[0]) for entry in entries for run in _runs(entry)]
     where = _batches(entries[0])
     title = f"loss at the end of a run, shorter rounds fainter; {where}"
-    limits = _limits(curves, max(starts)) if starts else None
+    panel = PanelOf(title, curves, limits=_limits(curves, max(starts, default=math.nan)))
     described = f"Loss against learning rate, {where}"
-    panel = PanelOf(title, curves, limits=limits)
     return drawing([panel], "learning rate", described, is_log=True, panel_height=240)
 
 
+def _rate_curve(entry: RaceEntry, number: int, style: int) -> Curve:
+    """One round; the shorter its runs the fainter."""
+    tried = entry.rounds[number]
+    finite = np.isfinite(tried.losses)
+    return Curve(
+        entry.optimizer,
+        tried.rates[finite],
+        tried.losses[finite],
+        style=style,
+        drawn_as="dots",
+        strength=(number + 1) / len(entry.rounds),
+    )
+
+
 def trained_view(trained: Mapping[str, Trajectory]) -> RaceView:
-    """The runs that an interrupted race has finished."""
-    header = ("run", "steps", "final loss", "diverged", "seconds")
+    """Single runs, such as an interrupted race has finished."""
+    header = ("run", "steps", "final loss", "seconds")
     ordered = sorted(trained.items(), key=lambda pair: (-pair[1].num_steps, pair[1].final))
-    rows = [
-        [name, f"{run.steps:,}", shown(run.final), "yes" if run.diverged else "no",
-         shown(run.seconds)]
-        for name, run in ordered
-    ]  # fmt: skip
+    rows = []
+    for name, run in ordered:
+        final = "diverged" if run.diverged else shown(run.final)
+        rows.append([name, f"{run.steps:,}", final, shown(run.seconds)])
     best: dict[str, tuple[str, Trajectory]] = {}
     for name, run in ordered:
         if run.steps and not run.diverged:
@@ -147,9 +144,9 @@ def trained_view(trained: Mapping[str, Trajectory]) -> RaceView:
         curves.append(Curve(name, x, run.smoothed()[kept], style=style))
     drawings = []
     if curves:
-        title = "training loss, smoothed: each optimizer's best of its longest runs"
+        title = "training loss, smoothed: the best of the longest runs of each optimizer"
         described = f"Training loss by step of {len(curves)} finished runs"
         panel = PanelOf(title, curves)
         drawings.append(drawing([panel], "step", described, is_log=True, panel_height=240))
-    table = plain_table("Runs that are finished, the longest first", header, rows)
+    table = plain_table("Finished runs, the longest first", header, rows)
     return RaceView(table, tuple(drawings), ())

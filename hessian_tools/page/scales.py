@@ -91,14 +91,14 @@ def fitted(values: ArrayLike, start: float, stop: float, is_log: bool | None = N
     """
     flat = np.asarray(values, dtype=np.float64).ravel()
     finite = flat[np.isfinite(flat)]
+    if is_log:
+        finite = finite[finite > 0]
     if not len(finite):
         return Scale(0.0, 1.0, start, stop)
     low, high = float(finite.min()), float(finite.max())
     if is_log is None:
         is_log = low > 0 and high > 8 * low
     if is_log:
-        positive = finite[finite > 0]
-        low, high = float(positive.min()), float(positive.max())
         room = (high / low) ** 0.05 if high > low else 2.0
         return Scale(low / room, high * room, start, stop, True)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0

@@ -42,6 +42,7 @@ from hessian_tools.training.races import Race
 from hessian_tools.training.trajectory import Trajectory
 
 Kind = TypeVar("Kind")
+MOST_RECORDS = 400  # rows of a result without a form of its own
 _DEPTH = 3  # of dicts within dicts in a result
 _LONGEST = 300  # letters of a setting
 _SHOWN_ELSEWHERE = (BlockSpectra, JSHeterogeneity, PartitionReport, Race, Track)
@@ -121,9 +122,8 @@ def num_spectra(run: FoundRun) -> int:
 def num_maps(run: FoundRun) -> int:
     """Heat maps with numbers, which share the room for cells."""
     parts = list(_parts(run.results))
-    return sum(len(js.readings) for _, js in _of(JSHeterogeneity, parts)) + len(
-        _of(Coupling, parts)
-    )
+    readings = [len(js.readings) for _, js in _of(JSHeterogeneity, parts)]
+    return sum(readings) + len(_of(Coupling, parts))
 
 
 def _parts(results: Json, label: str = "", depth: int = _DEPTH) -> Iterator[Part]:
@@ -310,12 +310,7 @@ def _training_sections(parts: list[Part]) -> Iterator[Made]:
     for _, race in _of(Race, parts):
         yield "The race", "race.html", race_view(race)
     for _, trained in _dicts_of(Trajectory, parts):
-        yield "Training runs so far", "race.html", trained_view(trained)
-    single = {label or "run": run for label, run in _of(Trajectory, parts)}
-    inside = [run for _, trained in _dicts_of(Trajectory, parts) for run in trained.values()]
-    alone = {label: run for label, run in single.items() if not any(run is r for r in inside)}
-    if alone:
-        yield "Training", "race.html", trained_view(alone)
+        yield "Training runs", "race.html", trained_view(trained)
 
 
 def _quadratic_sections(run: FoundRun, parts: list[Part]) -> Iterator[Made]:
@@ -333,18 +328,17 @@ def _other_sections(parts: list[Part]) -> Iterator[Made]:
         is_rows = isinstance(result, Tabular) and not isinstance(result, _SHOWN_ELSEWHERE)
         records = result.records() if is_rows else []
         if records:
-            title = type(result).__name__
-            yield (
-                f"{title}{_of_label(label, True)}",
-                "table.html",
-                TableView(_records(records, title)),
-            )
+            title = f"{type(result).__name__}{_of_label(label, True)}"
+            yield title, "table.html", _records(records, title)
 
 
-def _records(records: list[Record], caption: str) -> Table:
+def _records(records: list[Record], caption: str) -> TableView:
     columns = tuple(Column(name, NUMBERS) for name in records[0])
-    rows = tuple(Row(tuple(_cell(value) for value in record.values())) for record in records)
-    return Table(caption, columns, rows)
+    kept = records[:MOST_RECORDS]
+    rows = tuple(Row(tuple(_cell(value) for value in record.values())) for record in kept)
+    left_out = len(records) - len(kept)
+    notes = (f"{left_out:,} more rows: records() of what ht.load gives",) if left_out else ()
+    return TableView(Table(caption, columns, rows), notes)
 
 
 def _cell(value: str | int | float | bool | None) -> Cell:

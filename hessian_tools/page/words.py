@@ -1,4 +1,4 @@
-"""Numbers as the page shows them, short and in columns; ``assets/report.js`` has the same rule."""
+"""Numbers as the page shows them, short and in columns; ``templates/report.js`` has their rule."""
 
 import math
 

@@ -41,6 +41,7 @@ def test_all_that_lies_in_a_folder_and_below(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"format": 1}')
     (tmp_path / "lines.jsonl").write_text('{"loss": 1.0}\n')
     (tmp_path / "words.jsonl").write_text("not even JSON\n")
+    (tmp_path / "pairs.jsonl").write_text('["a text", "its label"]\n')
     runs = find_runs(tmp_path)
     assert [run.name for run in runs] == ["a/curvature", "a/js0", "by_hand", "race"]
     assert isinstance(runs[0].results["track"], Track) and len(runs[0].results["track"]) == 4
@@ -66,6 +67,19 @@ def test_a_run_that_was_only_begun_has_nothing_yet(tmp_path):
     RunFolder(tmp_path, CONFIG).close()
     (run,) = find_runs(tmp_path)
     assert not run.is_finished and run.results == {} and run.commands == {}
+
+
+def test_saved_quadratures_are_spectra(tmp_path):
+    ht.save(dict(exact_spectra()), tmp_path / "by_hand")
+    (run,) = find_runs(tmp_path)
+    assert run.results["spectra"].names == tuple(EIGENVALUES)
+
+
+def test_a_journal_of_the_first_version(tmp_path):
+    line = {"dict": [["step", 3], ["loss", 1.5], ["seconds", 0.1]]}
+    (tmp_path / "track.jsonl").write_text(json.dumps(["3", line]) + "\n")
+    (run,) = find_runs(tmp_path)
+    assert run.results["track"].steps.tolist() == [3] and "version 0.1.0" in run.notes[0]
 
 
 def test_an_interrupted_race_has_its_runs(tmp_path):

@@ -1,10 +1,13 @@
 """The page as a file: whole, alone, escaped, small; every kind of run, and the command."""
 
 import html
+import json
+import math
 import re
 import sys
 from pathlib import Path
 
+import markupsafe
 import numpy as np
 import pytest
 from problems.command_line import run
@@ -78,7 +81,7 @@ def test_names_are_escaped_wherever_they_stand(tmp_path):
     js0_folder(tmp_path)
     page = page_of(tmp_path)
     assert page.count("<script>") == 1  # the page's own
-    assert HOSTILE not in page and html.escape(HOSTILE) in page
+    assert HOSTILE not in page and str(markupsafe.escape(HOSTILE)) in page
     settings = {**CONFIG, "model": "<img src=x onerror=alert(1)>"}
     other = tmp_path / "<b>folder"
     RunFolder(other, settings, {"repeat": "x --model '<img src=x>'"}).finish({"a": 1})
@@ -132,6 +135,19 @@ def test_a_race(tmp_path):
     for label in ("sgd, rate 0.1", "adam, rate 0.1"):
         assert f'data-label="{label}"' in page
     assert "one seed: how far the losses differ by chance is not known" in page
+
+
+def test_losses_that_are_no_numbers_stay_out_of_the_drawing(tmp_path):
+    runs = {
+        "sgd, rate 9": trajectory([2.0, 3.0, math.nan, math.inf]),
+        "adam": trajectory([2.0, 1.0]),
+    }
+    ht.save(runs, tmp_path / "runs")
+    page = page_of(tmp_path)
+    data = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    curves = json.loads(data[0], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert [len(curve["x"]) for curve in curves] == [2, 2]
+    assert "nan" not in "".join(re.findall(r' d="([^"]*)"', page))
 
 
 def test_a_tracker_beside_its_loss(tmp_path):
@@ -205,7 +221,7 @@ def test_the_command_prints_the_path(tmp_path, capsys):
     assert run("report", tmp_path / "run") == 0
     captured = capsys.readouterr()
     assert captured.out.strip() == str(tmp_path / "run" / "report.html")
-    assert "open it in a browser" in captured.err
+    assert "open it in a browser" in captured.err and "note:" not in captured.err
     target = tmp_path / "mine.html"
     assert run("report", tmp_path / "run", "--to", target) == 0 and target.stat().st_size > 10_000
 

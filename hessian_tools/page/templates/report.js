@@ -17,22 +17,17 @@
   // A name of dotted parts that may be broken between them.
   const breakable = (name) => name.replaceAll(".", ".\u200b");
 
-  // The same rule as hessian_tools/page/words.py: three digits, whole numbers in full.
+  // The same rule as hessian_tools/page/words.py: three digits, steps and other whole numbers in full.
   function shown(value) {
     if (!Number.isFinite(value)) return "–";
-    const text = value.toPrecision(3);
-    const [mantissa, exponent] = text.split("e");
     const size = Math.abs(value);
-    let told;
-    if (Number.isInteger(value) && size < 1e5) told = value.toLocaleString("en");
-    else if (value === 0 || (size >= 1e-4 && size < 1e3)) told = String(Number(text));
-    else if (size >= 1e3 && size < 1e5) told = Number(text).toLocaleString("en");
-    else if (exponent) told = `${Number(mantissa)}e${Number(exponent)}`;
-    else {
-      const [digits, power] = value.toExponential(2).split("e");
-      told = `${Number(digits)}e${Number(power)}`;
+    const [digits, power] = value.toExponential(2).split("e");
+    let told = `${Number(digits)}e${Number(power)}`;
+    if (value === 0 || (size >= 1e-4 && size < 1e5)) {
+      const rounded = Number.isInteger(value) ? value : Number(value.toPrecision(3));
+      told = rounded.toLocaleString("en", { maximumFractionDigits: 8 });
     }
-    return told.replace("-", "−").replace("e-", "e−");
+    return told.replaceAll("-", "−");
   }
 
   // ------------------------------------------------------------------- tables

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 import hessian_tools as ht
-from hessian_tools.plots.spectra import shortened, symlog_ticks
+from hessian_tools.plots.spectra import symlog_ticks
 
 COLUMNS = 9
 COLOURS = {"Hessian": "#1f5fa8", "Gauss-Newton": "#d55e00"}

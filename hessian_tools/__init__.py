@@ -2,8 +2,8 @@
 
 The names here are what most users need; the rest is in the folders, which are read in this order:
 problem, blocks, curvature, spectra, heterogeneity, structure, descent, quadratic, optimizers,
-training, tracking. Heavy optional libraries (torchvision, transformers, matplotlib) are imported
-only when a model or a figure asks for them.
+training, tracking, page. Heavy optional libraries (torchvision, transformers, matplotlib) are
+imported only when a model or a figure asks for them.
 """
 
 # first of all, for the imports take seconds in which Ctrl-C has to be answered
@@ -13,6 +13,7 @@ from hessian_tools import curvature as curvature
 from hessian_tools import descent as descent
 from hessian_tools import heterogeneity as heterogeneity
 from hessian_tools import optimizers as optimizers
+from hessian_tools import page as page
 from hessian_tools import problem as problem
 from hessian_tools import quadratic as quadratic
 from hessian_tools import spectra as spectra
@@ -33,6 +34,7 @@ from hessian_tools.descent.predicted import predicted_progress
 from hessian_tools.errors import NotTwiceDifferentiable, NumericalError
 from hessian_tools.heterogeneity.adaptive import adaptive_js0
 from hessian_tools.heterogeneity.block_heterogeneity import js_heterogeneity
+from hessian_tools.page.writing import write_report
 from hessian_tools.problem.losses import Loss, cross_entropy, huggingface, mse
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import load, save
@@ -85,4 +87,5 @@ __all__ = [
     "spectral_density",
     "top_eigenpairs",
     "trace",
+    "write_report",
 ]

@@ -191,6 +191,8 @@ class Journal:
         path: the file; need not exist.
         run: id of the run. "" continues whatever run wrote the file.
         check: called before every line is written, to raise where that must not be.
+        repair: whether the torn end is cut off in the file as well. False leaves the file alone,
+            which another process may be writing.
     Raises:
         ValueError: a line that is not as it was written, or of another run, by its number.
     """
@@ -200,6 +202,7 @@ class Journal:
         path: Path,
         run: str = "",
         check: Callable[[], None] = lambda: None,
+        repair: bool = True,
     ) -> None:
         self.path = path
         self.run = run
@@ -207,7 +210,9 @@ class Journal:
         self.notes: list[str] = []
         self._check = check
         content = path.read_bytes() if path.exists() else b""
-        self._read(content)
+        whole = self._read(content)
+        if repair and whole != content:
+            write_atomically(path, whole)
         self._size = path.stat().st_size if path.exists() else 0
 
     def append(self, name: str, result: Json) -> None:
@@ -251,7 +256,8 @@ class Journal:
                     file.truncate(self._size)
                 raise
 
-    def _read(self, content: bytes) -> None:
+    def _read(self, content: bytes) -> bytes:
+        """Takes all lines; returns the content that the file should have."""
         *lines, rest = content.split(b"\n")
         if rest:
             content = content[: -len(rest)]
@@ -267,8 +273,7 @@ class Journal:
                 f"{self.path} is of version 0.1.0, whose lines had no checksum; taken as it is"
             )
             content = b"".join(self._line(name, part) for name, part in self.finished.items())
-        if self.path.exists() and content != self.path.read_bytes():
-            write_atomically(self.path, content)
+        return content
 
     def _take(self, number: int, line: bytes, is_old: bool) -> None:
         """One line, into ``finished``."""

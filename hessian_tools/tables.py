@@ -1,4 +1,4 @@
-"""Numbers as text: aligned columns, and values with their errors."""
+"""Numbers and names as text: aligned columns, values with their errors, names made short."""
 
 import math
 from collections.abc import Sequence
@@ -42,3 +42,19 @@ def interval(value: float, low: float, high: float) -> str:
         return f"{value:.3g} ({low:.3g} to {high:.3g})"
     places = max(1 - math.floor(math.log10(half)), 0)
     return f"{value:.{places}f} ({low:.{places}f} to {high:.{places}f})"
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Names without ``.weight``, if they stay different, and without what all share at the
+    front."""
+    bare = [name.replace(".weight", "") for name in names]
+    names = bare if len(set(bare)) == len(bare) else names
+    if len(names) < 2:
+        return list(names)
+    pieces = names[0].split(".")
+    while pieces:
+        prefix = ".".join(pieces) + "."
+        if all(name.startswith(prefix) for name in names):
+            return [name[len(prefix) :] for name in names]
+        pieces.pop()
+    return list(names)

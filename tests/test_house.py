@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "interruption errors tables shown lock results problem blocks curvature.tangent "
     "curvature.segments curvature.engine curvature.outputs curvature spectra heterogeneity structure descent "
-    "quadratic optimizers training tracking plots app.models app __init__ __main__"
+    "quadratic optimizers training tracking plots page app.models app __init__ __main__"
 ).split()
 # heavy libraries, each imported inside functions in the one module named, and plotting by the
 # command line
@@ -31,6 +31,7 @@ LAZY = {
     "curvature.symmetric": {"scipy.sparse.linalg"},
     "optimizers.named": {"pytorch_optimizer"},
     "tracking.trainers": {"transformers", "lightning"},
+    "page.heat_maps": {"PIL"},
     "app.models.saved_model": {"transformers"},
     "app.spectra_command": {"hessian_tools.plots"},
     "app.partition_command": {"hessian_tools.plots"},
@@ -41,7 +42,7 @@ FOLDERS = ("hessian_tools", "experiments", "figures", "tests", "benchmarks")
 PACKAGE = ROOT / "hessian_tools"
 EXPORTING = (
     "problem blocks curvature spectra heterogeneity structure descent quadratic optimizers training "
-    "tracking"
+    "tracking page"
 ).split()
 MODULES = {  # by dotted name inside the package
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(

@@ -445,6 +445,21 @@ def test_a_journal_of_the_first_version_goes_on(tmp_path):
         Journal(path, "r1")
 
 
+def test_a_journal_may_be_looked_at_while_another_process_writes_to_it(tmp_path):
+    """What is torn now may be whole in a moment, and the writer knows how long its file is."""
+    path = tmp_path / "blocks.jsonl"
+    writing = Journal(path, "r1")
+    writing.append("a", 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'["r1", "b", 2')
+    looked_at = Journal(path, repair=False)
+    assert looked_at.finished == {"a": 1} and "cut short" in looked_at.notes[0]
+    assert path.read_bytes() == whole + b'["r1", "b", 2'
+    path.write_bytes(whole)
+    writing.append("b", 2)
+    assert Journal(path, repair=False).finished == {"a": 1, "b": 2}
+
+
 @pytest.mark.parametrize(
     ("rubbish", "told"),
     [

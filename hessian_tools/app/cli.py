@@ -1,6 +1,6 @@
 """The command line: parse, run, explain.
 
-Commands: ``hessian-tools js0 | spectrum | partition | quadratic | race | models``.
+Commands: ``hessian-tools js0 | spectrum | partition | quadratic | race | report | models``.
 
 Exit codes: 0 done, 1 a partition is contradicted, 2 bad input (one line on stderr), 3 a failure
 while computing, numerical or other (one line), 130 interrupted (--out resumes).
@@ -11,13 +11,20 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hessian_tools.app import partition_command, quadratic_command, race_command, spectra_command
+from hessian_tools.app import (
+    partition_command,
+    quadratic_command,
+    race_command,
+    report_command,
+    spectra_command,
+)
 from hessian_tools.app.run_folder import close_all
 from hessian_tools.app.terminal import say
 from hessian_tools.curvature.engine.memory import is_out_of_memory
@@ -69,6 +76,7 @@ def _code_of(argv: Sequence[str], interruption: Interruption) -> int:
     try:
         try:
             _parser().parse_args(argv, arguments)
+            arguments.line = shlex.join(["hessian-tools", *argv])
             return arguments.run(arguments) or DONE
         finally:
             close_all()
@@ -192,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     partition_command.add(commands, _EPILOG)
     quadratic_command.add(commands, _EPILOG)
     race_command.add(commands, _EPILOG)
+    report_command.add(commands, _EPILOG)
     models = commands.add_parser("models", help="the networks that --model knows")
     models.add_argument(
         "--json",

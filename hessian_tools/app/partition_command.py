@@ -234,7 +234,7 @@ def _prepared(arguments: argparse.Namespace) -> _Run:
     folder = None
     if arguments.out:
         config = {knob: getattr(arguments, knob) for knob in _KNOBS} | matrix_setting(arguments)
-        folder = RunFolder(arguments.out, config | settings)
+        folder = RunFolder(arguments.out, config | settings, {"repeat": arguments.line})
     data = settings.get("data", "data of its own")
     size = f"{problem.num_parameters:,} parameters"
     described = f"{arguments.model} ({size}, {data}, loss {problem.loss:.4g})"

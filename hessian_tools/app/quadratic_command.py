@@ -189,7 +189,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     problem = problem_of(arguments)
     if arguments.out:
-        folder = RunFolder(arguments.out, _config(arguments, problem))
+        commands = {"repeat": arguments.line}
+        folder = RunFolder(arguments.out, _config(arguments, problem), commands)
         result = _kept_or_computed(folder, arguments, problem)
         _draw(folder, problem, result, arguments.format)
     else:

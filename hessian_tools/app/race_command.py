@@ -161,7 +161,8 @@ def run(arguments: argparse.Namespace) -> None:
         make_model = _model_maker(arguments, problem)
         folder = None
         if arguments.out:
-            folder = RunFolder(arguments.out, _config(arguments, identity, stream))
+            config = _config(arguments, identity, stream)
+            folder = RunFolder(arguments.out, config, {"repeat": arguments.line})
         result = _kept_or_run(arguments, stream, make_model, folder)
         label = f"{arguments.model} ({problem.num_parameters:,} parameters, {stream.described})"
         took = f"runs took {result.seconds:.0f} s"

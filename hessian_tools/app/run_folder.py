@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hessian_tools.app.terminal import say
 from hessian_tools.lock import InUse, Lock
+from hessian_tools.page.found import COMMANDS
 from hessian_tools.results import Journal, Json, JsonObject, load, load_json, save, write_atomically
 
 _LOCK = "run.lock"
@@ -19,6 +20,8 @@ _TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")  # what write_atomically leaves wh
 
 class RunFolder:
     """``--out DIR``: config.json; the journal while a run lasts; then result.json and result.npz.
+
+    commands.json holds what to type, for people and for the report page.
 
     One process alone has it, from here to :meth:`finish` or :meth:`close`; a finished one is only
     read, by as many as like.
@@ -29,14 +32,22 @@ class RunFolder:
     Args:
         path: the folder; created.
         config: all that the numbers depend on, JSON-able.
+        commands: command lines by what they are for: "repeat", which is this run's own and goes on
+            with it, and others that the page may offer. None: there are none.
     Raises:
         ValueError: the folder cannot be written, is in use by another process (naming it), holds
             something of another configuration (naming what differs), or files that are not as
             they were written.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Json]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Json],
+        commands: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
+        self.commands = dict(commands or {})
         self.config: JsonObject = json.loads(json.dumps(config))
         self._lock = self._locked()
         # the journal must not refer to this object: a circle would keep the lock
@@ -124,6 +135,9 @@ class RunFolder:
 
     def _write_config(self) -> None:
         write_atomically(self.path / "config.json", json.dumps(self.config, indent=1).encode())
+        if self.commands:
+            text = json.dumps(self.commands, indent=1)
+            write_atomically(self.path / COMMANDS, text.encode())
 
     def _kept_config(self) -> JsonObject:
         """The configuration that the folder was begun with; this run's, where it is new."""

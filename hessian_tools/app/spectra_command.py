@@ -192,7 +192,8 @@ def _folder(
     config = {knob: getattr(arguments, knob) for knob in _KNOBS}
     if arguments.tolerance:
         config |= {"tolerance": arguments.tolerance}
-    return RunFolder(path, config | matrix_setting(arguments) | settings)
+    commands = {"repeat": arguments.line, "race": race_of(arguments, reference)}
+    return RunFolder(path, config | matrix_setting(arguments) | settings, commands)
 
 
 def _print_spectra(prepared: _Run, spectra: BlockSpectra) -> None:

@@ -18,6 +18,7 @@ from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.structure.coupling_result import Coupling
 from hessian_tools.structure.dense import DenseBlock
 from hessian_tools.structure.report import PartitionReport
+from hessian_tools.tables import shortened
 from hessian_tools.tracking.track import Track
 from hessian_tools.training.races import Race
 from hessian_tools.training.sweeps import RateSweep
@@ -59,7 +60,7 @@ def block_extents(axes: Axes, result: BlockSpectra) -> None:
         few.set_params(numticks=MOST_TICKS)
         axes.xaxis.set_major_locator(few)
     axes.axvline(0.0, color=spectra.ZERO, linewidth=0.6, zorder=0)
-    axes.set_yticks(range(len(shown)), spectra.shortened([n for n, _ in shown]), fontsize=6.5)
+    axes.set_yticks(range(len(shown)), shortened([n for n, _ in shown]), fontsize=6.5)
     axes.invert_yaxis()
     axes.set_xlabel(f"eigenvalue of the {result.curvature} (dot: rms)", fontsize=8)
     if len(result) > len(shown):

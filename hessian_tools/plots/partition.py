@@ -13,11 +13,12 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from hessian_tools.plots.spectra import MAX_LABELS, shortened, titled, written
+from hessian_tools.plots.spectra import MAX_LABELS, titled, written
 from hessian_tools.structure.coupling_result import Coupling
 from hessian_tools.structure.cuttings import ELEMENTS, WHOLE
 from hessian_tools.structure.dense import DenseBlock
 from hessian_tools.structure.report import CutEvidence, PartitionReport, TensorReport
+from hessian_tools.tables import shortened
 
 MOST_ROWS = 80  # tensors of one picture
 MOST_BORDERS = 64  # more lines between blocks than these would run together

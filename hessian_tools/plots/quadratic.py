@@ -8,10 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hessian_tools.plots.spectra import shortened, written
+from hessian_tools.plots.spectra import written
 from hessian_tools.quadratic.problems import Quadratic
 from hessian_tools.quadratic.runs import Runs
 from hessian_tools.quadratic.theory import Constants
+from hessian_tools.tables import shortened
 
 
 class Style(NamedTuple):

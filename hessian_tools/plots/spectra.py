@@ -20,7 +20,8 @@ from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
 from hessian_tools.heterogeneity.readings import READINGS
 from hessian_tools.results import write_atomically
 from hessian_tools.spectra.density import Axis, spectral_density, unresolved_below
-from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature, RitzValue
+from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature, outliers
+from hessian_tools.tables import shortened
 
 MAX_PANELS = 48  # more small multiples than these cannot be read on one page
 MAX_LABELS = 60  # more names than these on the side of a heat map would overlap
@@ -32,8 +33,6 @@ FILL = "#9ecae1"
 MARK = "#d55e00"
 ZERO = "#bbbbbb"  # of the line at zero
 BAND = "#eeeeee"  # where nothing is resolved
-# An extreme Ritz value is an eigenvalue's where its residual bound is below this share of it.
-KNOWN = 0.05
 
 
 def draw(
@@ -178,13 +177,9 @@ def extremes(quadrature: Quadrature, digits: int) -> str:
     A Ritz value lies inside the spectrum, so one that has not converged is a bound on its end.
     """
     low, high = quadrature.smallest, quadrature.largest
-    below = "" if _is_known(low) else "≤ "
-    above = "" if _is_known(high) else "≥ "
+    below = "" if low.is_known else "≤ "
+    above = "" if high.is_known else "≥ "
     return f"{below}{low.value:.{digits}g}  to  {above}{high.value:.{digits}g}"
-
-
-def _is_known(ritz: RitzValue) -> bool:
-    return ritz.residual_bound <= KNOWN * abs(ritz.value)
 
 
 def _share_ticks(panel: Axes, lowest: int) -> None:
@@ -264,27 +259,6 @@ def spectrum(
     axes.set_ylim(floor, None)
 
 
-def outliers(quadrature: Quadrature, count: int) -> NDArray[np.float64]:
-    """At most ``count`` single eigenvalues far outside the bulk, ascending.
-
-    They are Ritz values of the probe that reaches furthest: above 4 times the rms eigenvalue in
-    magnitude (a semicircle ends at 2), known to 1 % by their residual bound, of a weight that is
-    one eigenvalue's (1/n on average, up to 20/n by chance); the largest in magnitude, copies that
-    differ by less than 1e-3 once.
-    """
-    best = int(np.argmax(np.abs(quadrature.nodes).max(axis=1)))
-    nodes = quadrature.nodes[best]
-    weights = quadrature.weights[best]
-    sizes = np.abs(nodes)
-    is_single = (weights > 0) & (weights < 20 / quadrature.size)
-    is_known = quadrature.residuals[best] <= 0.01 * sizes
-    is_far = sizes > 4 * quadrature.rms.value
-    values = nodes[is_single & is_known & is_far]
-    is_new = np.diff(values, prepend=-np.inf) > 1e-3 * np.abs(values)
-    values = values[is_new]
-    return np.sort(values[np.argsort(-np.abs(values))[:count]])
-
-
 def symlog_ticks(axes: Axes, axis: Axis, low: float, high: float) -> None:
     """Ticks at powers of ten of the eigenvalue, on both sides of zero, on an axis in decades."""
     step = max(1, math.ceil((high - low) / 5))  # decades between labels, so that they do not touch
@@ -312,22 +286,6 @@ def _is_between(
 ) -> NDArray[np.bool_]:
     positions = axis.position(eigenvalues)
     return (positions >= low) & (positions <= high)
-
-
-def shortened(names: Sequence[str]) -> list[str]:
-    """Names without ``.weight``, if they stay different, and without what all share at the
-    front."""
-    bare = [name.replace(".weight", "") for name in names]
-    names = bare if len(set(bare)) == len(bare) else names
-    if len(names) < 2:
-        return list(names)
-    pieces = names[0].split(".")
-    while pieces:
-        prefix = ".".join(pieces) + "."
-        if all(name.startswith(prefix) for name in names):
-            return [name[len(prefix) :] for name in names]
-        pieces.pop()
-    return list(names)
 
 
 def titled(figure: Figure, title: str) -> None:

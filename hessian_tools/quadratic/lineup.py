@@ -1,7 +1,7 @@
 """The methods that are usually compared, each with its step size, and their runs on one problem."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,11 @@ LINEUP: dict[str, tuple[str, Settings, str]] = {
     "adagrad": ("adagrad", {}, "best"),
     "sign": ("sign", {}, "best"),
 }
+# methods of GD's side and of Adam's; momentum alone is worth much, so like meets like
+_DUELS = (
+    ("without momentum", ("gd",), ("adam_frozen", "sign")),
+    ("with momentum", ("heavy_ball", "nesterov"), ("adam",)),
+)
 
 
 @dataclass(frozen=True)
@@ -107,3 +112,67 @@ def _standing(name: str, runs: Runs, tolerance: float, reference: float) -> Stan
         diverged=float(runs.diverged.mean()),
         speedup=math.nan if neither_arrives else reference / max(middle, 1.0),
     )
+
+
+def standing_rows(
+    places: list[Standing],
+    tolerance: float,
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The places as a table, header and rows."""
+    header = (
+        "method",
+        "step size",
+        "eta",
+        f"iterations to {tolerance:g}",
+        "quartiles",
+        "diverged",
+        "times faster than gd",
+    )
+    rows = []
+    for place in places:
+        low, middle, high = (_iterations(q) for q in place.quartiles)
+        row = [
+            place.name,
+            place.step,
+            f"{place.eta:.3g}",
+            middle,
+            f"{low} - {high}",
+            f"{place.diverged:.0%}",
+            f"{place.speedup:.3g}",
+        ]
+        rows.append(row)
+    return header, rows
+
+
+def _iterations(count: float) -> str:
+    return f"{count:,.0f}" if math.isfinite(count) else "not reached"
+
+
+def winner(places: list[Standing]) -> str:
+    """Gradient descent against Adam, without momentum and with it, and by what factor."""
+    medians = {place.name: place.quartiles[1] for place in places}
+    lines = []
+    for kind, of_gd, of_adam in _DUELS:
+        gd = _fastest(medians, of_gd)
+        adam = _fastest(medians, of_adam)
+        if gd and adam:
+            lines.append(f"{kind}: {_duel(medians, gd, adam)}.")
+    return "\n".join(lines) or f"Fastest: {places[0].name}."
+
+
+def _fastest(medians: Mapping[str, float], names: tuple[str, ...]) -> str | None:
+    """Which of ``names`` needs the fewest iterations, None where none of them ran."""
+    ran = [name for name in names if name in medians]
+    return min(ran, key=lambda name: medians[name], default=None)
+
+
+def _duel(medians: Mapping[str, float], one: str, other: str) -> str:
+    ahead, behind = sorted((one, other), key=lambda name: medians[name])
+    fast, slow = medians[ahead], medians[behind]
+    if math.isinf(fast):
+        return f"{one} and {other} both do not come to the tolerance; allow more --steps"
+    if fast == slow:
+        return f"{one} and {other} are even"
+    if math.isinf(slow):
+        return f"{ahead} beats {behind}, which does not come to the tolerance"
+    return f"{ahead} beats {behind}, {slow / fast:.3g} times fewer iterations"

@@ -240,3 +240,19 @@ def _check(name: str, margins: Tensor) -> BoundCheck:
     kept = margins[~margins.isnan()]
     least = float(kept.min()) if len(kept) else math.nan
     return BoundCheck(name, len(kept), int((kept < -ROUNDING).sum()), least)
+
+
+def check_rows(checks: Sequence[BoundCheck]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """A table, header and rows: steps that each bound was held against, and violations."""
+    header = ("bound", "steps judged", "violations", "least margin (log)")
+    rows = []
+    for check in checks:
+        bound = "GD lower bound" if check.name in GD_FORMS else "Adam upper bound"
+        row = [
+            f"{bound}: {check.name}",
+            f"{check.steps:,}",
+            f"{check.violations:,}",
+            f"{check.margin:.2g}",
+        ]
+        rows.append(row)
+    return header, rows

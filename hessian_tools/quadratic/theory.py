@@ -205,3 +205,25 @@ def random_problems(
             inner[:, -1] = 1.0
         blocks.append(10 ** (scale + width * inner))
     return from_blocks(blocks, seed=seed, name="random blocks", num_problems=num_problems)
+
+
+def theory_rows(exact: Constants) -> list[list[str]]:
+    """The theorems' constants in words and numbers; those of Adam are medians over starts."""
+    worst = float(exact.block_kappas.max())
+    r = float(np.median(exact.r))
+    tight_r = float(np.median(exact.tight_r))
+    upper = float(np.median(exact.adam_upper))
+    upper_tight = float(np.median(exact.adam_upper_tight))
+    lower = exact.gd_lower[0]
+    wins = np.mean(exact.adam_wins)
+    return [
+        ["kappa", f"{exact.kappa[0]:.6g}"],
+        ["max kappa_l", f"{worst:.6g}"],
+        ["r = max C2^2 / min C1^2 (median)", f"{r:.4g}"],
+        ["r' = max C2 / min C1 (median)", f"{tight_r:.4g}"],
+        ["r max kappa_l (median)", f"{r * worst:.4g}"],
+        ["starts with r max kappa_l <= kappa, where theory has Adam win", f"{wins:.0%}"],
+        ["GD, factor of f a step, worst start at any step size, at least", f"{lower:.8g}"],
+        ["Adam, factor of f a step, at most (median)", f"{upper:.8g}"],
+        ["the same by r', squared", f"{upper_tight:.8g}"],
+    ]

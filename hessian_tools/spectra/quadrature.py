@@ -22,6 +22,7 @@ from hessian_tools.results import registered
 from hessian_tools.shown import Drawable, Record, Tabular
 
 _INVARIANT = 1e-4  # of the largest |node|: with residuals below, the error of a moment is rounding
+KNOWN = 0.05  # residual bound of an extreme Ritz value that is an eigenvalue's, relative
 
 Floats = NDArray[np.float64]
 
@@ -63,6 +64,11 @@ class RitzValue:
     value: float
     residual_bound: float
     standard_error: float
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is an eigenvalue's to 5 %; otherwise it bounds the spectrum's end."""
+        return self.residual_bound <= KNOWN * abs(self.value)
 
 
 @registered
@@ -302,3 +308,24 @@ class BlockSpectra(Tabular, Drawable, Mapping[str, Quadrature]):
     def num_matvecs(self) -> int:
         """Products spent on all blocks together."""
         return sum(quadrature.num_matvecs for quadrature in self.quadratures.values())
+
+
+def outliers(quadrature: Quadrature, count: int) -> Floats:
+    """At most ``count`` single eigenvalues far outside the bulk, ascending.
+
+    They are Ritz values of the probe that reaches furthest: above 4 times the rms eigenvalue in
+    magnitude (a semicircle ends at 2), known to 1 % by their residual bound, of a weight that is
+    one eigenvalue's (1/n on average, up to 20/n by chance); the largest in magnitude, copies that
+    differ by less than 1e-3 once.
+    """
+    best = int(np.argmax(np.abs(quadrature.nodes).max(axis=1)))
+    nodes = quadrature.nodes[best]
+    weights = quadrature.weights[best]
+    sizes = np.abs(nodes)
+    is_single = (weights > 0) & (weights < 20 / quadrature.size)
+    is_known = quadrature.residuals[best] <= 0.01 * sizes
+    is_far = sizes > 4 * quadrature.rms.value
+    values = nodes[is_single & is_known & is_far]
+    is_new = np.diff(values, prepend=-np.inf) > 1e-3 * np.abs(values)
+    values = values[is_new]
+    return np.sort(values[np.argsort(-np.abs(values))[:count]])

@@ -52,6 +52,10 @@ class TrackedMeasure:
     moves_weights: bool = False
 
 
+def loss(moment: Moment) -> Values:
+    return {"loss": moment.loss()}
+
+
 def largest(moment: Moment) -> Values:
     return _outermost(moment, "largest", 1.0)
 
@@ -174,6 +178,11 @@ def rising_factor(line: Line) -> float:
 
 
 MEASURES: dict[str, TrackedMeasure] = {
+    "loss": TrackedMeasure(
+        "mean loss on the Problem's batches, in the mode in which curvature is measured",
+        loss,
+        "1",
+    ),
     "largest": TrackedMeasure(
         "largest eigenvalue, by Lanczos from the last eigenvector, with its residual",
         largest,

@@ -56,7 +56,8 @@ class Track(Tabular, Drawable):
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no journal {path}; a Tracker writes one")
-        return cls.of(Journal(Path(path)).finished)
+        # a run may be writing to it
+        return cls.of(Journal(Path(path), repair=False).finished)
 
     def records(self) -> list[Record]:
         """A row a measurement and reading that was taken then."""

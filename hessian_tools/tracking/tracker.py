@@ -27,7 +27,7 @@ from hessian_tools.tracking.measures import TrackedMeasure, of
 from hessian_tools.tracking.moment import Moment
 from hessian_tools.tracking.track import SECONDS, STEP, Track
 
-READINGS = ("largest", "scale")
+READINGS = ("loss", "largest", "scale")
 
 
 class Tracker:

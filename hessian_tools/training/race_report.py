@@ -10,34 +10,41 @@ from hessian_tools.training.races import Race, RaceEntry
 
 COSTLY = 2.0  # times the cheapest step, from which on equal steps are not about equal time
 _MEBI = 2**20
+HEADER = (
+    "optimizer",
+    "batch",
+    "best rate",
+    "loss ± seeds",
+    "validation",
+    "steps to level",
+    "ms a step",
+    "state",
+)
 
 
 def race_table(race: Race) -> str:
     """A row an optimizer and batch size, the lowest loss first."""
-    header = (
-        "optimizer",
-        "batch",
-        "best rate",
-        "loss ± seeds",
-        "validation",
-        "steps to level",
-        "ms a step",
-        "state",
-    )
-    rows = [_row(entry) for size in race.batch_sizes for entry in race.ranking(size)]
-    return table(header, rows)
+    return table(HEADER, race_rows(race))
+
+
+def race_rows(race: Race) -> list[list[str]]:
+    """The cells of :func:`race_table`."""
+    return [_row(entry) for size in race.batch_sizes for entry in race.ranking(size)]
 
 
 def race_text(race: Race) -> str:
     """What the race tells, and what it does not, in lines of 100 characters."""
-    paragraphs = [_who_leads(race, size) for size in race.batch_sizes]
-    if len(race.batch_sizes) > 1:
-        paragraphs.append(_crossover(race))
-    paragraphs += [f"note: {note}" for note in notes(race)]
+    paragraphs = [*findings(race), *(f"note: {note}" for note in notes(race))]
     return "\n".join(
         textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
         for text in paragraphs
     )
+
+
+def findings(race: Race) -> list[str]:
+    """Who leads at every batch size, and whether that changes between them."""
+    found = [_who_leads(race, size) for size in race.batch_sizes]
+    return [*found, _crossover(race)] if len(race.batch_sizes) > 1 else found
 
 
 def notes(race: Race) -> list[str]:

@@ -164,8 +164,13 @@ def test_js0_prints_saves_and_draws(capsys):
         "verified (quick set, relative errors): symmetry "
     )
     assert sorted(path.name for path in Path("out").iterdir()) == [
-        "block_spectra.png", "config.json", "js_matrix.png", "result.json", "result.npz",
+        "block_spectra.png", "commands.json", "config.json", "js_matrix.png", "result.json",
+        "result.npz",
     ]  # fmt: skip
+    assert json.loads(Path("out/commands.json").read_text()) == {
+        "repeat": f"hessian-tools js0 --model own.py:net --out out {' '.join(FAST[:4])}",
+        "race": "hessian-tools race --model own.py:net --optimizers sgd adam --budget 5min",
+    }
     config = json.loads(Path("out/config.json").read_text())
     assert config == json.loads(Path("out/result.json").read_text())["config"]
     assert config["seed"] == 0 and config["probes"] == 2 and len(config["sha256"]) == 64
@@ -735,7 +740,8 @@ def test_interrupted_while_saving_a_run_goes_on_without_computing(where, capsys,
     assert run(*command) == 0
     assert names == [] and same(ht.load("out/result"), ht.load("whole/result"))
     assert sorted(path.name for path in Path("out").iterdir()) == [
-        "block_spectra.png", "config.json", "js_matrix.png", "result.json", "result.npz",
+        "block_spectra.png", "commands.json", "config.json", "js_matrix.png", "result.json",
+        "result.npz",
     ]  # fmt: skip
 
 

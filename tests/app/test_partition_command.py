@@ -130,6 +130,7 @@ def test_out_keeps_the_report_the_suggestion_and_pictures(capsys, tmp_path):
     folder = tmp_path / "out"
     names = {path.name for path in folder.iterdir()}
     assert names == {
+        "commands.json",
         "config.json",
         "result.json",
         "result.npz",

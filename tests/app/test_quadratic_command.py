@@ -12,8 +12,8 @@ import hessian_tools as ht
 from hessian_tools import quadratic
 from hessian_tools.app import quadratic_command
 from hessian_tools.app.cli import main
-from hessian_tools.app.quadratic_text import winner
 from hessian_tools.quadratic.cases import drawn_eigenvalues
+from hessian_tools.quadratic.lineup import winner
 from hessian_tools.quadratic.problems import exact_quadrature
 
 ROOT = Path(__file__).parents[2]

@@ -72,7 +72,13 @@ def test_a_race_on_ones_own_model(said, tmp_path):
     assert "a longer run, with other rates, may turn" in out and "--seeds 3" in out
     files = {path.name for path in (tmp_path / "out").iterdir()}
     pictures = {"curves.png", "rates.png"}
-    assert files == pictures | {"config.json", "result.json", "result.npz", "table.txt"}
+    assert files == pictures | {
+        "commands.json",
+        "config.json",
+        "result.json",
+        "result.npz",
+        "table.txt",
+    }
 
 
 def test_json_has_the_numbers_and_a_finished_race_is_only_read(said, tmp_path, monkeypatch):

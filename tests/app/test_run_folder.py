@@ -83,6 +83,18 @@ def test_a_second_process_is_refused_and_the_first_goes_on(out):
     ]
 
 
+def test_a_folder_keeps_what_to_type(out):
+    """The command is no part of the configuration: a run that was moved goes on by another."""
+    file = out / "commands.json"
+    RunFolder(out, CONFIG, {"repeat": "hessian-tools test"}).close()
+    assert json.loads(file.read_text()) == {"repeat": "hessian-tools test"}
+    folder = RunFolder(out, CONFIG, {"repeat": "hessian-tools test --out moved"})
+    assert json.loads(file.read_text()) == {"repeat": "hessian-tools test --out moved"}
+    folder.finish({"a": 1})
+    RunFolder(out, CONFIG)  # by the library, which types nothing
+    assert json.loads(file.read_text()) == {"repeat": "hessian-tools test --out moved"}
+
+
 def test_two_commands_on_one_folder(out):
     """Both are started together: one result, the other refused in one line or read it finished."""
     command = ("quadratic", 3, "--starts", 2, "--steps", 2000, "--methods", "gd", "--out", out)

@@ -116,6 +116,13 @@ def test_extremes_and_trace_are_those_of_the_dense_hessian(followed):
     assert abs(readings["trace"] - float(values.sum())) < 4 * readings["trace_error"] + 1e-9
 
 
+def test_the_loss_is_the_problems_own_after_every_step(followed):
+    model, problem, tracker = followed
+    losses = tracker.track.readings["loss"]
+    assert losses[-1] == pytest.approx(ht.Problem(model, ht.cross_entropy, problem.batches).loss)
+    assert len(losses) == 4 and len(set(losses)) == 4
+
+
 def spread(model, hessian):
     """Of the weights' blocks of a dense matrix."""
     logs, start = [], 0
@@ -306,7 +313,7 @@ def test_gradients_need_not_be_enabled():
         ({"every": 1.5}, "every is 1.5"),
         ({"num_probes": 1}, "at least 2"),
         ({"budget": 1.5}, "budget is 1.5"),
-        ({"readings": ["sharp"]}, "'sharp'; choose one or more of largest"),
+        ({"readings": ["sharp"]}, "'sharp'; choose one or more of loss, largest"),
         ({"readings": []}, "empty; choose"),
     ],
 )

@@ -30,6 +30,7 @@ from hessian_tools.heterogeneity.readings import DEFAULT, READINGS, SCALE
 from hessian_tools.heterogeneity.uncertainty import Shares, Uncertainty, shares_of
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
+from hessian_tools.shown import Drawable, Record, Tabular
 from hessian_tools.spectra.growing import GrowingSpectra, Growth
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.spectra.settings import Settings
@@ -56,7 +57,7 @@ class Round:
 
 @registered
 @dataclass(frozen=True, eq=False)
-class AdaptiveJS0:
+class AdaptiveJS0(Tabular, Drawable):
     """Spectra, readings and how the run got there."""
 
     spectra: BlockSpectra
@@ -65,6 +66,10 @@ class AdaptiveJS0:
     tolerance: float
     reading: tuple[str, ...]
     met: bool  # whether the tolerance was; else every block that matters is at a limit
+
+    def records(self) -> list[Record]:
+        """Those of the readings it ended with."""
+        return self.heterogeneity.records()
 
     @property
     def estimates(self) -> dict[str, float]:

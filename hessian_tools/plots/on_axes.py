@@ -11,8 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import SymmetricalLogLocator
 
+from hessian_tools.heterogeneity.adaptive import AdaptiveJS0
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
 from hessian_tools.plots import partition, spectra, training
+from hessian_tools.plots.style import COLOURS, line_style, wrap_labels
+from hessian_tools.spectra.density import SpectralDensity
 from hessian_tools.spectra.eigenpairs import Eigenpairs
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.structure.coupling_result import Coupling
@@ -26,8 +29,10 @@ from hessian_tools.training.trajectory import Trajectory
 
 MOST_BLOCKS = 60  # of a picture whose rows have names
 MOST_TICKS = 5
+MOST_IN_LEGEND = 12
+DENSITY_REACH = 1e-8  # of the highest density; below, a picture shows the kernel's tail only
 ERRORS = ("_residual", "_low", "_high", "_error")  # of the reading whose name they follow
-COLOUR = training.COLOURS[0]
+COLOUR = COLOURS[0]
 
 
 def draw(result: object, axes: Axes | None = None) -> Axes:
@@ -38,8 +43,10 @@ def draw(result: object, axes: Axes | None = None) -> Axes:
     """
     for kind in type(result).__mro__:
         if kind in DRAWN:
-            drawn = axes or Figure(figsize=(6, 4), layout="constrained").add_subplot()
+            drawn = axes or Figure(layout="constrained").add_subplot()
             DRAWN[kind](drawn, result)
+            if axes is None:
+                wrap_labels(drawn.figure)
             return drawn
     names = ", ".join(kind.__name__ for kind in DRAWN)
     raise TypeError(f"a {type(result).__name__} has no picture; these have: {names}")
@@ -70,6 +77,26 @@ def block_extents(axes: Axes, result: BlockSpectra) -> None:
 def first_matrix(axes: Axes, result: JSHeterogeneity) -> None:
     """The heat map of the first reading between pairs of blocks."""
     spectra.js_matrix(axes, result, next(iter(result.readings)))
+
+
+def adaptive_matrix(axes: Axes, result: AdaptiveJS0) -> None:
+    """That of the readings it ended with."""
+    first_matrix(axes, result.heterogeneity)
+
+
+def densities(axes: Axes, result: SpectralDensity) -> None:
+    """A line a spectrum, over the axis of the grid, upwards logarithmic over eight decades."""
+    for number, (name, values) in enumerate(zip(result.names, result.values, strict=True)):
+        colour, dash = line_style(number)
+        axes.semilogy(result.grid, values, dash, color=colour, linewidth=1.0, label=name)
+    axes.set_ylim(float(result.values.max()) * DENSITY_REACH, None)
+    if result.axis.kind == "symlog":
+        spectra.symlog_ticks(axes, result.axis, result.grid[0], result.grid[-1])
+    axes.set_xlabel("eigenvalue", fontsize=8)
+    per = "decade" if result.axis.kind == "symlog" else "unit of eigenvalue"
+    axes.set_ylabel(f"share of eigenvalues per {per}", fontsize=8)
+    if 1 < len(result.names) <= MOST_IN_LEGEND:
+        axes.legend(fontsize=7, frameon=False)
 
 
 def eigenvalues(axes: Axes, result: Eigenpairs) -> None:
@@ -120,8 +147,15 @@ def readings(axes: Axes, result: Track) -> None:
     for number, name in enumerate(names):
         values = result.readings[name]
         taken = np.isfinite(values)
-        colour = training.COLOURS[number % len(training.COLOURS)]
-        axes.plot(result.steps[taken], values[taken], "o-", color=colour, markersize=3, label=name)
+        colour, dash = line_style(number)
+        axes.plot(
+            result.steps[taken],
+            values[taken],
+            f"o{dash}",
+            color=colour,
+            markersize=3,
+            label=name,
+        )
     everything = np.concatenate([result.readings[name] for name in names] or [np.empty(0)])
     sizes = np.abs(everything[np.isfinite(everything) & (everything != 0)])
     if len(sizes) and np.nanmin(everything) > 0:
@@ -135,7 +169,9 @@ def readings(axes: Axes, result: Track) -> None:
 DRAWN: dict[type, Callable[[Axes, Any], None]] = {
     Quadrature: spectra.spectrum,
     BlockSpectra: block_extents,
+    SpectralDensity: densities,
     JSHeterogeneity: first_matrix,
+    AdaptiveJS0: adaptive_matrix,
     PartitionReport: partition.evidence,
     DenseBlock: partition.dense,
     Coupling: partition.tensors,

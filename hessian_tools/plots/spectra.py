@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from hessian_tools.heterogeneity.block_heterogeneity import JSHeterogeneity
 from hessian_tools.heterogeneity.readings import READINGS
+from hessian_tools.plots.style import TEXT_AS_TEXT
 from hessian_tools.results import write_atomically
 from hessian_tools.spectra.density import Axis, spectral_density, unresolved_below
 from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature, outliers
@@ -298,11 +300,12 @@ def titled(figure: Figure, title: str) -> None:
 def written(figure: Figure, path: Path) -> Path:
     """The figure in the format of ``path``, whole or not at all; returns ``path``.
 
-    A PNG has 150 dots an inch. The file knows its title.
+    A PNG has 150 dots an inch; PDF and SVG keep text as text. The file knows its title.
     """
     buffer = io.BytesIO()
     metadata = {"Title": figure.get_suptitle().replace("\n", " ")}
-    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=150, metadata=metadata)
+    with matplotlib.rc_context(TEXT_AS_TEXT):
+        figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=150, metadata=metadata)
     return write_atomically(path, buffer.getvalue())
 
 

@@ -10,13 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from hessian_tools.plots.spectra import titled, written
+from hessian_tools.plots.style import line_style
 from hessian_tools.training.races import Race, RaceEntry
 from hessian_tools.training.sweeps import WITHIN
 from hessian_tools.training.trajectory import Floats
 
-# Okabe & Ito's colours, which are distinct in every kind of colour vision; beyond them dashes tell
-COLOURS = ("#1f4e79", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#777777")
-_DASHES = ("-", "--", ":", "-.")
 _PANEL = (4.6, 3.8)  # inches
 _MOST_POINTS = 500  # of a curve
 _LEGEND = 1.5  # inches
@@ -67,7 +65,7 @@ def rate_curves(race: Race, *, title: str = "") -> Figure:
     for axes, size in zip(panels, race.batch_sizes, strict=True):
         entries = _of(race, size)
         for number, entry in enumerate(entries):
-            _rounds(axes, entry, *_style(number))
+            _rounds(axes, entry, *line_style(number))
         best = min(entry.loss for entry in entries)
         if math.isfinite(best):
             axes.axhspan(best, best + WITHIN * abs(best), color="#eeeeee", zorder=-1)
@@ -93,15 +91,9 @@ def _of(race: Race, size: int | None) -> list[RaceEntry]:
     return [entry for entry in race.entries if entry.batch_size == size]
 
 
-def _style(number: int) -> tuple[str, str]:
-    """A colour and a dash."""
-    dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
-    return COLOURS[number % len(COLOURS)], dash
-
-
 def curve(axes: Axes, entry: RaceEntry, number: int) -> None:
     """The loss of one optimizer at its best rate, in the style of its number."""
-    colour, dash = _style(number)
+    colour, dash = line_style(number)
     curves = _smoothed(entry)
     steps = np.arange(1, curves.shape[1] + 1)
     shown = np.unique(np.geomspace(1, len(steps), _MOST_POINTS).astype(int)) - 1

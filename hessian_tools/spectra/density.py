@@ -33,6 +33,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.special import ndtr
 
 from hessian_tools.results import registered
+from hessian_tools.shown import Drawable
 from hessian_tools.spectra.quadrature import Floats, Quadrature
 
 LINEAR_FRACTION = 1e-6
@@ -108,7 +109,7 @@ class SpectralGrid:
 
 @registered
 @dataclass(frozen=True, eq=False)
-class SpectralDensity:
+class SpectralDensity(Drawable):
     """Densities per unit of the axis.
 
     Over the whole axis each integrates to 1; what lies beyond the grid is reported, and nothing is

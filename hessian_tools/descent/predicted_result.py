@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hessian_tools.descent.reduced import Floats
 from hessian_tools.results import registered
+from hessian_tools.shown import Record, Tabular
 from hessian_tools.tables import plus_minus, table
 
 
@@ -35,7 +36,7 @@ class Decrease:
 
 @registered
 @dataclass(frozen=True, eq=False)
-class PredictedProgress:
+class PredictedProgress(Tabular):
     """See :func:`predicted_progress`; ``str`` of it is a table."""
 
     one_rate: Decrease
@@ -61,6 +62,22 @@ class PredictedProgress:
             "preconditioned, a rate a block": self.adam_block_rates,
         }
         return {name: found for name, found in named.items() if found is not None}
+
+    def records(self) -> list[Record]:
+        """A row a method; errors are standard errors from the batches."""
+        return [
+            {
+                "method": name,
+                "rates": len(found.rates),
+                "one_step": found.one_step,
+                "one_step_error": found.one_step_error,
+                "ratio": found.ratio,
+                "ratio_error": found.ratio_error,
+                "many_steps": found.many_steps,
+                "many_steps_ratio": found.many_steps_ratio,
+            }
+            for name, found in self.methods().items()
+        ]
 
     def __str__(self) -> str:
         header = ["method", "rates", "decrease", "ratio"]

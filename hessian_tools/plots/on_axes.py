@@ -46,10 +46,17 @@ def draw(result: object, axes: Axes | None = None) -> Axes:
             drawn = axes or Figure(layout="constrained").add_subplot()
             DRAWN[kind](drawn, result)
             if axes is None:
-                wrap_labels(drawn.figure)
+                _fit(drawn)
             return drawn
     names = ", ".join(kind.__name__ for kind in DRAWN)
     raise TypeError(f"a {type(result).__name__} has no picture; these have: {names}")
+
+
+def _fit(axes: Axes) -> None:
+    """What is square moves to the middle of its figure, and labels keep inside it."""
+    if axes.get_aspect() != "auto":
+        axes.figure.set_layout_engine("compressed")
+    wrap_labels(axes.figure)
 
 
 def block_extents(axes: Axes, result: BlockSpectra) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 FOLDERS = (
-    "problem blocks curvature spectra heterogeneity structure descent quadratic optimizers training "
-    "tracking page"
+    "problem blocks curvature spectra heterogeneity structure descent quadratic optimizers "
+    "training tracking page"
 ).split()
 PAGE = Path(__file__).with_name("reference.md")
 

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 import hessian_tools as ht
 from hessian_tools.plots.spectra import symlog_ticks
+from hessian_tools.tables import shortened
 
 COLUMNS = 9
 COLOURS = {"Hessian": "#1f5fa8", "Gauss-Newton": "#d55e00"}

@@ -41,8 +41,8 @@ LAZY = {
 FOLDERS = ("hessian_tools", "experiments", "figures", "tests", "benchmarks")
 PACKAGE = ROOT / "hessian_tools"
 EXPORTING = (
-    "problem blocks curvature spectra heterogeneity structure descent quadratic optimizers training "
-    "tracking page"
+    "problem blocks curvature spectra heterogeneity structure descent quadratic optimizers "
+    "training tracking page"
 ).split()
 MODULES = {  # by dotted name inside the package
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(

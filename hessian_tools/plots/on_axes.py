@@ -54,9 +54,10 @@ def draw(result: object, axes: Axes | None = None) -> Axes:
 
 def _fit(axes: Axes) -> None:
     """What is square moves to the middle of its figure, and labels keep inside it."""
-    if axes.get_aspect() != "auto":
-        axes.figure.set_layout_engine("compressed")
-    wrap_labels(axes.figure)
+    figure = axes.figure
+    if axes.get_aspect() != "auto" and isinstance(figure, Figure):
+        figure.set_layout_engine("compressed")
+    wrap_labels(figure)
 
 
 def block_extents(axes: Axes, result: BlockSpectra) -> None:

@@ -46,3 +46,14 @@ def test_lengths_are_told_apart_from_products():
     truth = {"a": torch.tensor([3.0, 4.0])}
     turned = {"a": torch.tensor([4.0, -3.0])}
     assert experiment.errors(turned, truth) == pytest.approx((2**0.5, 0.0))
+
+
+def test_both_see_the_batch_statistics():
+    torch.manual_seed(0)
+    parts = torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+    model = torch.nn.Sequential(*parts).double()
+    batch = 3 + torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    problem = ht.Problem(model, ht.mse, [batch], batch_stats=True)
+    (direction,) = experiment.directions(problem, ["0.weight"])[:1]
+    truth = experiment.exact(problem, direction)
+    assert experiment.errors(experiment.difference(problem, direction, 1e-5), truth)[0] < 1e-6

@@ -42,20 +42,23 @@ def draw(result: object, axes: Axes | None = None) -> Axes:
     """
     for kind in type(result).__mro__:
         if kind in DRAWN:
-            drawn = axes or Figure(layout="constrained").add_subplot()
-            DRAWN[kind](drawn, result)
             if axes is None:
-                _fit(drawn)
-            return drawn
+                return _on_its_own(DRAWN[kind], result)
+            DRAWN[kind](axes, result)
+            return axes
     names = ", ".join(kind.__name__ for kind in DRAWN)
     raise TypeError(f"a {type(result).__name__} has no picture; these have: {names}")
 
 
-def _fit(axes: Axes) -> None:
-    """What is square moves to the middle of its figure, and labels keep inside it."""
+def _on_its_own(drawing: Callable[[Axes, Any], None], result: object) -> Axes:
+    """Axes of a new figure, whose labels keep inside it; what is square lies in its middle."""
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot()
+    drawing(axes, result)
     if axes.get_aspect() != "auto":
-        axes.figure.set_layout_engine("compressed")
-    wrap_labels(axes.figure)
+        figure.set_layout_engine("compressed")
+    wrap_labels(figure)
+    return axes
 
 
 def block_extents(axes: Axes, result: BlockSpectra) -> None:

@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib
-from matplotlib.figure import FigureBase
+from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+Settings = dict[Any, Any]  # matplotlib's, by its names
 
 # Okabe & Ito's colours, which are distinct in every kind of colour vision
 COLOURS = ("#1f4e79", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#777777")
@@ -19,7 +21,7 @@ DASHES = ("-", "--", ":", "-.")
 
 # Text of a PDF or SVG as text, which is searched, copied and edited, and not as outlines; Type 42
 # also is what publishers accept, where matplotlib's default of Type 3 is refused.
-TEXT_AS_TEXT: dict[str, Any] = {
+TEXT_AS_TEXT: Settings = {
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
     "svg.fonttype": "none",
@@ -64,22 +66,22 @@ def printed(width: float = COLUMN, height: float | None = None) -> AbstractConte
     return matplotlib.rc_context({**TEXT_AS_TEXT, **_print(size)})
 
 
-def wrap_labels(figure: FigureBase) -> None:
+def wrap_labels(figure: Figure) -> None:
     """Breaks titles and labels of axes that would reach beyond a small figure into lines."""
-    width, height = figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
-    for axes in figure.axes:
+    width, height = figure.get_size_inches()
+    for axes in figure.get_axes():
         _wrap(axes.title, ROOM * width)
         _wrap(axes.xaxis.label, ROOM * width)
         _wrap(axes.yaxis.label, ROOM * height)
 
 
 def _wrap(text: Text, inches: float) -> None:
-    letters = int(inches * POINTS / (LETTER * text.get_fontsize()))
+    letters = int(inches * POINTS / (LETTER * float(text.get_fontsize())))
     lines = text.get_text().split("\n")
     text.set_text("\n".join(textwrap.fill(line, max(letters, 1)) for line in lines))
 
 
-def _print(size: tuple[float, float]) -> dict[str, Any]:
+def _print(size: tuple[float, float]) -> Settings:
     return {
         "figure.figsize": size,
         "figure.constrained_layout.use": True,

@@ -21,7 +21,6 @@ from hessian_tools.spectra.quadrature import BlockSpectra, Quadrature
 from hessian_tools.structure.coupling_result import Coupling
 from hessian_tools.structure.dense import DenseBlock
 from hessian_tools.structure.report import PartitionReport
-from hessian_tools.tables import shortened
 from hessian_tools.tracking.track import Track
 from hessian_tools.training.races import Race
 from hessian_tools.training.sweeps import RateSweep
@@ -43,21 +42,23 @@ def draw(result: object, axes: Axes | None = None) -> Axes:
     """
     for kind in type(result).__mro__:
         if kind in DRAWN:
-            drawn = axes or Figure(layout="constrained").add_subplot()
-            DRAWN[kind](drawn, result)
             if axes is None:
-                _fit(drawn)
-            return drawn
+                return _on_its_own(DRAWN[kind], result)
+            DRAWN[kind](axes, result)
+            return axes
     names = ", ".join(kind.__name__ for kind in DRAWN)
     raise TypeError(f"a {type(result).__name__} has no picture; these have: {names}")
 
 
-def _fit(axes: Axes) -> None:
-    """What is square moves to the middle of its figure, and labels keep inside it."""
-    figure = axes.figure
-    if axes.get_aspect() != "auto" and isinstance(figure, Figure):
+def _on_its_own(drawing: Callable[[Axes, Any], None], result: object) -> Axes:
+    """Axes of a new figure, whose labels keep inside it; what is square lies in its middle."""
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot()
+    drawing(axes, result)
+    if axes.get_aspect() != "auto":
         figure.set_layout_engine("compressed")
     wrap_labels(figure)
+    return axes
 
 
 def block_extents(axes: Axes, result: BlockSpectra) -> None:
@@ -75,7 +76,7 @@ def block_extents(axes: Axes, result: BlockSpectra) -> None:
         few.set_params(numticks=MOST_TICKS)
         axes.xaxis.set_major_locator(few)
     axes.axvline(0.0, color=spectra.ZERO, linewidth=0.6, zorder=0)
-    axes.set_yticks(range(len(shown)), shortened([n for n, _ in shown]), fontsize=6.5)
+    axes.set_yticks(range(len(shown)), spectra.shortened([n for n, _ in shown]), fontsize=6.5)
     axes.invert_yaxis()
     axes.set_xlabel(f"eigenvalue of the {result.curvature} (dot: rms)", fontsize=8)
     if len(result) > len(shown):

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-Settings = dict[Any, Any]  # of matplotlib, whose type lists every name there is
+Settings = dict[Any, Any]  # matplotlib's, by its names
 
 # Okabe & Ito's colours, which are distinct in every kind of colour vision
 COLOURS = ("#1f4e79", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#777777")
@@ -66,10 +66,10 @@ def printed(width: float = COLUMN, height: float | None = None) -> AbstractConte
     return matplotlib.rc_context({**TEXT_AS_TEXT, **_print(size)})
 
 
-def wrap_labels(figure: Figure | SubFigure) -> None:
+def wrap_labels(figure: Figure) -> None:
     """Breaks titles and labels of axes that would reach beyond a small figure into lines."""
-    width, height = figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi
-    for axes in figure.axes:
+    width, height = figure.get_size_inches()
+    for axes in figure.get_axes():
         _wrap(axes.title, ROOM * width)
         _wrap(axes.xaxis.label, ROOM * width)
         _wrap(axes.yaxis.label, ROOM * height)

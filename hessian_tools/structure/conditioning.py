@@ -22,6 +22,7 @@ from hessian_tools.errors import NumericalError
 from hessian_tools.problem.gradient import mean_gradient
 from hessian_tools.problem.problem import Problem
 from hessian_tools.results import registered
+from hessian_tools.shown import Record, Tabular
 from hessian_tools.spectra.quadrature import Quadrature
 from hessian_tools.spectra.slq import blockwise_slq
 from hessian_tools.structure.adam_preconditioning import (
@@ -40,7 +41,7 @@ _UNITS = 64  # unit vectors in one product, over all blocks
 
 @registered
 @dataclass(frozen=True, eq=False)
-class BlockConditioning:
+class BlockConditioning(Tabular):
     """:class:`AdamConditioning` of blocks of a Hessian, from their dense float64 matrices."""
 
     names: tuple[str, ...]  # (B,)
@@ -52,10 +53,25 @@ class BlockConditioning:
     arithmetic: str  # in what the products were computed
     curvature: str = "Hessian"  # which matrix, in words
 
+    def records(self) -> list[Record]:
+        """A row a block; ``kappa`` to ``tau`` as in AdamConditioning."""
+        return [
+            {
+                "block": name,
+                "size": int(self.sizes[place]),
+                "kappa": float(self.values.kappa[place]),
+                "kappa_adam": float(self.values.kappa_adam[place]),
+                "r": float(self.values.r[place]),
+                "tau": float(self.values.tau[place]),
+                "symmetry_error": float(self.symmetry_error[place]),
+            }
+            for place, name in enumerate(self.names)
+        ]
+
 
 @registered
 @dataclass(frozen=True, eq=False)
-class BlockExtremes:
+class BlockExtremes(Tabular):
     """The largest and the smallest eigenvalue of every diagonal block, by Lanczos.
 
     ``largest`` is the highest Ritz value, never above the block's largest eigenvalue but by
@@ -74,6 +90,21 @@ class BlockExtremes:
     num_matvecs: int  # products spent
     notes: tuple[str, ...]
     curvature: str = "Hessian"  # which matrix, in words
+
+    def records(self) -> list[Record]:
+        """A row a block."""
+        return [
+            {
+                "block": name,
+                "size": int(self.sizes[place]),
+                "smallest": float(self.smallest[place]),
+                "smallest_bound": float(self.smallest_bound[place]),
+                "largest": float(self.largest[place]),
+                "largest_bound": float(self.largest_bound[place]),
+                "status": self.status[place],
+            }
+            for place, name in enumerate(self.names)
+        ]
 
     @property
     def top(self) -> Floats:

@@ -9,7 +9,8 @@ Told: what TensorBoard's event file holds under `hessian/...`, read back and hel
 tracker's own journal; and the share of held-out passages that are right, before and after.
 
 `python experiments/followed_fine_tuning.py --folder FOLDER [--smoke]`, FOLDER with the package
-unpacked, writes results/followed_fine_tuning: journal and Trainer's state in minilm_on_plays/, report.html.
+unpacked, writes results/followed_fine_tuning: the journal and the Trainer's state in
+minilm_on_plays/, and report.html.
 """
 
 import warnings

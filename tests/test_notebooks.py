@@ -59,6 +59,7 @@ def test_the_code_shows_what_is_committed(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     pictures = 0
+    plt.close("all")  # of other tests
     try:
         for cell in code_cells(path):
             printed, value = shown(cell.source, names)

@@ -98,7 +98,7 @@ def is_folder(reference: str) -> bool:
     return is_path and reference not in zoo.names() and not is_users(reference)
 
 
-def folder_options(arguments: argparse.Namespace, reference: str) -> dict[str, Any]:
+def folder_options(arguments: argparse.Namespace, reference: str) -> JsonObject:
     """The options that a saved folder shares between its Problem and its stream.
 
     Raises:

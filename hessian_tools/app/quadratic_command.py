@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from hessian_tools.app import quadratic_text
 from hessian_tools.app.options import COUNT, FORMAT, device, positive, whole_number
@@ -17,7 +17,7 @@ from hessian_tools.quadratic.practice import check_adam_bound, check_gd_bound
 from hessian_tools.quadratic.problems import Quadratic
 from hessian_tools.quadratic.runs import Runs
 from hessian_tools.quadratic.theory import constants
-from hessian_tools.results import Journal
+from hessian_tools.results import Journal, JsonObject
 
 # of all options, those that the numbers depend on; --from comes as text
 _KNOBS = (
@@ -202,7 +202,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(quadratic_text.tables(problem, result, places, arguments.tolerance))
 
 
-def _config(arguments: argparse.Namespace, problem: Quadratic) -> dict[str, Any]:  # JSON-able
+def _config(arguments: argparse.Namespace, problem: Quadratic) -> JsonObject:
     """What the numbers depend on."""
     config = {knob: getattr(arguments, knob) for knob in _KNOBS}
     config["measured"] = str(arguments.measured or "")

@@ -1,6 +1,6 @@
 """What ``hessian-tools quadratic`` prints: tables, or their numbers as JSON."""
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -12,10 +12,11 @@ from hessian_tools.quadratic.practice import BoundCheck, check_rows
 from hessian_tools.quadratic.problems import Quadratic
 from hessian_tools.quadratic.runs import Runs
 from hessian_tools.quadratic.theory import Constants, theory_rows
+from hessian_tools.results import JsonObject
 from hessian_tools.spectra.quadrature import Floats
 from hessian_tools.tables import table
 
-Numbers = dict[str, Any]  # JSON-able
+Numbers = JsonObject
 
 
 class QuadraticResult(TypedDict):

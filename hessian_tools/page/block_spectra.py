@@ -66,12 +66,14 @@ class BlockCurve:
     Attributes:
         path: closed along the bottom.
         ends: places of the smallest and the largest Ritz value.
+        box: what of the chart a row shows, as an SVG's viewBox.
     """
 
     number: int
     name: str
     path: str
     ends: tuple[float, float]
+    box: str = f"{_LEFT:g} {_TOP:g} {_RIGHT - _LEFT:g} {_BOTTOM - _TOP:g}"
 
 
 @dataclass(frozen=True)

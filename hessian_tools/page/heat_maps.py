@@ -70,8 +70,9 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class MapsView:
-    """Attributes:
-    joins: whether a cell's two blocks can be compared in a chart of the same run.
+    """Maps and the bar of their colours.
+
+    ``joins``: whether a cell's two blocks can be compared in a chart of the same run.
     """
 
     maps: list[HeatMap]

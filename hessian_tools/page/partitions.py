@@ -79,10 +79,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class PartitionView:
-    """Attributes:
-    shapes: marks of the cuts that occur, by name.
-    suggested: {expression over parameters' names: the cut to take}.
-    savings: of the suggestion, in words.
+    """The table of tensors, and what would suit them.
+
+    Attributes:
+        shapes: marks of the cuts that occur, by name.
+        suggested: {expression over parameters' names: the cut to take}.
+        savings: of the suggestion, in words.
     """
 
     table: Table

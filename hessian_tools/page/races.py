@@ -18,9 +18,7 @@ _ROOM = 1.25  # above the loss at the start, which is where curves are cut off
 
 @dataclass(frozen=True)
 class RaceView:
-    """Attributes:
-    drawings: loss curves, then loss against rate, a pair a batch size.
-    """
+    """The table, and a pair of drawings a batch size: loss curves, and loss against rate."""
 
     table: Table
     drawings: tuple[Drawing, ...]

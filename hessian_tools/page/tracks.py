@@ -27,8 +27,9 @@ _DECADES = ("scale", "preconditioned_scale")  # of which negative estimates stan
 
 @dataclass(frozen=True)
 class TrackView:
-    """Attributes:
-    drawing: the loss on top, then a panel a reading; None: nothing was measured.
+    """The loss on top, then a panel a reading, and all numbers.
+
+    ``drawing`` None: there is nothing to draw.
     """
 
     drawing: Drawing | None

@@ -163,11 +163,11 @@ class Tracker:
         self._lines[str(step)] = line
         return values
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """What a checkpoint keeps, so that a resumed run goes on counting."""
         return {"steps": self._steps, "skipped": self.skipped, "vectors": dict(self._vectors)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: JsonObject) -> None:
         """Takes what :meth:`state_dict` gave; before :meth:`attach`."""
         self._steps = int(state["steps"])
         self.skipped = int(state["skipped"])

@@ -21,6 +21,7 @@ from hessian_tools.problem.batches import to_device
 from hessian_tools.problem.evaluation import in_modes
 from hessian_tools.problem.losses import huggingface
 from hessian_tools.problem.problem import Problem
+from hessian_tools.results import JsonObject
 from hessian_tools.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -203,10 +204,10 @@ def lightning_callback(tracker: Tracker, optimizer: int = 0) -> lightning.Callba
         def on_train_end(self, trainer: Lit, module: object) -> None:
             tracker.detach()
 
-        def state_dict(self) -> dict[str, Any]:
+        def state_dict(self) -> JsonObject:
             return tracker.state_dict()
 
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def load_state_dict(self, state_dict: JsonObject) -> None:
             tracker.load_state_dict(state_dict)
 
         def _tell(self, trainer: Lit) -> None:

@@ -412,7 +412,8 @@
     const [low, high] = [Number(figure.dataset.low), Number(figure.dataset.high)];
     const isLog = figure.dataset.log === "1";
     const cursor = one(".cursor", svg);
-    const side = 480 / count;
+    const whole = Number(one("image", svg).getAttribute("width"));
+    const side = whole / count;
     let cell = null;
 
     function valueAt(i, j) {
@@ -443,8 +444,8 @@
     function read(i, j) {
       cell = [i, j];
       cursor.setAttribute("visibility", "visible");
-      box(".row", 0, i * side, 480, side);
-      box(".column", j * side, 0, side, 480);
+      box(".row", 0, i * side, whole, side);
+      box(".column", j * side, 0, side, whole);
       box(".cell", j * side, i * side, side, side);
       const value = valueAt(i, j);
       const isLowest = isLog && value <= low * (1 + 1e-9);
